@@ -1,0 +1,50 @@
+"""Many SGLang ModelRunners in one process: built and run concurrently, correct or refused.
+
+    import sglang_distguard
+    sglang_distguard.install()
+    # from here on, unchanged SGLang code may build and run ModelRunners from any thread
+
+See README.md; the design is in ARCHITECTURE.md.
+"""
+
+from sglang_distguard._core import __version__
+from sglang_distguard.build import BuildRequest, BuildResult, build_runner, build_runners
+from sglang_distguard.errors import (
+    AcquireTimeout,
+    DeadlockError,
+    DistGuardError,
+    ForkedError,
+    NotSupported,
+    PoisonedState,
+    SpecMismatch,
+    StateInUse,
+)
+from sglang_distguard.install import install, is_installed, uninstall
+from sglang_distguard.runners import activate, close
+from sglang_distguard.settings import runner_scope
+from sglang_distguard.status import Snapshot, reset, snapshot
+
+__all__ = [
+    "AcquireTimeout",
+    "BuildRequest",
+    "BuildResult",
+    "DeadlockError",
+    "DistGuardError",
+    "ForkedError",
+    "NotSupported",
+    "PoisonedState",
+    "Snapshot",
+    "SpecMismatch",
+    "StateInUse",
+    "__version__",
+    "activate",
+    "build_runner",
+    "build_runners",
+    "close",
+    "install",
+    "is_installed",
+    "reset",
+    "runner_scope",
+    "snapshot",
+    "uninstall",
+]

@@ -1,0 +1,37 @@
+"""SGLang 0.5.22 and later: a RuntimeContext holds configuration, flags, resources and groups."""
+
+from __future__ import annotations
+
+from sglang_distguard import treatments
+from sglang_distguard.patching import Change, Scoped
+from sglang_distguard.targets import (
+    bootstrap,
+    expert_location,
+    model_loader,
+    model_runner,
+    parallel_state,
+    runtime_context,
+    threads,
+    torch_dtype,
+)
+
+_TARGETS = (
+    runtime_context,
+    parallel_state,
+    bootstrap,
+    expert_location,
+    model_runner,
+    model_loader,
+    torch_dtype,
+    threads,
+)
+
+
+def changes() -> list[Change]:
+    """Everything this generation changes."""
+    found: list[Change] = [
+        Scoped(module, name) for module, names in treatments.scoped().items() for name in names
+    ]
+    for target in _TARGETS:
+        found.extend(target.CHANGES)
+    return found

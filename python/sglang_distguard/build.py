@@ -1,0 +1,223 @@
+"""Builds runners that are ready to forward: SGLang's own sequence, one runner or many at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard import _core, settings
+from sglang_distguard.errors import DistGuardError
+from sglang_distguard.install import is_installed
+from sglang_distguard.runners import activate, find_handle
+from sglang_distguard.scoping import scope_active
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One runner for ``build_runners``; fields as the arguments of ``build_runner``."""
+
+    server_args: ServerArgs
+    name: Optional[str] = None
+    gpu_id: int = 0
+    target: Optional[ModelRunner] = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What became of one request: ``runner`` or ``error``, never both.
+
+    Attributes:
+        name: the runner's name, also when it failed.
+        seconds: how long its build took.
+    """
+
+    name: str
+    runner: Optional[ModelRunner]
+    error: Optional[BaseException]
+    seconds: float
+
+    def unwrap(self) -> ModelRunner:
+        """Return the runner, or raise what its build raised."""
+        if self.error is not None:
+            raise self.error
+        assert self.runner is not None
+        return self.runner
+
+
+def build_runner(
+    server_args: ServerArgs,
+    *,
+    name: Optional[str] = None,
+    gpu_id: int = 0,
+    nccl_port: Optional[int] = None,
+    target: Optional[ModelRunner] = None,
+    **options: Any,
+) -> ModelRunner:
+    """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
+
+    Publishes ``server_args``, initialises the parallel runtime (or joins the one that is there),
+    loads the model, allocates its memory pool, attention backends and graphs.
+
+    Args:
+        server_args: SGLang's settings of this runner.
+        name: name in errors, events and ``snapshot()``; default: from the model's path.
+        gpu_id: index of the device (also on CPU, where it is the NUMA node).
+        nccl_port: TCP port of a world that has to be initialised; default: a free one.
+        target: build a draft runner (``is_draft_worker=True``) of this one: nothing is
+            initialised, and it lives in the target's scope.
+        **options: passed to ``ModelRunner``.
+
+    Raises:
+        DistGuardError: ``install()`` was not called, or one of its subclasses (see ``errors``).
+        Whatever SGLang raises for settings or files it cannot use; nothing is left half-done.
+    """
+    if not is_installed():
+        raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
+    chosen = settings.current()
+    with settings.runner_scope(name if name is not None else chosen.name):
+        # The caller's own scope stays as it is: what is published here is the runner's.
+        before = _core.current_scope()
+        try:
+            if target is not None:
+                with activate(target):
+                    return _construct(
+                        server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
+                    )
+            _initialise(server_args, gpu_id, nccl_port)
+            return _construct(server_args, gpu_id, nccl_port, options)
+        finally:
+            _core.adopt_scope(before)
+
+
+def build_runners(
+    requests: Iterable[BuildRequest | ServerArgs],
+    *,
+    max_workers: Optional[int] = None,
+    progress: bool = True,
+) -> list[BuildResult]:
+    """Build several runners concurrently from worker threads.
+
+    Args:
+        requests: what to build; a bare ``ServerArgs`` is a request with defaults.
+        max_workers: threads; default one per request, at most 32.
+        progress: show a progress bar on stderr (only when that is a terminal).
+
+    Returns:
+        One result per request, in order. A failure is in its result and does not lose the others.
+    """
+    wanted = [
+        request if isinstance(request, BuildRequest) else BuildRequest(request)
+        for request in requests
+    ]
+    if not wanted:
+        return []
+    workers = max_workers if max_workers is not None else min(len(wanted), 32)
+    with ThreadPoolExecutor(workers, thread_name_prefix="distguard-build") as pool:
+        futures = [pool.submit(_attempt, request, index) for index, request in enumerate(wanted)]
+        _show_progress(futures, progress)
+    return [future.result() for future in futures]
+
+
+def _attempt(request: BuildRequest, index: int) -> BuildResult:
+    import time
+
+    name = request.name or f"{os.path.basename(str(request.server_args.model_path))}-{index}"
+    start = time.perf_counter()
+    runner, failure = None, None
+    try:
+        runner = build_runner(
+            request.server_args,
+            name=name,
+            gpu_id=request.gpu_id,
+            target=request.target,
+            **request.options,
+        )
+    except Exception as error:
+        error.add_note(f"while building runner {name!r}") if hasattr(error, "add_note") else None
+        failure = error
+    return BuildResult(name, runner, failure, time.perf_counter() - start)
+
+
+def _show_progress(futures: Sequence[Any], progress: bool) -> None:
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(futures), desc="building runners", unit="runner", disable=not progress or None)
+    with bar:
+        for future in as_completed(futures):
+            bar.set_postfix_str(future.result().name)
+            bar.update()
+
+
+def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) -> None:
+    """Publish and bring up what a process needs before its first ModelRunner (0.5.23 `one_batch`)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.runtime_context import SpawnRanks, get_device, publish
+
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+    for configure in _process_configurations():
+        configure()
+    bootstrap.init_parallel_runtime(
+        server_args=server_args, device=get_device().device, dist_port=nccl_port or _free_port()
+    )
+    bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
+
+
+def _process_configurations() -> list[Callable[[], None]]:
+    """What `sglang.benchmark.one_batch._init_process_global_configs` (0.5.23) calls."""
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+    from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
+
+    return [
+        initialize_moe_config,
+        initialize_fp8_gemm_config,
+        initialize_bf16_gemm_config,
+        initialize_fp4_gemm_config,
+    ]
+
+
+def _construct(
+    server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int], options: Mapping[str, Any]
+) -> ModelRunner:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_memory
+
+    runner = ModelRunner(
+        model_config=ModelConfig.from_server_args(
+            server_args, is_draft_model=bool(options.get("is_draft_worker"))
+        ),
+        mem_fraction_static=get_memory().mem_fraction_static,
+        gpu_id=gpu_id,
+        nccl_port=nccl_port or 0,
+        server_args=server_args,
+        **options,
+    )
+    try:
+        runner.alloc_memory_pool()
+        runner.init_attention_backends()
+        runner.init_cuda_graphs()
+    except BaseException:
+        handle = find_handle(runner)
+        if handle is not None:
+            handle.close()
+        raise
+    return runner
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

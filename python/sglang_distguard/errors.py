@@ -1,0 +1,69 @@
+"""The errors distguard raises. Each says what exists, what was asked, who holds it, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DistGuardError(RuntimeError):
+    """Base of all errors of sglang_distguard.
+
+    Attributes:
+        details: the facts of the message as plain data (JSON-able), for programs and logs.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details: dict[str, Any] = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders (executors, multiprocessing); keyword facts must too.
+        return _rebuild, (type(self), str(self), self.details)
+
+
+def _rebuild(kind: type[DistGuardError], message: str, details: dict[str, Any]) -> DistGuardError:
+    return kind(message, **details)
+
+
+class SpecMismatch(DistGuardError, ValueError):
+    """The state that exists was made for other settings than the ones asked for.
+
+    ``details``: ``key``, ``fields`` (name -> {"existing", "requested"}), ``holders``, ``leader``.
+    """
+
+
+class AcquireTimeout(DistGuardError, TimeoutError):
+    """Another thread was still initialising when the deadline passed.
+
+    ``details``: ``key``, ``leader``, ``leading_for`` and ``waited`` (seconds), ``stack``.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+
+    def __str__(self) -> str:
+        # TimeoutError is an OSError, whose __str__ looks for errno first.
+        return str(self.args[0]) if self.args else ""
+
+
+class StateInUse(DistGuardError):
+    """The state may not be reused or torn down now: runners hold it. ``details``: ``holders``."""
+
+
+class PoisonedState(DistGuardError):
+    """A failed initialisation could not be undone; ``reset()`` is needed first."""
+
+
+class DeadlockError(DistGuardError):
+    """Waiting would never end. ``details``: ``cycle``, the threads and what each waits for."""
+
+
+class ForkedError(DistGuardError):
+    """The runner was built in the parent process; a forked child cannot use it."""
+
+
+class NotSupported(DistGuardError, NotImplementedError):
+    """The installed SGLang lacks something distguard rests on. Nothing was patched.
+
+    ``details``: ``sglang`` (installed version), ``missing`` (what was looked for), ``module``.
+    """

@@ -1,0 +1,149 @@
+"""Puts the hooks in and takes them out. The one record of what is installed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Optional
+
+import wrapt
+
+from sglang_distguard import _core, adapters, settings
+from sglang_distguard.errors import StateInUse
+from sglang_distguard.patching import ModulePlan
+
+
+@dataclass
+class _Installation:
+    plans: dict[str, ModulePlan]
+
+
+# Lock order: this lock is outermost. It is never held while a hook runs, and reentrant because
+# planning or applying may import a module that is to be patched.
+_lock = threading.RLock()
+_installation: Optional[_Installation] = None
+_watched: set[str] = set()
+
+
+def install(*, reuse: Optional[bool] = None, timeout: Optional[float] = None) -> None:
+    """Make SGLang's ModelRunners safe to build and run together in this process.
+
+    Works before or after sglang is imported (modules imported later are patched as they come),
+    from any thread, and again: a further call only changes the settings it names.
+
+    Args:
+        reuse: whether an equal request joins the world and groups that exist. Default: the
+            environment variable ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` when set, else True.
+        timeout: seconds that one wait for another thread's initialisation may take. Default: the
+            environment variable ``SGLANG_DISTGUARD_TIMEOUT`` when set, else 300.
+
+    Raises:
+        NotSupported: the installed SGLang lacks something the guard rests on, or this is a
+            subinterpreter. Nothing was patched.
+        TypeError, ValueError: an argument or environment variable is not usable.
+    """
+    global _installation
+    with _lock:
+        chosen = _settings(reuse, timeout, again=_installation is not None)
+        if _installation is None:
+            _core.check_interpreter()
+            plans = adapters.choose()
+            installation = _Installation({plan.module: plan for plan in plans})
+            try:
+                for plan in plans:
+                    module = _imported(plan.module)
+                    if module is not None:
+                        plan.apply(module)
+            except BaseException:
+                _undo(installation)
+                raise
+            _installation = installation
+            for plan in plans:
+                _watch(plan.module)
+        settings.set_installed(chosen)
+
+
+def uninstall() -> None:
+    """Take the hooks out: SGLang's modules are then as they were, object for object.
+
+    Functions that others patched on top of ours keep their patches. Does nothing when not
+    installed.
+
+    Raises:
+        StateInUse: runners that need their own scope are still alive; they would silently read
+            another's configuration. ``close()`` them first.
+    """
+    global _installation
+    with _lock:
+        if _installation is None:
+            return
+        held = [scope.label for scope in _core.live_scopes() if _core.live_runners(scope) > 0]
+        if held:
+            raise StateInUse(
+                f"uninstall() refused: {len(held)} runner(s) have a scope of their own and would "
+                f"read another's configuration without the guard: {', '.join(sorted(held))}. "
+                "close() them first",
+                holders=sorted(held),
+            )
+        installation, _installation = _installation, None
+        _undo(installation)
+
+
+def is_installed() -> bool:
+    """Whether the hooks are in."""
+    return _installation is not None
+
+
+def _settings(
+    reuse: Optional[bool], timeout: Optional[float], *, again: bool
+) -> settings.Settings:
+    base = settings.installed() if again else settings.Settings()
+    if reuse is None:
+        from_environment = None if again else settings.reuse_from_environment()
+        reuse = base.reuse if from_environment is None else from_environment
+    if timeout is None:
+        from_environment = None if again else settings.timeout_from_environment()
+        timeout = base.timeout if from_environment is None else from_environment
+    return settings.Settings(
+        reuse=settings.check_flag("reuse", reuse), timeout=settings.check_timeout(timeout)
+    )
+
+
+def _imported(name: str) -> Optional[ModuleType]:
+    """The module, when its import has finished; one that is being imported calls back."""
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    return None if getattr(spec, "_initializing", False) else module
+
+
+def _watch(name: str) -> None:
+    if name in _watched:
+        return
+    _watched.add(name)
+    wrapt.register_post_import_hook(_on_import, name)
+
+
+def _on_import(module: ModuleType) -> None:
+    """Called by wrapt for each watched module, now if it is imported already."""
+    global _installation
+    with _lock:
+        _watched.discard(module.__name__)
+        if _installation is None:
+            return
+        plan = _installation.plans.get(module.__name__)
+        if plan is None or plan.is_applied:
+            return
+        try:
+            plan.apply(module)
+        except BaseException:
+            # Half a guard is worse than none: what is in comes out, and the import fails.
+            installation, _installation = _installation, None
+            _undo(installation)
+            raise
+
+
+def _undo(installation: _Installation) -> None:
+    for plan in reversed(list(installation.plans.values())):
+        plan.undo()

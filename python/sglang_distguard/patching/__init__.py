@@ -1,0 +1,24 @@
+"""How SGLang is changed and changed back. Knows nothing of what is changed: that is `targets`."""
+
+from sglang_distguard.patching.plan import (
+    Around,
+    AroundMethods,
+    Change,
+    ModulePlan,
+    Needs,
+    Replace,
+    Scoped,
+)
+from sglang_distguard.patching.source import ModuleSource, find_source
+
+__all__ = [
+    "Around",
+    "AroundMethods",
+    "Change",
+    "ModulePlan",
+    "ModuleSource",
+    "Needs",
+    "Replace",
+    "Scoped",
+    "find_source",
+]

@@ -1,0 +1,104 @@
+"""Swaps the code of live functions, and puts it back.
+
+A function keeps its identity, so every module that did `from x import f`, every closure and every
+registry that holds it sees the change, and nothing has to be looked for to undo it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from sglang_distguard.errors import NotSupported
+
+Hook = Callable[..., Any]
+
+
+def functions_of(module: ModuleType) -> Iterator[FunctionType]:
+    """Every live function whose globals are this module's, wherever it is held.
+
+    A function refers to its globals, so the collector finds also those that only a closure, a
+    decorator or a registry holds. ``gc.get_referrers`` is one C loop over the tracked objects
+    (measured: 20 ms with sglang imported).
+    """
+    for referrer in gc.get_referrers(vars(module)):
+        if isinstance(referrer, FunctionType) and referrer.__globals__ is vars(module):
+            yield referrer
+
+
+def swap_code(module: ModuleType, codes: Mapping[CodeType, CodeType]) -> int:
+    """Give every live function of ``module`` whose code is a key the code it maps to."""
+    swapped = 0
+    for function in functions_of(module):
+        replacement = codes.get(function.__code__)
+        if replacement is not None:
+            function.__code__ = replacement
+            swapped += 1
+    return swapped
+
+
+def _call(*args: Any, **kwargs: Any) -> Any:
+    return HOOK(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _generate(*args: Any, **kwargs: Any) -> Any:
+    return (yield from HOOK(*args, **kwargs))  # type: ignore[name-defined]  # noqa: F821
+
+
+def trampoline(function: FunctionType, hook_name: str) -> CodeType:
+    """Code for ``function`` that calls the module global ``hook_name`` with what it is given.
+
+    A generator function stays one: SGLang decorates some with ``contextmanager``.
+    """
+    template = _generate if inspect.isgeneratorfunction(function) else _call
+    code = function.__code__
+    # Free variables are declared, for the closure must fit, and never read: the code has no
+    # COPY_FREE_VARS (CPython 3.11+), which is what would look at them.
+    return template.__code__.replace(
+        co_names=(hook_name,),
+        co_name=code.co_name,
+        co_freevars=code.co_freevars,
+        **({"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}),
+    )
+
+
+def detached(function: FunctionType) -> FunctionType:
+    """A copy of ``function`` as it is now, for a hook to call."""
+    copy = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__qualname__ = function.__qualname__
+    copy.__module__ = function.__module__
+    copy.__doc__ = function.__doc__
+    copy.__annotations__ = function.__annotations__
+    return copy
+
+
+def resolve_function(owner: object, qualname: str) -> FunctionType:
+    """The innermost plain function behind ``owner.qualname``: below decorators and descriptors.
+
+    Raises:
+        NotSupported: there is none.
+    """
+    *path, last = qualname.split(".")
+    for name in path:
+        owner = getattr(owner, name, None)
+    found = inspect.getattr_static(owner, last, None)
+    if isinstance(found, (staticmethod, classmethod)):
+        found = found.__func__
+    elif isinstance(found, property):
+        found = found.fget
+    if callable(found):
+        found = inspect.unwrap(found)
+    if not isinstance(found, FunctionType):
+        where = getattr(owner, "__name__", owner)
+        raise NotSupported(f"{where}.{last} is not a Python function", missing=[qualname])
+    return found

@@ -1,0 +1,265 @@
+"""What is to be changed in one module, checked against its source, applied to it and undone."""
+
+from __future__ import annotations
+
+import ast
+import dis
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, Union
+
+from sglang_distguard._core import ScopedGlobal
+from sglang_distguard.errors import NotSupported
+from sglang_distguard.patching import live
+from sglang_distguard.patching.rewrite import Rewrite, accessor_name, rewrite
+from sglang_distguard.patching.source import ModuleSource
+
+MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Scoped:
+    """Every scope has its own value of a module global (see ``treatments``)."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Around:
+    """``make(original)`` returns what runs instead of the function at ``module``.``qualname``.
+
+    The hook is called with the arguments of the call and may call ``original``; for a generator
+    function it must be a generator function too.
+    """
+
+    module: str
+    qualname: str
+    make: MakeHook
+
+
+@dataclass(frozen=True)
+class Replace:
+    """``make(original)`` takes the place of an attribute that is not a Python function."""
+
+    module: str
+    name: str
+    make: MakeHook
+
+
+@dataclass(frozen=True)
+class AroundMethods:
+    """``Around`` for every public method and property of a class, and for its constructor."""
+
+    module: str
+    classname: str
+    make: MakeHook
+    make_init: MakeHook
+
+    def expand(self, names: Sequence[str]) -> list[Around]:
+        """One ``Around`` per name in ``names`` that is public, or the constructor."""
+        return [
+            Around(self.module, f"{self.classname}.{name}", self._maker(name))
+            for name in names
+            if name == "__init__" or not name.startswith("_")
+        ]
+
+    def _maker(self, name: str) -> MakeHook:
+        return self.make_init if name == "__init__" else self.make
+
+
+@dataclass(frozen=True)
+class Needs:
+    """``module``.``qualname`` must be defined: a hook uses it."""
+
+    module: str
+    qualname: str
+
+
+Change = Union[Scoped, Around, AroundMethods, Replace, Needs]
+
+
+@dataclass
+class ModulePlan:
+    """The changes of one module. Planned from source, before anything is imported or touched.
+
+    Raises (from ``check``):
+        NotSupported: the source lacks something a change needs.
+    """
+
+    source: ModuleSource
+    changes: Sequence[Change]
+    _applied: "_Applied | None" = field(default=None, init=False)
+
+    @property
+    def module(self) -> str:
+        return self.source.module
+
+    @cached_property
+    def _rewrite(self) -> Rewrite:
+        return rewrite(self.source, self._scoped_names)
+
+    @property
+    def _scoped_names(self) -> list[str]:
+        return [change.name for change in self.changes if isinstance(change, Scoped)]
+
+    @cached_property
+    def _defined(self) -> list[str]:
+        return list(_definitions(ast.parse(self.source.text, self.source.filename)))
+
+    @cached_property
+    def _arounds(self) -> list[Around]:
+        found = [change for change in self.changes if isinstance(change, Around)]
+        for change in self.changes:
+            if isinstance(change, AroundMethods):
+                prefix = change.classname + "."
+                names = [
+                    name.removeprefix(prefix) for name in self._defined if name.startswith(prefix)
+                ]
+                found += change.expand(names)
+        return found
+
+    def check(self) -> None:
+        """Raise NotSupported unless the source has what every change needs."""
+        wanted = [change.qualname for change in self._arounds]
+        wanted += [change.qualname for change in self.changes if isinstance(change, Needs)]
+        wanted += [
+            f"{change.classname}.__init__"
+            for change in self.changes
+            if isinstance(change, AroundMethods)
+        ]
+        missing = sorted(set(wanted) - set(self._defined))
+        if missing:
+            raise NotSupported(
+                f"{self.module} has no {', '.join(missing)}", module=self.module, missing=missing
+            )
+        _ = self._rewrite
+
+    def apply(self, module: ModuleType) -> None:
+        """Change the imported ``module``; nothing happens when that is done already."""
+        if self._applied is not None:
+            return
+        applied = _Applied(module)
+        try:
+            self._apply_rewrite(applied)
+            for change in self._arounds:
+                function = live.resolve_function(module, change.qualname)
+                applied.hook(function, change.qualname, change.make)
+            for change in self.changes:
+                if isinstance(change, Replace):
+                    applied.set_attribute(change.name, change.make(getattr(module, change.name)))
+        except BaseException:
+            applied.undo()
+            raise
+        self._applied = applied
+
+    def undo(self) -> None:
+        """Put everything back; nothing happens when nothing was applied."""
+        applied, self._applied = self._applied, None
+        if applied is not None:
+            applied.undo()
+
+    @property
+    def is_applied(self) -> bool:
+        return self._applied is not None
+
+    def _apply_rewrite(self, applied: "_Applied") -> None:
+        plan = self._rewrite
+        namespace = vars(applied.module)
+        for name in self._scoped_names:
+            initial = eval(plan.initials[name], namespace)  # noqa: S307 - SGLang's own expression
+            applied.inject(accessor_name(name), ScopedGlobal(namespace, name, initial))
+        applied.swap(plan.replaced)
+        self._check_no_raw_access(applied)
+
+    def _check_no_raw_access(self, applied: "_Applied") -> None:
+        """No live function may still reach a scoped global directly: it would see another runner's.
+
+        Fails when the running code is not what the source on disk says.
+        """
+        names = set(self._scoped_names)
+        if not names:
+            return
+        for function in live.functions_of(applied.module):
+            raw = names & _global_names(function.__code__, names)
+            if raw:
+                raise NotSupported(
+                    f"{self.module}.{function.__qualname__} uses {sorted(raw)} but is not the "
+                    "function that the source file defines; was it changed at run time?",
+                    module=self.module,
+                )
+
+
+class _Applied:
+    """What was done to one module, in a form that can be undone."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self._restore: dict[CodeType, CodeType] = {}
+        self._injected: list[str] = []
+        self._attributes: list[tuple[str, Any, Any]] = []
+
+    def inject(self, name: str, value: object) -> None:
+        vars(self.module)[name] = value
+        self._injected.append(name)
+
+    def swap(self, codes: dict[CodeType, CodeType]) -> None:
+        self._restore.update({new: old for old, new in codes.items()})
+        live.swap_code(self.module, codes)
+
+    def hook(self, function: FunctionType, qualname: str, make: MakeHook) -> None:
+        if function.__globals__ is not vars(self.module):
+            raise NotSupported(f"{qualname} is defined outside {self.module.__name__}")
+        original = live.detached(function)
+        name = f"__distguard_hook__{qualname.replace('.', '__')}"
+        code = live.trampoline(function, name)
+        self.inject(name, make(original))
+        before = function.__code__
+        self._restore[code] = self._restore.get(before, before)
+        function.__code__ = code
+
+    def set_attribute(self, name: str, value: object) -> None:
+        before = getattr(self.module, name)
+        setattr(self.module, name, value)
+        self._attributes.append((name, before, value))
+
+    def undo(self) -> None:
+        # Also copies and inner functions made since: all of them carry code of ours.
+        live.swap_code(self.module, self._restore)
+        for name, before, ours in reversed(self._attributes):
+            # Somebody patched on top: taking ours away would take theirs with it.
+            if vars(self.module).get(name) is ours:
+                setattr(self.module, name, before)
+        for name in self._injected:
+            vars(self.module).pop(name, None)
+
+
+def _global_names(code: CodeType, of_interest: set[str]) -> set[str]:
+    if of_interest.isdisjoint(code.co_names):  # holds attribute names too, so only a first look
+        return set()
+    return {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
+    }
+
+
+def _definitions(tree: ast.Module) -> dict[str, None]:
+    """Qualified names of the functions and classes a module defines, in order, each once."""
+    found: dict[str, None] = {}
+
+    def collect(body: Sequence[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found[prefix + node.name] = None
+            elif isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = None
+                collect(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.If, ast.Try)):
+                collect(node.body, prefix)
+                collect(node.orelse, prefix)
+
+    collect(tree.body, "")
+    return found

@@ -1,0 +1,99 @@
+"""A runner's handle: its name, its scope and its leases. Binding, entering and closing runners."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard import _core, settings
+from sglang_distguard.scoping import scope_active
+from sglang_distguard.targets.expert_location import experts_key
+from sglang_distguard.targets.parallel_state import GROUPS, WORLD
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+_ATTRIBUTE = "_sglang_distguard_handle"
+_numbers = itertools.count(1)
+
+
+def find_handle(runner: Any) -> Optional[_core.RunnerHandle]:
+    """The handle of a runner built under the guard; None for any other object."""
+    return getattr(runner, "__dict__", {}).get(_ATTRIBUTE)
+
+
+def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.RunnerHandle:
+    """Give a runner that is about to be constructed the current scope, and leases on shared state.
+
+    The leases end with ``close``, or when the runner is garbage-collected.
+    """
+    scope = _core.current_scope()
+    name = settings.current().name or _default_name(runner, args, kwargs)
+    keys = [key for key in (WORLD, GROUPS) if _core.is_ready(key)]
+    handle = _core.RunnerHandle(name, scope, keys)
+    if scope is not None:
+        scope.label = name
+    setattr(runner, _ATTRIBUTE, handle)
+    return handle
+
+
+def hold_experts(handle: _core.RunnerHandle) -> None:
+    """Lease the scope's expert metadata, once the constructor has set it."""
+    key = experts_key()
+    if _core.is_ready(key):
+        handle.hold(key)
+
+
+@contextmanager
+def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
+    """Enter ``runner``'s scope in the calling thread or asyncio task.
+
+    A runner's own methods do this by themselves; code around them that reads SGLang's context
+    (``get_server_args()``, ``ScheduleBatch``, ``ForwardBatch.init_new`` …) needs it.
+
+    Args:
+        runner: built while distguard was installed.
+
+    Raises:
+        TypeError: ``runner`` was not built under the guard.
+        DistGuardError: the runner was closed.
+        ForkedError: the runner was built in the parent process.
+    """
+    handle = _handle_of(runner)
+    handle.check()
+    with scope_active(handle.scope):
+        yield runner
+
+
+def close(runner: ModelRunner) -> bool:
+    """Release a runner's leases and the values of its scope; its methods raise from then on.
+
+    Memory of weights and caches is freed when the last reference to the runner goes.
+
+    Returns:
+        True the first time, False when the runner was closed before.
+
+    Raises:
+        TypeError: ``runner`` was not built under the guard.
+    """
+    return _handle_of(runner).close()
+
+
+def _handle_of(runner: object) -> _core.RunnerHandle:
+    handle = find_handle(runner)
+    if handle is None:
+        raise TypeError(
+            f"{type(runner).__name__} object was not built under sglang_distguard; call "
+            "sglang_distguard.install() before constructing the ModelRunner"
+        )
+    return handle
+
+
+def _default_name(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    config = args[0] if args else kwargs.get("model_config")
+    path = str(getattr(config, "model_path", "") or type(runner).__name__)
+    role = "-draft" if kwargs.get("is_draft_worker") else ""
+    return f"{os.path.basename(path.rstrip('/')) or 'runner'}{role}-{next(_numbers)}"

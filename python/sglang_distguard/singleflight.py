@@ -1,0 +1,75 @@
+"""One caller initialises shared state, equal callers join it, unequal ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+from sglang_distguard import _core, settings
+
+Observe = Callable[[], Optional[int]]
+
+
+def run_once(
+    key: str,
+    spec: Mapping[str, Any],
+    *,
+    observe: Observe,
+    initialise: Callable[[], Any],
+    adopt: Callable[[], Any],
+    join: Callable[[Any], Any],
+    undo: Callable[[], None],
+    reentrant: bool = False,
+) -> Any:
+    """Run ``initialise`` in exactly one of the concurrent callers; no lock is held meanwhile.
+
+    Args:
+        key: what is initialised: "world", "groups" …
+        spec: the fields compared between callers.
+        observe: the identity of the live object in this process right now, None if there is none.
+        initialise: makes the state and returns what joiners are given.
+        adopt: takes over state that somebody else made; returns what joiners are given.
+        join: called with that by callers that reuse the state.
+        undo: called when ``initialise`` or ``adopt`` raised; leaves nothing half-made.
+        reentrant: SGLang's initialiser may ask for the same key again from within.
+
+    Returns:
+        What ``initialise``, ``adopt`` or ``join`` returned.
+
+    Raises:
+        SpecMismatch: the state exists, or is being made, for other values.
+        StateInUse: equal state exists and this caller may not reuse it.
+        AcquireTimeout, DeadlockError, PoisonedState: see ``errors``.
+        Whatever ``initialise`` raised, to its own caller only: the next waiter leads.
+    """
+    chosen = settings.current()
+    claim = _core.acquire(
+        key,
+        dict(spec),
+        runner=chosen.name,
+        reuse=chosen.reuse,
+        reentrant=reentrant,
+        timeout=chosen.timeout,
+        observe=observe,
+    )
+    if claim.decision == "nested":
+        return initialise()
+    if claim.decision == "join":
+        return join(claim.resource)
+    make = adopt if claim.decision == "adopt" else initialise
+    try:
+        resource = make()
+    except BaseException as error:
+        _undo(claim, undo, error)
+        raise
+    claim.publish(identity=observe() or 0, resource=resource)
+    return resource
+
+
+def _undo(claim: _core.Claim, undo: Callable[[], None], error: BaseException) -> None:
+    try:
+        undo()
+    except BaseException as second:
+        claim.poison(f"{error!r}, and undoing it failed: {second!r}")
+        raise
+    claim.fail(repr(error))

@@ -1,0 +1,62 @@
+"""sglang.srt.eplb.expert_location: metadata belongs to the runner and may be set again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Optional
+
+from sglang_distguard import _core
+from sglang_distguard.patching import Around
+from sglang_distguard.singleflight import run_once
+
+MODULE = "sglang.srt.eplb.expert_location"
+_FIELDS = ("num_layers", "num_physical_experts", "num_logical_experts", "ep_size")
+
+
+def experts_key() -> str:
+    """Registry key of the current scope's expert metadata."""
+    scope = _core.current_scope()
+    return f"experts:{0 if scope is None else scope.id}"
+
+
+def experts_spec(metadata: Any) -> dict[str, Any]:
+    """What two settings of one scope must agree on: the numbers of layers and experts."""
+    return {field: getattr(metadata, field, None) for field in _FIELDS}
+
+
+def _set_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang asserts that metadata is set once per process (0.5.23: a bare AssertionError)."""
+    namespace = original.__globals__
+
+    @functools.wraps(original)
+    def set_global_expert_location_metadata(value: Any, allow_overwrite: bool = False) -> None:
+        if value is None or allow_overwrite:
+            # A dense model, or SGLang replacing its own (rebalancing, elastic EP).
+            original(value, allow_overwrite=True)
+            return
+        key = experts_key()
+        _core.forget(key)  # of a runner that is gone; nothing happens while one holds it
+
+        def observe() -> Optional[int]:
+            current = namespace["get_global_expert_location_metadata"]()
+            return None if current is None else id(current)
+
+        def assign(_shared: Any = None) -> None:
+            original(value, allow_overwrite=True)
+
+        before = namespace["get_global_expert_location_metadata"]()
+        run_once(
+            key,
+            experts_spec(value),
+            observe=observe,
+            initialise=assign,
+            adopt=assign,
+            join=assign,
+            undo=lambda: original(before, allow_overwrite=True),
+        )
+
+    return set_global_expert_location_metadata
+
+
+CHANGES = (Around(MODULE, "set_global_expert_location_metadata", _set_metadata),)

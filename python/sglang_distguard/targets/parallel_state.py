@@ -1,0 +1,209 @@
+"""sglang.srt.distributed.parallel_state: the world and the groups are made once and then shared."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, Optional
+
+from sglang_distguard import _core, groups, settings
+from sglang_distguard.groups import MODULE
+from sglang_distguard.patching import Around, Needs
+from sglang_distguard.scoping import accessor
+from sglang_distguard.singleflight import run_once
+
+WORLD = "world"
+GROUPS = "groups"
+
+#: Read from the ParallelContext (0.5.23, docstring of `initialize_model_parallel`).
+_WIDTHS = (
+    "tp_size",
+    "pp_size",
+    "attn_tp_size",
+    "attn_dp_size",
+    "attn_cp_size",
+    "attn_dcp_size",
+    "moe_ep_size",
+    "moe_dp_size",
+    "moe_tp_size",
+    "shared_experts_tp_size",
+)
+_FLAGS = (
+    "_ENABLE_CUSTOM_ALL_REDUCE",
+    "_ENABLE_MSCCLPP",
+    "_ENABLE_TORCH_SYMM_MEM_ALL_REDUCE",
+    "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
+)
+
+
+def world_identity() -> Optional[int]:
+    """Identity of torch's default process group."""
+    group = groups.default_process_group()
+    return None if group is None else id(group)
+
+
+def groups_identity() -> Optional[int]:
+    """Identity of the groups that the process shares, or that somebody made without the guard."""
+    shared = _core.resource(GROUPS)
+    return groups.identity(groups.find() if shared is None else shared)
+
+
+def world_spec(call: dict[str, Any]) -> dict[str, Any]:
+    """What two requests for a world must agree on. Port, init method and timeout may differ."""
+    world_size, rank = call["world_size"], call["rank"]
+    local_rank = call["local_rank"]
+    if call["distributed_init_method"] == "env://":
+        world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size < 0 else world_size
+        rank = int(os.environ.get("RANK", 0)) if rank < 0 else rank
+        if local_rank == -1:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return {
+        "world_size": world_size,
+        "rank": rank,
+        "local_rank": rank if local_rank == -1 else local_rank,
+        "backend": str(call["backend"]),
+    }
+
+
+def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
+    """What two requests for groups must agree on: every width, and what is fixed with them."""
+    widths = {width: getattr(parallel, width) for width in _WIDTHS}
+    flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in _FLAGS}
+    return {**widths, **flags, **call, **process_switches()}
+
+
+def process_switches() -> dict[str, Any]:
+    """Settings that SGLang applies to the whole process, so that runners must agree on them.
+
+    0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
+    `set_float32_matmul_precision("high")` is torch-wide; neither is ever undone.
+    """
+    from sglang.srt.runtime_context import get_exec
+
+    execution = get_exec()
+    return {
+        "enable_deterministic_inference": execution.deterministic.enable_deterministic_inference,
+        "enable_tf32_matmul": execution.features.enable_tf32_matmul,
+    }
+
+
+def _init_distributed_environment(original: Callable[..., Any]) -> Callable[..., Any]:
+    namespace = original.__globals__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init_distributed_environment(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        world_before = groups.default_process_group()
+        coordinator_before = namespace["_WORLD"]
+
+        def initialise() -> Any:
+            original(*args, **kwargs)
+            return namespace["_WORLD"]
+
+        made_before = groups.process_groups()
+
+        def undo() -> None:
+            if coordinator_before is None and namespace["_WORLD"] is not None:
+                namespace["_WORLD"].destroy()
+                namespace["_WORLD"] = None
+            groups.discard_process_groups(keep=made_before)
+            if world_before is None and groups.default_process_group() is not None:
+                namespace["_MODEL_PARALLEL_GROUP_TIMEOUT"] = None
+                namespace["torch"].distributed.destroy_process_group()
+
+        run_once(
+            WORLD,
+            world_spec(call.arguments),
+            observe=world_identity,
+            initialise=initialise,
+            adopt=initialise,  # it makes what is missing and keeps what is there
+            join=lambda _world: original(*args, **kwargs),  # stamps the world into this scope
+            undo=undo,
+        )
+
+    return init_distributed_environment
+
+
+def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
+        stamp_before = dict(parallel._stamp)
+
+        made_before = groups.process_groups()
+
+        def initialise() -> groups.Groups:
+            if groups.identity(groups.read()) is None:
+                groups.write(dict.fromkeys(groups.FIELDS))  # left by groups destroyed elsewhere
+            original(*args, **kwargs)
+            return groups.read()
+
+        def adopt() -> groups.Groups:
+            found = groups.find()
+            groups.stamp(found)
+            return found
+
+        def undo() -> None:
+            groups.discard(groups.read())
+            groups.discard_process_groups(keep=made_before)
+            parallel._stamp = stamp_before
+
+        run_once(
+            GROUPS,
+            groups_spec(dict(call.arguments), parallel),
+            observe=groups_identity,
+            initialise=initialise,
+            adopt=adopt,
+            join=groups.stamp,
+            undo=undo,
+        )
+
+    return initialize_model_parallel
+
+
+def _destroy_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def destroy_model_parallel() -> None:
+        with _core.teardown(GROUPS, settings.current().name) as state:
+            shared = state.resource
+            if shared is not None:
+                groups.write(shared)  # the scope that tears down need not be the one that built
+            if state.origin == "adopted":
+                groups.write(dict.fromkeys(groups.FIELDS))
+            alone = groups.read()["_SELF_PP"]
+            original()
+            # 0.5.23 forgets `_SELF_PP`: the next world would inherit a dead group.
+            groups.discard({**dict.fromkeys(groups.FIELDS), "_SELF_PP": alone})
+
+    return destroy_model_parallel
+
+
+def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[..., Any]:
+    namespace = original.__globals__
+
+    @functools.wraps(original)
+    def destroy_distributed_environment() -> None:
+        with _core.teardown(WORLD, settings.current().name) as state:
+            if state.origin == "adopted":
+                namespace["_WORLD"] = None
+                return
+            original()
+
+    return destroy_distributed_environment
+
+
+CHANGES = (
+    Needs(MODULE, "GroupCoordinator"),
+    Around(MODULE, "init_distributed_environment", _init_distributed_environment),
+    Around(MODULE, "initialize_model_parallel", _initialize_model_parallel),
+    Around(MODULE, "destroy_model_parallel", _destroy_model_parallel),
+    Around(MODULE, "destroy_distributed_environment", _destroy_distributed_environment),
+)

@@ -1,0 +1,21 @@
+//! The registry behind `sglang_distguard`: who initialises shared state, who joins, who is refused.
+//! Knows nothing of Python, SGLang or torch, holds no statics and never blocks with its lock held.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod actor;
+pub mod clock;
+pub mod error;
+pub mod events;
+pub mod guard;
+pub mod key;
+pub mod lease;
+pub mod policy;
+pub mod registry;
+pub mod scopes;
+pub mod slot;
+pub mod snapshot;
+pub mod spec;
+mod sync;
+pub mod teardown;
+pub mod waitgraph;

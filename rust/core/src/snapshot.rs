@@ -1,0 +1,80 @@
+//! What the registry looks like at one moment, as plain data.
+
+use std::time::Duration;
+
+use crate::actor::Actor;
+use crate::events::Event;
+use crate::key::Key;
+use crate::lease::Holder;
+use crate::slot::Origin;
+use crate::spec::Spec;
+
+/// The state of one slot.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SlotState {
+    /// Nothing is there.
+    Idle,
+    /// A leader initialises it or tears it down.
+    Running {
+        /// Who.
+        leader: Actor,
+        /// Since when.
+        since: Duration,
+        /// For what.
+        spec: Spec,
+        /// Whether it is being torn down.
+        teardown: bool,
+    },
+    /// It can be joined.
+    Ready {
+        /// Who made it.
+        by: Actor,
+        /// Since when.
+        since: Duration,
+        /// For what.
+        spec: Spec,
+        /// Whether the registry made it.
+        origin: Origin,
+        /// Who holds it.
+        holders: Vec<Holder>,
+    },
+    /// Half-made; only a reset helps.
+    Poisoned {
+        /// What went wrong.
+        reason: String,
+        /// Who was making it.
+        by: Actor,
+        /// Since when.
+        since: Duration,
+    },
+}
+
+/// One slot.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SlotSnapshot {
+    /// Its key.
+    pub key: Key,
+    /// Its state.
+    pub state: SlotState,
+    /// How many states it has had.
+    pub generation: u64,
+    /// How many threads wait for it.
+    pub waiters: usize,
+    /// How many leaders failed.
+    pub failures: u64,
+    /// Why the last one failed, unless one has succeeded since.
+    pub last_failure: Option<String>,
+}
+
+/// The whole registry.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// When, on the registry's clock.
+    pub at: Duration,
+    /// The slots, by key.
+    pub slots: Vec<SlotSnapshot>,
+    /// The last events, oldest first.
+    pub events: Vec<Event>,
+    /// How many events are no longer kept.
+    pub dropped_events: u64,
+}

@@ -1,0 +1,188 @@
+//! Between the core's plain data and Python's.
+
+use std::str::FromStr;
+
+use distguard_core::actor::{Actor, ThreadId};
+use distguard_core::events::Event;
+use distguard_core::key::Key;
+use distguard_core::slot::Origin;
+use distguard_core::snapshot::{SlotSnapshot, SlotState, Snapshot};
+use distguard_core::spec::{Spec, Value};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
+use pyo3::IntoPyObjectExt;
+
+pub fn key(text: &str) -> PyResult<Key> {
+    Key::from_str(text).map_err(PyValueError::new_err)
+}
+
+/// The calling thread, as `threading` knows it.
+pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
+    let threading = py.import("threading")?;
+    Ok(Actor {
+        thread: ThreadId(threading.call_method0("get_ident")?.extract()?),
+        thread_name: threading
+            .call_method0("current_thread")?
+            .getattr("name")?
+            .extract()?,
+        runner,
+    })
+}
+
+pub fn spec(fields: &Bound<'_, PyDict>) -> PyResult<Spec> {
+    fields
+        .iter()
+        .map(|(field, value)| Ok((field.extract::<String>()?, value_from_python(&value)?)))
+        .collect()
+}
+
+/// Whatever is no plain value is compared by what it prints: devices, dtypes, enums.
+fn value_from_python(value: &Bound<'_, PyAny>) -> PyResult<Value> {
+    if value.is_none() {
+        Ok(Value::Null)
+    } else if value.is_instance_of::<PyBool>() {
+        Ok(Value::Bool(value.extract()?))
+    } else if value.is_instance_of::<PyInt>() {
+        match value.extract() {
+            Ok(number) => Ok(Value::Int(number)),
+            Err(_) => Ok(Value::Str(value.str()?.to_string())),
+        }
+    } else if value.is_instance_of::<PyFloat>() {
+        Ok(Value::Float(value.extract()?))
+    } else if value.is_instance_of::<PyString>() {
+        Ok(Value::Str(value.extract()?))
+    } else if value.is_instance_of::<PyList>() || value.is_instance_of::<PyTuple>() {
+        let items = value.try_iter()?;
+        let items = items.map(|item| value_from_python(&item?));
+        Ok(Value::List(items.collect::<PyResult<_>>()?))
+    } else {
+        Ok(Value::Str(value.str()?.to_string()))
+    }
+}
+
+pub fn value_to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    match value {
+        Value::Null => Ok(py.None().into_bound(py)),
+        Value::Bool(value) => value.into_bound_py_any(py),
+        Value::Int(value) => value.into_bound_py_any(py),
+        Value::Float(value) => value.into_bound_py_any(py),
+        Value::Str(value) => value.into_bound_py_any(py),
+        Value::List(values) => {
+            let items = values.iter().map(|value| value_to_python(py, value));
+            PyList::new(py, items.collect::<PyResult<Vec<_>>>()?)?.into_bound_py_any(py)
+        }
+    }
+}
+
+pub fn origin(origin: Origin) -> &'static str {
+    match origin {
+        Origin::Created => "created",
+        Origin::Adopted => "adopted",
+    }
+}
+
+fn actor_to_python<'py>(py: Python<'py>, actor: &Actor) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("thread", actor.thread.0)?;
+    out.set_item("thread_name", &actor.thread_name)?;
+    out.set_item("runner", &actor.runner)?;
+    Ok(out)
+}
+
+fn spec_to_python<'py>(py: Python<'py>, spec: &Spec) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    for (field, value) in spec.iter() {
+        out.set_item(field, value_to_python(py, value)?)?;
+    }
+    Ok(out)
+}
+
+/// The registry as the dict that `sglang_distguard.snapshot()` documents.
+pub fn snapshot<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("at", snapshot.at.as_secs_f64())?;
+    let slots = snapshot.slots.iter().map(|slot| slot_to_python(py, slot));
+    out.set_item(
+        "slots",
+        PyList::new(py, slots.collect::<PyResult<Vec<_>>>()?)?,
+    )?;
+    let events = snapshot
+        .events
+        .iter()
+        .map(|event| event_to_python(py, event));
+    out.set_item(
+        "events",
+        PyList::new(py, events.collect::<PyResult<Vec<_>>>()?)?,
+    )?;
+    out.set_item("dropped_events", snapshot.dropped_events)?;
+    Ok(out)
+}
+
+fn slot_to_python<'py>(py: Python<'py>, slot: &SlotSnapshot) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("key", slot.key.to_string())?;
+    out.set_item("generation", slot.generation)?;
+    out.set_item("waiters", slot.waiters)?;
+    out.set_item("failures", slot.failures)?;
+    out.set_item("last_failure", &slot.last_failure)?;
+    let holders = PyList::empty(py);
+    let empty = Spec::default();
+    let (state, by, since, spec, made, reason) = match &slot.state {
+        SlotState::Idle => ("idle", None, None, &empty, None, None),
+        SlotState::Running {
+            leader,
+            since,
+            spec,
+            teardown,
+        } => {
+            let state = if *teardown { "teardown" } else { "running" };
+            (state, Some(leader), Some(since), spec, None, None)
+        }
+        SlotState::Ready {
+            by,
+            since,
+            spec,
+            origin,
+            holders: leases,
+        } => {
+            for holder in leases {
+                let entry = PyDict::new(py);
+                entry.set_item("name", &holder.name)?;
+                entry.set_item("thread_name", &holder.actor.thread_name)?;
+                entry.set_item("since", holder.since.as_secs_f64())?;
+                holders.append(entry)?;
+            }
+            ("ready", Some(by), Some(since), spec, Some(*origin), None)
+        }
+        SlotState::Poisoned { reason, by, since } => (
+            "poisoned",
+            Some(by),
+            Some(since),
+            &empty,
+            None,
+            Some(reason),
+        ),
+    };
+    out.set_item("state", state)?;
+    out.set_item("by", by.map(|by| actor_to_python(py, by)).transpose()?)?;
+    out.set_item("since", since.map(std::time::Duration::as_secs_f64))?;
+    out.set_item("spec", spec_to_python(py, spec)?)?;
+    out.set_item("origin", made.map(origin))?;
+    out.set_item("reason", reason)?;
+    out.set_item("holders", holders)?;
+    Ok(out)
+}
+
+fn event_to_python<'py>(py: Python<'py>, event: &Event) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("seq", event.seq)?;
+    out.set_item("at", event.at.as_secs_f64())?;
+    out.set_item("key", event.key.to_string())?;
+    out.set_item("actor", actor_to_python(py, &event.actor)?)?;
+    out.set_item("decision", event.decision.word())?;
+    out.set_item("generation", event.generation)?;
+    out.set_item("waited", event.waited.as_secs_f64())?;
+    out.set_item("detail", &event.detail)?;
+    Ok(out)
+}

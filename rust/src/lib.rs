@@ -1,0 +1,34 @@
+//! The native module `sglang_distguard._core`: an export list. Logic lives in `distguard-core`.
+
+mod convert;
+mod errors;
+mod process;
+mod registry;
+mod runner;
+mod scope;
+mod scoped_global;
+
+use pyo3::prelude::*;
+
+/// Native part of `sglang_distguard`; see `_core.pyi` for what each name does.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::registry::{
+        acquire, begin_teardown, forget, is_ready, reset, resource, snapshot, Claim, Teardown,
+    };
+    #[pymodule_export]
+    use crate::runner::RunnerHandle;
+    #[pymodule_export]
+    use crate::scope::{
+        abandon_scope, adopt_scope, choose_scope, current_scope, depth, enter, leave, live_runners,
+        live_scopes, new_scope, switch, switch_back, Scope,
+    };
+    #[pymodule_export]
+    use crate::scoped_global::ScopedGlobal;
+
+    #[pymodule_init]
+    fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
+        super::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,167 @@
+//! What one runner holds: its scope and its leases, until it is closed or collected.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use distguard_core::lease::LeaseId;
+use distguard_core::scopes::{ScopeId, DEFAULT};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::convert;
+use crate::errors::{make, to_python};
+use crate::process::{registry, scopes};
+use crate::scope::{self, Scope};
+
+/// Ties a runner to a scope and to the shared state it uses.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct RunnerHandle {
+    name: String,
+    /// None is SGLang's default scope.
+    scope: Option<Py<Scope>>,
+    scope_id: ScopeId,
+    leases: Mutex<Vec<LeaseId>>,
+    closed: AtomicBool,
+    pid: u32,
+}
+
+impl RunnerHandle {
+    fn leases(&self) -> std::sync::MutexGuard<'_, Vec<LeaseId>> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs no Python: it is what the destructor does.
+    fn release(&self) -> bool {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        // A child's registry is not the one that gave the leases.
+        if self.pid == std::process::id() {
+            for lease in std::mem::take(&mut *self.leases()) {
+                registry().release(lease);
+            }
+            scopes().with(|ledger| ledger.unbind_runner(self.scope_id));
+        }
+        true
+    }
+}
+
+#[pymethods]
+impl RunnerHandle {
+    #[new]
+    #[pyo3(signature = (name, scope, keys))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn new(
+        py: Python<'_>,
+        name: String,
+        scope: Option<Bound<'_, Scope>>,
+        keys: Vec<String>,
+    ) -> PyResult<Self> {
+        let keys: Vec<_> = keys
+            .iter()
+            .map(|key| convert::key(key))
+            .collect::<PyResult<_>>()?;
+        let actor = convert::actor(py, Some(name.clone()))?;
+        let leases = registry()
+            .lease(&keys, &name, &actor)
+            .map_err(|error| to_python(py, &error))?;
+        let scope_id = scope
+            .as_ref()
+            .map_or(DEFAULT, |scope| scope.get().scope_id());
+        scopes().with(|ledger| ledger.bind_runner(scope_id));
+        Ok(Self {
+            name,
+            scope: scope.map(Bound::unbind),
+            scope_id,
+            leases: Mutex::new(leases),
+            closed: AtomicBool::new(false),
+            pid: std::process::id(),
+        })
+    }
+
+    #[getter]
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    #[getter]
+    fn scope(&self, py: Python<'_>) -> Option<Py<Scope>> {
+        self.scope.as_ref().map(|scope| scope.clone_ref(py))
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Takes one more lease.
+    fn hold(&self, py: Python<'_>, key: &str) -> PyResult<()> {
+        let actor = convert::actor(py, Some(self.name.clone()))?;
+        let taken = registry()
+            .lease(&[convert::key(key)?], &self.name, &actor)
+            .map_err(|error| to_python(py, &error))?;
+        self.leases().extend(taken);
+        Ok(())
+    }
+
+    /// Raises when the runner was closed or belongs to another process.
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        let (class, message) = if self.pid != std::process::id() {
+            let (pid, here) = (self.pid, std::process::id());
+            (
+                "ForkedError",
+                format!(
+                    "runner '{}' was built in process {pid}; this forked child ({here}) cannot \
+                     use it. Build a runner here, or start the process with spawn",
+                    self.name
+                ),
+            )
+        } else if self.closed() {
+            (
+                "DistGuardError",
+                format!("runner '{}' is closed; build a new one", self.name),
+            )
+        } else {
+            return Ok(());
+        };
+        let details = PyDict::new(py);
+        details.set_item("runner", &self.name)?;
+        Err(make(py, class, &message, &details)?)
+    }
+
+    /// Makes the runner's scope current for one of its methods; give the result to `leave`.
+    fn enter(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        self.check(py)?;
+        scope::enter(py, self.scope.as_ref().map(|scope| scope.bind(py).clone()))
+    }
+
+    /// Releases the leases and, when it was the scope's last runner, the scope's values.
+    fn close(&self, py: Python<'_>) -> bool {
+        let first = self.release();
+        if let Some(scope) = self.scope.as_ref().filter(|_| first) {
+            if scopes().with(|ledger| ledger.live(self.scope_id)) == 0 {
+                scope.bind(py).get().clear();
+            }
+        }
+        first
+    }
+
+    fn __repr__(&self) -> String {
+        let state = if self.closed() { "closed" } else { "open" };
+        format!("<RunnerHandle {:?} {state}>", self.name)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.scope
+            .as_ref()
+            .map_or(Ok(()), |scope| visit.call(scope))
+    }
+}
+
+impl Drop for RunnerHandle {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

@@ -1,0 +1,317 @@
+//! Scopes: whose view of SGLang's process-globals the running code has.
+//! The active one lives in a `ContextVar`, so threads and asyncio tasks each have their own.
+//! Holds values, never decides: who gets a new scope is `distguard_core::scopes`.
+
+use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
+
+use distguard_core::actor::ThreadId;
+use distguard_core::key::Key;
+use distguard_core::scopes::{Publish, ScopeId, DEFAULT};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyString, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::{intern, PyTraverseError, PyVisit};
+
+use crate::process;
+
+/// One runner's own values of SGLang's module globals.
+///
+/// SGLang's default scope, the module globals themselves, has no `Scope`: it is `None`.
+#[pyclass(frozen, weakref, module = "sglang_distguard._core")]
+pub struct Scope {
+    id: ScopeId,
+    label: Mutex<String>,
+    /// Indexed by `ScopedGlobal` slot; `None` means not yet read or written in this scope.
+    /// Never locked while Python runs: a value that is replaced is dropped after unlocking.
+    values: Mutex<Vec<Option<Py<PyAny>>>>,
+}
+
+impl Scope {
+    pub fn new(id: ScopeId, label: String) -> Self {
+        Self {
+            id,
+            label: Mutex::new(label),
+            values: Mutex::new(Vec::new()),
+        }
+    }
+
+    pub fn scope_id(&self) -> ScopeId {
+        self.id
+    }
+
+    pub fn read(&self, py: Python<'_>, slot: usize) -> Option<Py<PyAny>> {
+        let values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        values.get(slot)?.as_ref().map(|value| value.clone_ref(py))
+    }
+
+    pub fn write(&self, slot: usize, value: Option<Py<PyAny>>) -> Option<Py<PyAny>> {
+        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        if values.len() <= slot {
+            values.resize_with(slot + 1, || None);
+        }
+        std::mem::replace(&mut values[slot], value)
+    }
+
+    /// Stores `value` unless another thread was first; returns what the slot holds then.
+    pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Py<PyAny> {
+        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        if values.len() <= slot {
+            values.resize_with(slot + 1, || None);
+        }
+        if let Some(existing) = &values[slot] {
+            let existing = existing.clone_ref(py);
+            drop(values);
+            return existing;
+        }
+        values[slot] = Some(value.clone_ref(py));
+        value
+    }
+
+    fn take_all(&self) -> Vec<Option<Py<PyAny>>> {
+        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *values)
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        process::scopes().drop_scope(self.id);
+        process::registry().remove(&Key::Experts(self.id.0.to_string()));
+    }
+}
+
+#[pymethods]
+impl Scope {
+    #[getter]
+    fn id(&self) -> u64 {
+        self.id.0
+    }
+
+    #[getter]
+    fn label(&self) -> String {
+        self.label
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    #[setter]
+    fn set_label(&self, label: String) {
+        *self.label.lock().unwrap_or_else(PoisonError::into_inner) = label;
+    }
+
+    /// Drops every value the scope holds; globals read afterwards start afresh.
+    pub fn clear(&self) {
+        drop(self.take_all());
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Scope {} {:?}>", self.id.0, self.label())
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // The collector must not block: a lock held elsewhere means the values are in use.
+        if let Ok(values) = self.values.try_lock() {
+            for value in values.iter().flatten() {
+                visit.call(value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        drop(self.take_all());
+    }
+}
+
+thread_local! {
+    /// How many runner methods this thread is inside of.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+}
+
+fn context_var(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static VAR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    VAR.get_or_try_init(py, || {
+        let kwargs = PyDict::new(py);
+        kwargs.set_item("default", py.None())?;
+        let name = PyString::new(py, "sglang_distguard.scope");
+        let var = py
+            .import("contextvars")?
+            .getattr("ContextVar")?
+            .call((name,), Some(&kwargs))?;
+        Ok(var.unbind())
+    })
+    .map(|var| var.bind(py))
+}
+
+/// The scope of the running thread or task; `None` is SGLang's default one.
+pub fn current<'py>(py: Python<'py>) -> PyResult<Option<Bound<'py, Scope>>> {
+    // The limited API has no PyContextVar_Get; the method call costs about 40 ns.
+    let value = context_var(py)?.call_method0(intern!(py, "get"))?;
+    if value.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(value.cast_into::<Scope>()?))
+}
+
+fn bind(py: Python<'_>, scope: Option<&Bound<'_, Scope>>) -> PyResult<Py<PyAny>> {
+    let value = scope.map_or_else(|| py.None(), |scope| scope.clone().into_any().unbind());
+    let token = context_var(py)?.call_method1(intern!(py, "set"), (value,))?;
+    Ok(token.unbind())
+}
+
+/// The scope of the running thread or task; None is SGLang's default one.
+#[pyfunction]
+pub fn current_scope(py: Python<'_>) -> PyResult<Option<Bound<'_, Scope>>> {
+    current(py)
+}
+
+/// Makes `scope` the running thread's own until it is changed again.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn adopt_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<()> {
+    bind(py, scope.as_ref()).map(drop)
+}
+
+/// Makes `scope` current; returns what `switch_back` needs (None when nothing changed).
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn switch(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<Option<Py<PyAny>>> {
+    let unchanged = match (current(py)?, &scope) {
+        (None, None) => true,
+        (Some(now), Some(wanted)) => now.is(wanted),
+        _ => false,
+    };
+    if unchanged {
+        return Ok(None);
+    }
+    bind(py, scope.as_ref()).map(Some)
+}
+
+/// Undoes the `switch` that returned `token`.
+#[pyfunction]
+#[pyo3(signature = (token, /))]
+pub fn switch_back(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<()> {
+    if let Some(token) = token {
+        context_var(py)?.call_method1(intern!(py, "reset"), (token,))?;
+    }
+    Ok(())
+}
+
+/// `switch` for a runner's method: the thread counts as inside one until `leave`.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn enter(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<Option<Py<PyAny>>> {
+    let token = switch(py, scope)?;
+    DEPTH.with(|depth| depth.set(depth.get() + 1));
+    Ok(token)
+}
+
+/// Undoes the `enter` that returned `token`; returns how deep the thread still is.
+#[pyfunction]
+#[pyo3(signature = (token, /))]
+pub fn leave(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<usize> {
+    let depth = DEPTH.with(|depth| {
+        let now = depth.get().checked_sub(1);
+        depth.set(now.unwrap_or(0));
+        now
+    });
+    let Some(depth) = depth else {
+        return Err(PyRuntimeError::new_err(
+            "leave() without a matching enter()",
+        ));
+    };
+    switch_back(py, token)?;
+    Ok(depth)
+}
+
+/// How many runner methods the calling thread is inside of.
+#[pyfunction]
+pub fn depth() -> usize {
+    DEPTH.with(Cell::get)
+}
+
+/// Scopes that are alive, for whoever has to find one by what it holds.
+static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
+
+fn register<'py>(py: Python<'py>, id: ScopeId, label: String) -> PyResult<Bound<'py, Scope>> {
+    let scope = Bound::new(py, Scope::new(id, label))?;
+    let weak = PyWeakrefReference::new(&scope)?.unbind();
+    LIVE.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(weak);
+    Ok(scope)
+}
+
+/// The scopes that are alive, oldest first, without SGLang's default one.
+#[pyfunction]
+pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
+    let known = {
+        let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *live)
+    };
+    // Upgraded without the lock: dropping a weak reference may run Python.
+    let (kept, found): (Vec<_>, Vec<_>) = known
+        .into_iter()
+        .filter_map(|weak| {
+            let scope = weak.bind(py).upgrade()?.cast_into::<Scope>().ok()?;
+            Some((weak, scope))
+        })
+        .unzip();
+    let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let added = std::mem::replace(&mut *live, kept);
+    live.extend(added);
+    found
+}
+
+/// A scope that nobody publishes in; its context comes from elsewhere.
+#[pyfunction]
+pub fn new_scope(py: Python<'_>, label: String) -> PyResult<Bound<'_, Scope>> {
+    register(py, process::scopes().with(|ledger| ledger.create()), label)
+}
+
+fn current_id(py: Python<'_>) -> PyResult<ScopeId> {
+    Ok(current(py)?.map_or(DEFAULT, |scope| scope.get().id))
+}
+
+fn thread_id(py: Python<'_>) -> PyResult<ThreadId> {
+    let threading = py.import("threading")?;
+    Ok(ThreadId(threading.call_method0("get_ident")?.extract()?))
+}
+
+/// Which scope a `publish` of the calling thread configures, and whether that is a fresh one.
+#[pyfunction]
+pub fn choose_scope(
+    py: Python<'_>,
+    label: String,
+    live_threads: Vec<u64>,
+) -> PyResult<(Option<Bound<'_, Scope>>, bool)> {
+    let (now, thread) = (current_id(py)?, thread_id(py)?);
+    let choice = process::scopes()
+        .with(|ledger| ledger.publish(now, thread, |other| live_threads.contains(&other.0)));
+    match choice {
+        Publish::Replace(_) => Ok((current(py)?, false)),
+        Publish::New(id) => Ok((Some(register(py, id, label)?), true)),
+    }
+}
+
+/// The calling thread's publish in `scope` failed: others may publish there again.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn abandon_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<()> {
+    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
+    let thread = thread_id(py)?;
+    process::scopes().with(|ledger| ledger.abandon(id, thread));
+    Ok(())
+}
+
+/// How many runners live in `scope`.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn live_runners(scope: Option<Bound<'_, Scope>>) -> usize {
+    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
+    process::scopes().with(|ledger| ledger.live(id))
+}

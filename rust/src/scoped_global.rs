@@ -1,0 +1,133 @@
+//! One SGLang module global that every scope has its own value of.
+//! `value` is the whole hot path: a read in every layer of every forward.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use pyo3::exceptions::{PyAttributeError, PyNameError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::scope::{current, Scope};
+
+/// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
+fn slot_of(qualified: String) -> usize {
+    static SLOTS: OnceLock<Mutex<HashMap<String, usize>>> = OnceLock::new();
+    let mut slots = SLOTS
+        .get_or_init(Mutex::default)
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let next = slots.len();
+    *slots.entry(qualified).or_insert(next)
+}
+
+/// Stands for `name` in the module whose globals are `namespace`.
+///
+/// `.value` is the module's own global in SGLang's default scope and the scope's own value
+/// elsewhere. torch.compile traces the attribute and guards on it (measured with torch 2.14.1),
+/// so a compiled module is recompiled for another runner's value.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct ScopedGlobal {
+    namespace: Py<PyDict>,
+    name: Py<PyString>,
+    /// Called without arguments for the value a fresh scope starts with.
+    initial: Py<PyAny>,
+    slot: usize,
+}
+
+#[pymethods]
+impl ScopedGlobal {
+    #[new]
+    #[pyo3(signature = (namespace, name, initial))]
+    fn new(
+        py: Python<'_>,
+        namespace: Py<PyDict>,
+        name: Py<PyString>,
+        initial: Py<PyAny>,
+    ) -> PyResult<Self> {
+        let module = namespace.bind(py).get_item("__name__")?;
+        let module = module.map_or_else(String::new, |module| module.to_string());
+        let slot = slot_of(format!("{module}.{}", name.bind(py)));
+        Ok(Self {
+            namespace,
+            name,
+            initial,
+            slot,
+        })
+    }
+
+    #[getter]
+    fn value(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let scope = current(py)?;
+        self.value_in(py, scope.as_ref())
+    }
+
+    #[setter]
+    fn set_value(&self, py: Python<'_>, value: Py<PyAny>) -> PyResult<()> {
+        let scope = current(py)?;
+        self.set_value_in(py, scope.as_ref(), value)
+    }
+
+    #[deleter]
+    fn delete_value(&self, py: Python<'_>) -> PyResult<()> {
+        match current(py)? {
+            None => self.namespace.bind(py).del_item(&self.name),
+            Some(scope) => match scope.get().write(self.slot, None) {
+                Some(_) => Ok(()),
+                None => Err(PyAttributeError::new_err(self.name.to_string())),
+            },
+        }
+    }
+
+    /// The value `scope` has, or its initial one; None names SGLang's default scope.
+    #[pyo3(signature = (scope, /))]
+    fn value_in(&self, py: Python<'_>, scope: Option<&Bound<'_, Scope>>) -> PyResult<Py<PyAny>> {
+        let Some(scope) = scope else {
+            return match self.namespace.bind(py).get_item(&self.name)? {
+                Some(value) => Ok(value.unbind()),
+                None => Err(PyNameError::new_err(format!(
+                    "name '{}' is not defined",
+                    self.name
+                ))),
+            };
+        };
+        if let Some(value) = scope.get().read(py, self.slot) {
+            return Ok(value);
+        }
+        let value = self.initial.call0(py)?;
+        Ok(scope.get().write_if_unset(py, self.slot, value))
+    }
+
+    #[pyo3(signature = (scope, value, /))]
+    fn set_value_in(
+        &self,
+        py: Python<'_>,
+        scope: Option<&Bound<'_, Scope>>,
+        value: Py<PyAny>,
+    ) -> PyResult<()> {
+        match scope {
+            None => self.namespace.bind(py).set_item(&self.name, value),
+            Some(scope) => {
+                drop(scope.get().write(self.slot, Some(value)));
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether `scope` has a value of its own, read or written before.
+    #[pyo3(signature = (scope, /))]
+    fn is_set_in(&self, py: Python<'_>, scope: &Bound<'_, Scope>) -> bool {
+        scope.get().read(py, self.slot).is_some()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ScopedGlobal {}>", self.name)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.namespace)?;
+        visit.call(&self.initial)
+    }
+}
