@@ -13,6 +13,7 @@ import wrapt
 from sglang_distguard import _core, adapters, settings
 from sglang_distguard.errors import StateInUse
 from sglang_distguard.patching import ModulePlan
+from sglang_distguard.patching.live import functions_by_module
 
 
 @dataclass
@@ -40,22 +41,18 @@ def install(*, reuse: Optional[bool] = None, timeout: Optional[float] = None) ->
             environment variable ``SGLANG_DISTGUARD_TIMEOUT`` when set, else 300.
 
     Raises:
-        NotSupported: the installed SGLang lacks something the guard rests on, or this is a
-            subinterpreter. Nothing was patched.
+        NotSupported: the installed SGLang lacks something the guard rests on.
+            Nothing was patched.
         TypeError, ValueError: an argument or environment variable is not usable.
     """
     global _installation
     with _lock:
         chosen = _settings(reuse, timeout, again=_installation is not None)
         if _installation is None:
-            _core.check_interpreter()
             plans = adapters.choose()
             installation = _Installation({plan.module: plan for plan in plans})
             try:
-                for plan in plans:
-                    module = _imported(plan.module)
-                    if module is not None:
-                        plan.apply(module)
+                _apply(plans)
             except BaseException:
                 _undo(installation)
                 raise
@@ -111,6 +108,15 @@ def _settings(
     )
 
 
+def _apply(plans: list[ModulePlan]) -> None:
+    imported = {plan.module: _imported(plan.module) for plan in plans}
+    functions = functions_by_module(module for module in imported.values() if module is not None)
+    for plan in plans:
+        module = imported[plan.module]
+        if module is not None:
+            plan.apply(module, functions[plan.module])
+
+
 def _imported(name: str) -> Optional[ModuleType]:
     """The module, when its import has finished; one that is being imported calls back."""
     module = sys.modules.get(name)
@@ -145,5 +151,7 @@ def _on_import(module: ModuleType) -> None:
 
 
 def _undo(installation: _Installation) -> None:
-    for plan in reversed(list(installation.plans.values())):
-        plan.undo()
+    plans = [plan for plan in installation.plans.values() if plan.applied_to is not None]
+    functions = functions_by_module(plan.applied_to for plan in plans if plan.applied_to)
+    for plan in reversed(plans):
+        plan.undo(functions[plan.module])

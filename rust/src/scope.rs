@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use distguard_core::actor::ThreadId;
 use distguard_core::key::Key;
-use distguard_core::scopes::{Publish, ScopeId, DEFAULT};
+use distguard_core::scopes::{Publish, ScopeId, ScopeLedger, DEFAULT};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -148,7 +148,7 @@ fn context_var(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
 }
 
 /// The scope of the running thread or task; `None` is SGLang's default one.
-pub fn current<'py>(py: Python<'py>) -> PyResult<Option<Bound<'py, Scope>>> {
+pub fn current(py: Python<'_>) -> PyResult<Option<Bound<'_, Scope>>> {
     // The limited API has no PyContextVar_Get; the method call costs about 40 ns.
     let value = context_var(py)?.call_method0(intern!(py, "get"))?;
     if value.is_none() {
@@ -237,7 +237,7 @@ pub fn depth() -> usize {
 /// Scopes that are alive, for whoever has to find one by what it holds.
 static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
 
-fn register<'py>(py: Python<'py>, id: ScopeId, label: String) -> PyResult<Bound<'py, Scope>> {
+fn register(py: Python<'_>, id: ScopeId, label: String) -> PyResult<Bound<'_, Scope>> {
     let scope = Bound::new(py, Scope::new(id, label))?;
     let weak = PyWeakrefReference::new(&scope)?.unbind();
     LIVE.lock()
@@ -270,7 +270,7 @@ pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
 /// A scope that nobody publishes in; its context comes from elsewhere.
 #[pyfunction]
 pub fn new_scope(py: Python<'_>, label: String) -> PyResult<Bound<'_, Scope>> {
-    register(py, process::scopes().with(|ledger| ledger.create()), label)
+    register(py, process::scopes().with(ScopeLedger::create), label)
 }
 
 fn current_id(py: Python<'_>) -> PyResult<ScopeId> {

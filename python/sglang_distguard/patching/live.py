@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,27 +17,39 @@ from sglang_distguard.errors import NotSupported
 Hook = Callable[..., Any]
 
 
-def functions_of(module: ModuleType) -> Iterator[FunctionType]:
+def functions_of(module: ModuleType) -> list[FunctionType]:
     """Every live function whose globals are this module's, wherever it is held.
 
     A function refers to its globals, so the collector finds also those that only a closure, a
-    decorator or a registry holds. ``gc.get_referrers`` is one C loop over the tracked objects
-    (measured: 20 ms with sglang imported).
+    decorator or a registry holds. One C loop over all tracked objects (measured: 80 ms with
+    sglang imported); for several modules at once use ``functions_by_module``.
     """
-    for referrer in gc.get_referrers(vars(module)):
-        if isinstance(referrer, FunctionType) and referrer.__globals__ is vars(module):
-            yield referrer
+    namespace = vars(module)
+    return [
+        referrer
+        for referrer in gc.get_referrers(namespace)
+        if isinstance(referrer, FunctionType) and referrer.__globals__ is namespace
+    ]
 
 
-def swap_code(module: ModuleType, codes: Mapping[CodeType, CodeType]) -> int:
-    """Give every live function of ``module`` whose code is a key the code it maps to."""
-    swapped = 0
-    for function in functions_of(module):
+def functions_by_module(modules: Iterable[ModuleType]) -> dict[str, list[FunctionType]]:
+    """``functions_of`` for several modules in one pass over the tracked objects."""
+    by_namespace = {id(vars(module)): module.__name__ for module in modules}
+    found: dict[str, list[FunctionType]] = {name: [] for name in by_namespace.values()}
+    for candidate in gc.get_objects():
+        if isinstance(candidate, FunctionType):
+            name = by_namespace.get(id(candidate.__globals__))
+            if name is not None:
+                found[name].append(candidate)
+    return found
+
+
+def swap_code(functions: Iterable[FunctionType], codes: Mapping[CodeType, CodeType]) -> None:
+    """Give every function whose code is a key the code it maps to."""
+    for function in functions:
         replacement = codes.get(function.__code__)
         if replacement is not None:
             function.__code__ = replacement
-            swapped += 1
-    return swapped
 
 
 def _call(*args: Any, **kwargs: Any) -> Any:

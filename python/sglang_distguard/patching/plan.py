@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from sglang_distguard._core import ScopedGlobal
 from sglang_distguard.errors import NotSupported
@@ -91,7 +91,7 @@ class ModulePlan:
 
     source: ModuleSource
     changes: Sequence[Change]
-    _applied: "_Applied | None" = field(default=None, init=False)
+    _applied: Optional[_Applied] = field(default=None, init=False)
 
     @property
     def module(self) -> str:
@@ -99,7 +99,8 @@ class ModulePlan:
 
     @cached_property
     def _rewrite(self) -> Rewrite:
-        return rewrite(self.source, self._scoped_names)
+        names = self._scoped_names
+        return rewrite(self.source, names) if names else Rewrite({}, {})
 
     @property
     def _scoped_names(self) -> list[str]:
@@ -137,13 +138,22 @@ class ModulePlan:
             )
         _ = self._rewrite
 
-    def apply(self, module: ModuleType) -> None:
-        """Change the imported ``module``; nothing happens when that is done already."""
+    def apply(
+        self, module: ModuleType, functions: Optional[Sequence[FunctionType]] = None
+    ) -> None:
+        """Change the imported ``module``; nothing happens when that is done already.
+
+        Args:
+            module: the module itself.
+            functions: its live functions, when the caller has looked for them already.
+        """
         if self._applied is not None:
             return
         applied = _Applied(module)
         try:
-            self._apply_rewrite(applied)
+            if self._scoped_names:
+                found = live.functions_of(module) if functions is None else functions
+                self._apply_rewrite(applied, found)
             for change in self._arounds:
                 function = live.resolve_function(module, change.qualname)
                 applied.hook(function, change.qualname, change.make)
@@ -155,34 +165,37 @@ class ModulePlan:
             raise
         self._applied = applied
 
-    def undo(self) -> None:
+    def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
         """Put everything back; nothing happens when nothing was applied."""
         applied, self._applied = self._applied, None
         if applied is not None:
-            applied.undo()
+            applied.undo(functions)
+
+    @property
+    def applied_to(self) -> Optional[ModuleType]:
+        """The module that is changed now."""
+        return None if self._applied is None else self._applied.module
 
     @property
     def is_applied(self) -> bool:
         return self._applied is not None
 
-    def _apply_rewrite(self, applied: "_Applied") -> None:
+    def _apply_rewrite(self, applied: _Applied, functions: Sequence[FunctionType]) -> None:
         plan = self._rewrite
         namespace = vars(applied.module)
         for name in self._scoped_names:
             initial = eval(plan.initials[name], namespace)  # noqa: S307 - SGLang's own expression
             applied.inject(accessor_name(name), ScopedGlobal(namespace, name, initial))
-        applied.swap(plan.replaced)
-        self._check_no_raw_access(applied)
+        applied.swap(plan.replaced, functions)
+        self._check_no_raw_access(functions)
 
-    def _check_no_raw_access(self, applied: "_Applied") -> None:
+    def _check_no_raw_access(self, functions: Sequence[FunctionType]) -> None:
         """No live function may still reach a scoped global directly: it would see another runner's.
 
         Fails when the running code is not what the source on disk says.
         """
         names = set(self._scoped_names)
-        if not names:
-            return
-        for function in live.functions_of(applied.module):
+        for function in functions:
             raw = names & _global_names(function.__code__, names)
             if raw:
                 raise NotSupported(
@@ -205,15 +218,15 @@ class _Applied:
         vars(self.module)[name] = value
         self._injected.append(name)
 
-    def swap(self, codes: dict[CodeType, CodeType]) -> None:
+    def swap(self, codes: dict[CodeType, CodeType], functions: Sequence[FunctionType]) -> None:
         self._restore.update({new: old for old, new in codes.items()})
-        live.swap_code(self.module, codes)
+        live.swap_code(functions, codes)
 
     def hook(self, function: FunctionType, qualname: str, make: MakeHook) -> None:
         if function.__globals__ is not vars(self.module):
             raise NotSupported(f"{qualname} is defined outside {self.module.__name__}")
         original = live.detached(function)
-        name = f"__distguard_hook__{qualname.replace('.', '__')}"
+        name = f"_distguard_hook_{qualname.replace('.', '__')}"
         code = live.trampoline(function, name)
         self.inject(name, make(original))
         before = function.__code__
@@ -225,9 +238,9 @@ class _Applied:
         setattr(self.module, name, value)
         self._attributes.append((name, before, value))
 
-    def undo(self) -> None:
+    def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
         # Also copies and inner functions made since: all of them carry code of ours.
-        live.swap_code(self.module, self._restore)
+        live.swap_code(live.functions_of(self.module) if functions is None else functions, self._restore)
         for name, before, ours in reversed(self._attributes):
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:

@@ -1,6 +1,6 @@
 """Recompiles a module's functions so that chosen module globals are read through an accessor.
 
-`X` becomes `__distguard__X.value` wherever a function means the module global `X`. Nothing but
+`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`. Nothing but
 the accessor differs: same file, same lines, same constants. Works on source text alone.
 """
 
@@ -15,14 +15,15 @@ from typing import Union
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.source import ModuleSource
 
-_PREFIX = "__distguard__"
+#: One leading underscore: names with two are mangled inside classes.
+_PREFIX = "_distguard_scoped"
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def accessor_name(name: str) -> str:
     """The module global through which functions reach the scoped global ``name``."""
-    return _PREFIX + name
+    return f"{_PREFIX}_{name}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _no_arguments() -> ast.arguments:
 
 
 class _Accessors(ast.NodeTransformer):
-    """Turns global `X` into `__distguard__X.value` inside functions.
+    """Turns global `X` into `_distguard_scoped_X.value` inside functions.
 
     Code at module and class level runs once, at import, in the module's own namespace: it stays.
     `visible` holds the wanted names that still mean the module global at the node being visited.

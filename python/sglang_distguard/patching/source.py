@@ -44,11 +44,13 @@ def _path_of(module: str) -> Optional[Path]:
         return Path(str(loaded.__file__))
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
-        return Path(spec.origin) if spec is not None and spec.origin and not rest else None
-    for location in spec.submodule_search_locations:
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for location in spec.submodule_search_locations or ():
         base = Path(location).joinpath(*rest)
         for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-            if rest and candidate.is_file():
+            if candidate.is_file():
                 return candidate
     return None

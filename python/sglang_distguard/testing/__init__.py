@@ -1,0 +1,25 @@
+"""Real SGLang on small models that this package makes itself: for our tests, demo and benchmarks,
+and for yours. Needs sglang; on a machine without CUDA, sglang's own sgl_kernel stub stands in.
+"""
+
+from sglang_distguard.testing.models import ARCHITECTURES, create_model
+from sglang_distguard.testing.recipe import free_port, prepare_environment, server_args
+from sglang_distguard.testing.reference import bit_equal, huggingface, max_abs_error
+from sglang_distguard.testing.solo import solo_many
+from sglang_distguard.testing.steps import PROMPTS, Generation, build, generate
+
+__all__ = [
+    "ARCHITECTURES",
+    "PROMPTS",
+    "Generation",
+    "bit_equal",
+    "build",
+    "create_model",
+    "free_port",
+    "generate",
+    "huggingface",
+    "max_abs_error",
+    "prepare_environment",
+    "server_args",
+    "solo_many",
+]

@@ -1,0 +1,56 @@
+"""What a runner is compared with: Hugging Face's own model, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    import torch
+
+
+def huggingface(
+    model_path: str | Path,
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    *,
+    dtype: Optional[torch.dtype] = None,
+) -> torch.Tensor:
+    """Logits of Hugging Face's model on the same prefixes (teacher-forced).
+
+    Args:
+        model_path: directory of the checkpoint.
+        prompts: token ids.
+        tokens: what was generated per prompt; ``tokens[p][:s]`` precedes step ``s``.
+        dtype: of the computation; default float32.
+
+    Returns:
+        Shape [steps, prompts, vocabulary], as ``Generation.logits``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype or torch.float32).eval()
+    with torch.no_grad():
+        columns = []
+        for prompt, generated in zip(prompts, tokens, strict=True):
+            ids = torch.tensor([[*prompt, *generated[:-1]]])
+            columns.append(model(ids).logits[0, len(prompt) - 1 :])
+        return torch.stack(columns, dim=1)
+
+
+def max_abs_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, computed in float64."""
+    return float((actual.double() - expected.double()).abs().max())
+
+
+def bit_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits."""
+    import torch
+
+    return (
+        actual.dtype == expected.dtype
+        and actual.shape == expected.shape
+        and torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    )

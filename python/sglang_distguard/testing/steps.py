@@ -1,0 +1,197 @@
+"""SGLang's own steps, unchanged: build one runner; prefill and decode with one runner."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard.testing.recipe import free_port
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
+
+#: Token ids of two prompts of different length, within every test model's vocabulary.
+PROMPTS: tuple[tuple[int, ...], ...] = (
+    tuple((7 * i + 3) % 997 for i in range(20)),
+    tuple((11 * i + 5) % 991 for i in range(33)),
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a runner generated.
+
+    Attributes:
+        tokens: per prompt the token ids, one from the prefill and one per decode step.
+        logits: of shape [steps + 1, prompts, vocabulary], in the runner's own dtype.
+    """
+
+    tokens: list[list[int]]
+    logits: torch.Tensor
+
+
+def build(
+    server_args: ServerArgs, *, gpu_id: int = 0, is_draft_worker: bool = False
+) -> ModelRunner:
+    """Build a runner exactly as SGLang's own code does; knows nothing of distguard.
+
+    A draft worker (``is_draft_worker``) publishes and initialises nothing: its target has.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+    from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import SpawnRanks, get_device, publish
+
+    port = free_port()
+    if not is_draft_worker:
+        publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+        initialize_moe_config()
+        initialize_fp8_gemm_config()
+        initialize_bf16_gemm_config()
+        initialize_fp4_gemm_config()
+    model_config = ModelConfig.from_server_args(server_args)
+    if not is_draft_worker:
+        bootstrap.init_parallel_runtime(
+            server_args=server_args, device=get_device().device, dist_port=port
+        )
+        bootstrap.init_layer_runtime(model_config=model_config)
+    runner = ModelRunner(
+        model_config=model_config,
+        mem_fraction_static=0.3,
+        gpu_id=gpu_id,
+        nccl_port=port,
+        server_args=server_args,
+        is_draft_worker=is_draft_worker,
+    )
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()
+    return runner
+
+
+def generate(
+    runner: ModelRunner,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    steps: int = 3,
+    *,
+    activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
+) -> Generation:
+    """Prefill ``prompts`` as one batch, then decode greedily.
+
+    Args:
+        runner: its pools are cleared first: nothing else may be generating with it.
+        prompts: token ids.
+        steps: decode steps after the prefill.
+        activate: entered around everything: SGLang's batch code reads its context outside the
+            runner's methods (``sglang_distguard.activate``).
+    """
+    import torch
+
+    with activate(runner), torch.no_grad():
+        batch, token, logits = _extend(prompts, runner)
+        tokens, rows = [token], [logits]
+        for _ in range(steps):
+            token, logits = _decode(token, batch, runner)
+            tokens.append(token)
+            rows.append(logits)
+        vocabulary = runner.model_config.vocab_size
+        return Generation(
+            tokens=torch.stack(tokens).T.tolist(),
+            logits=torch.stack(rows)[..., :vocabulary].cpu(),
+        )
+
+
+def _extend(prompts: Sequence[Sequence[int]], runner: Any) -> tuple[Any, Any, Any]:
+    """As `sglang.benchmark.one_batch.extend` (0.5.23), returning the logits too."""
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    runner.req_to_token_pool.clear()
+    runner.token_to_kv_pool_allocator.clear()
+    requests = []
+    for index, prompt in enumerate(prompts):
+        request = Req(
+            rid=str(index),
+            origin_input_text="",
+            origin_input_ids=array("q", prompt),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=64),
+        )
+        request.full_untruncated_fill_ids = request.origin_input_ids
+        request.logprob_start_len = -1
+        request.extend_end = len(request.origin_input_ids)
+        requests.append(request)
+    batch = ScheduleBatch.init_new(
+        reqs=requests,
+        req_to_token_pool=runner.req_to_token_pool,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        tree_cache=_NoCache(runner),
+        model_config=runner.model_config,
+        enable_overlap=False,
+        spec_algorithm=SpeculativeAlgorithm.NONE,
+    )
+    batch.prepare_for_extend()
+    if batch.input_ids is None and batch.prefill_input_ids_cpu is not None:
+        batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
+        batch.prefill_input_ids_cpu = None
+    token, logits = _forward(batch, runner)
+    return batch, token, logits
+
+
+def _decode(token: Any, batch: Any, runner: Any) -> tuple[Any, Any]:
+    import torch
+
+    batch.input_ids = token.to(torch.int64)
+    batch.prepare_for_decode()
+    return _forward(batch, runner)
+
+
+def _forward(batch: Any, runner: Any) -> tuple[Any, Any]:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+    output = runner.forward(forward_batch).logits_output
+    token = runner.sample(output, forward_batch)
+    return token, output.next_token_logits.clone()
+
+
+class _NoCache(SimpleNamespace):
+    """The parts of a prefix cache that a batch asks for, with nothing cached."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(
+            page_size=runner.page_size,
+            device=runner.device,
+            token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        )
+
+    def supports_swa(self) -> bool:
+        return False
+
+    def supports_mamba(self) -> bool:
+        return False
+
+    def is_chunk_cache(self) -> bool:
+        return False
+
+    def is_tree_cache(self) -> bool:
+        return True
+
+    def supports_prefix_sharing(self) -> bool:
+        return True
+
+    def maybe_hand_to_session(self, req: Any) -> None:
+        pass
+
+    def evict(self, params: Optional[Any]) -> None:
+        pass
