@@ -12,7 +12,6 @@ from sglang_distguard import _core, settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.install import is_installed
 from sglang_distguard.runners import activate, find_handle
-from sglang_distguard.scoping import scope_active
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -149,7 +148,9 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
 def _show_progress(futures: Sequence[Any], progress: bool) -> None:
     from tqdm import tqdm
 
-    bar = tqdm(total=len(futures), desc="building runners", unit="runner", disable=not progress or None)
+    bar = tqdm(
+        total=len(futures), desc="building runners", unit="runner", disable=not progress or None
+    )
     with bar:
         for future in as_completed(futures):
             bar.set_postfix_str(future.result().name)

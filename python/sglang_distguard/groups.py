@@ -62,6 +62,19 @@ def stamp(groups: Groups) -> None:
     write(groups)
 
 
+def widths(groups: Groups) -> dict[str, int]:
+    """The widths that live groups really have, by the name of the setting."""
+    sizes = {
+        "tp_size": "_TP",
+        "pp_size": "_PP",
+        "attn_tp_size": "_ATTN_TP",
+        "moe_ep_size": "_MOE_EP",
+    }
+    return {
+        size: groups[name].world_size for size, name in sizes.items() if groups[name] is not None
+    }
+
+
 def identity(groups: Groups) -> Optional[int]:
     """What tells these groups from others made later; None when they are gone or incomplete."""
     tp, pp = groups["_TP"], groups["_PP"]

@@ -93,9 +93,7 @@ def is_installed() -> bool:
     return _installation is not None
 
 
-def _settings(
-    reuse: Optional[bool], timeout: Optional[float], *, again: bool
-) -> settings.Settings:
+def _settings(reuse: Optional[bool], timeout: Optional[float], *, again: bool) -> settings.Settings:
     base = settings.installed() if again else settings.Settings()
     if reuse is None:
         from_environment = None if again else settings.reuse_from_environment()

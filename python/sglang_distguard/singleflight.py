@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from sglang_distguard import _core, settings
@@ -16,7 +17,7 @@ def run_once(
     *,
     observe: Observe,
     initialise: Callable[[], Any],
-    adopt: Callable[[], Any],
+    adopt: Callable[[], tuple[Any, Mapping[str, Any]]],
     join: Callable[[Any], Any],
     undo: Callable[[], None],
     reentrant: bool = False,
@@ -28,7 +29,8 @@ def run_once(
         spec: the fields compared between callers.
         observe: the identity of the live object in this process right now, None if there is none.
         initialise: makes the state and returns what joiners are given.
-        adopt: takes over state that somebody else made; returns what joiners are given.
+        adopt: takes over state that somebody else made; returns what joiners are given, and the
+            spec that the state really has.
         join: called with that by callers that reuse the state.
         undo: called when ``initialise`` or ``adopt`` raised; leaves nothing half-made.
         reentrant: SGLang's initialiser may ask for the same key again from within.
@@ -43,27 +45,31 @@ def run_once(
         Whatever ``initialise`` raised, to its own caller only: the next waiter leads.
     """
     chosen = settings.current()
-    claim = _core.acquire(
-        key,
-        dict(spec),
-        runner=chosen.name,
-        reuse=chosen.reuse,
-        reentrant=reentrant,
-        timeout=chosen.timeout,
-        observe=observe,
-    )
-    if claim.decision == "nested":
-        return initialise()
-    if claim.decision == "join":
-        return join(claim.resource)
-    make = adopt if claim.decision == "adopt" else initialise
-    try:
-        resource = make()
-    except BaseException as error:
-        _undo(claim, undo, error)
-        raise
-    claim.publish(identity=observe() or 0, resource=resource)
-    return resource
+    while True:
+        claim = _core.acquire(
+            key,
+            dict(spec),
+            runner=chosen.name,
+            reuse=chosen.reuse,
+            reentrant=reentrant,
+            timeout=chosen.timeout,
+            observe=observe,
+        )
+        if claim.decision == "nested":
+            return initialise()
+        if claim.decision == "join":
+            return join(claim.resource)
+        try:
+            if claim.decision == "lead":
+                resource = initialise()
+                claim.publish(identity=observe() or 0, resource=resource)
+                return resource
+            resource, actual = adopt()
+            claim.publish(identity=observe() or 0, resource=resource, spec=dict(actual))
+        except BaseException as error:
+            _undo(claim, undo, error)
+            raise
+        # Adopted as what it really is: ask again, to join it or be told where it differs.
 
 
 def _undo(claim: _core.Claim, undo: Callable[[], None], error: BaseException) -> None:
@@ -73,3 +79,19 @@ def _undo(claim: _core.Claim, undo: Callable[[], None], error: BaseException) ->
         claim.poison(f"{error!r}, and undoing it failed: {second!r}")
         raise
     claim.fail(repr(error))
+
+
+@contextmanager
+def tearing_down(key: str) -> Iterator[_core.Teardown]:
+    """Close shared state to everybody else while the with block destroys it.
+
+    Raises:
+        StateInUse: runners hold it, or another thread is initialising it or tearing it down.
+    """
+    state = _core.begin_teardown(key, runner=settings.current().name, force=False)
+    try:
+        yield state
+    except BaseException as error:
+        state.poison(f"destroying it failed: {error!r}")
+        raise
+    state.end()

@@ -28,7 +28,7 @@ def functions_of(module: ModuleType) -> list[FunctionType]:
     return [
         referrer
         for referrer in gc.get_referrers(namespace)
-        if isinstance(referrer, FunctionType) and referrer.__globals__ is namespace
+        if type(referrer) is FunctionType and referrer.__globals__ is namespace
     ]
 
 
@@ -37,7 +37,8 @@ def functions_by_module(modules: Iterable[ModuleType]) -> dict[str, list[Functio
     by_namespace = {id(vars(module)): module.__name__ for module in modules}
     found: dict[str, list[FunctionType]] = {name: [] for name in by_namespace.values()}
     for candidate in gc.get_objects():
-        if isinstance(candidate, FunctionType):
+        # Not isinstance: it would run the `__class__` property of every proxy in the process.
+        if type(candidate) is FunctionType:
             name = by_namespace.get(id(candidate.__globals__))
             if name is not None:
                 found[name].append(candidate)

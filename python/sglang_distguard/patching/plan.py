@@ -138,9 +138,7 @@ class ModulePlan:
             )
         _ = self._rewrite
 
-    def apply(
-        self, module: ModuleType, functions: Optional[Sequence[FunctionType]] = None
-    ) -> None:
+    def apply(self, module: ModuleType, functions: Optional[Sequence[FunctionType]] = None) -> None:
         """Change the imported ``module``; nothing happens when that is done already.
 
         Args:
@@ -184,7 +182,7 @@ class ModulePlan:
         plan = self._rewrite
         namespace = vars(applied.module)
         for name in self._scoped_names:
-            initial = eval(plan.initials[name], namespace)  # noqa: S307 - SGLang's own expression
+            initial = eval(plan.initials[name], namespace)
             applied.inject(accessor_name(name), ScopedGlobal(namespace, name, initial))
         applied.swap(plan.replaced, functions)
         self._check_no_raw_access(functions)
@@ -240,7 +238,9 @@ class _Applied:
 
     def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
         # Also copies and inner functions made since: all of them carry code of ours.
-        live.swap_code(live.functions_of(self.module) if functions is None else functions, self._restore)
+        live.swap_code(
+            live.functions_of(self.module) if functions is None else functions, self._restore
+        )
         for name, before, ours in reversed(self._attributes):
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:

@@ -198,10 +198,9 @@ class _Accessors(ast.NodeTransformer):
                 imported = {(alias.asname or alias.name).split(".")[0] for alias in child.names}
                 self._refuse(imported & declared, child)
                 bound |= imported
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                self._refuse({child.name} & declared, child)
-                bound.add(child.name)
-            elif isinstance(child, ast.ExceptHandler) and child.name:
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (
+                isinstance(child, ast.ExceptHandler) and child.name
+            ):
                 self._refuse({child.name} & declared, child)
                 bound.add(child.name)
         return (self._visible - (bound - declared)) | (declared & self._names)
@@ -224,7 +223,8 @@ def _own_nodes(function: _Function) -> Iterator[ast.AST]:
         node = pending.pop()
         yield node
         if isinstance(
-            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *_COMPREHENSIONS)
+            node,
+            (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *_COMPREHENSIONS),
         ):
             continue
         pending.extend(ast.iter_child_nodes(node))

@@ -46,12 +46,13 @@ def _set_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
             original(value, allow_overwrite=True)
 
         before = namespace["get_global_expert_location_metadata"]()
+        requested = experts_spec(value)
         run_once(
             key,
-            experts_spec(value),
+            requested,
             observe=observe,
             initialise=assign,
-            adopt=assign,
+            adopt=lambda: (assign(), requested),
             join=assign,
             undo=lambda: original(before, allow_overwrite=True),
         )

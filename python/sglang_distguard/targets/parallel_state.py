@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable
 from typing import Any, Optional
 
-from sglang_distguard import _core, groups, settings
+from sglang_distguard import _core, groups
 from sglang_distguard.groups import MODULE
 from sglang_distguard.patching import Around, Needs
 from sglang_distguard.scoping import accessor
-from sglang_distguard.singleflight import run_once
+from sglang_distguard.singleflight import run_once, tearing_down
 
 WORLD = "world"
 GROUPS = "groups"
@@ -67,6 +67,16 @@ def world_spec(call: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def adopted_world_spec(distributed: Any, requested: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a world that somebody else initialised; torch does not know the local rank."""
+    return {
+        **requested,
+        "world_size": distributed.get_world_size(),
+        "rank": distributed.get_rank(),
+        "backend": str(distributed.get_backend()),
+    }
+
+
 def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
     """What two requests for groups must agree on: every width, and what is fixed with them."""
     widths = {width: getattr(parallel, width) for width in _WIDTHS}
@@ -115,12 +125,19 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
                 namespace["_MODEL_PARALLEL_GROUP_TIMEOUT"] = None
                 namespace["torch"].distributed.destroy_process_group()
 
+        requested = world_spec(call.arguments)
+
+        def adopt() -> tuple[Any, dict[str, Any]]:
+            actual = adopted_world_spec(namespace["torch"].distributed, requested)
+            # SGLang's own coordinator of it, unless this caller is about to be refused.
+            return (initialise() if actual == requested else None), actual
+
         run_once(
             WORLD,
-            world_spec(call.arguments),
+            requested,
             observe=world_identity,
             initialise=initialise,
-            adopt=initialise,  # it makes what is missing and keeps what is there
+            adopt=adopt,
             join=lambda _world: original(*args, **kwargs),  # stamps the world into this scope
             undo=undo,
         )
@@ -146,10 +163,11 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             original(*args, **kwargs)
             return groups.read()
 
-        def adopt() -> groups.Groups:
+        requested = groups_spec(dict(call.arguments), parallel)
+
+        def adopt() -> tuple[groups.Groups, dict[str, Any]]:
             found = groups.find()
-            groups.stamp(found)
-            return found
+            return found, {**requested, **groups.widths(found)}
 
         def undo() -> None:
             groups.discard(groups.read())
@@ -158,7 +176,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
 
         run_once(
             GROUPS,
-            groups_spec(dict(call.arguments), parallel),
+            requested,
             observe=groups_identity,
             initialise=initialise,
             adopt=adopt,
@@ -172,7 +190,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
 def _destroy_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel() -> None:
-        with _core.teardown(GROUPS, settings.current().name) as state:
+        with tearing_down(GROUPS) as state:
             shared = state.resource
             if shared is not None:
                 groups.write(shared)  # the scope that tears down need not be the one that built
@@ -191,7 +209,7 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(original)
     def destroy_distributed_environment() -> None:
-        with _core.teardown(WORLD, settings.current().name) as state:
+        with tearing_down(WORLD) as state:
             if state.origin == "adopted":
                 namespace["_WORLD"] = None
                 return

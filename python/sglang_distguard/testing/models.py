@@ -34,7 +34,7 @@ def _opt() -> tuple[Any, Any]:
     )
 
 
-_DECODER = {
+_DECODER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, cast
 
 from sglang_distguard.testing.recipe import free_port
 
@@ -135,7 +135,7 @@ def _extend(prompts: Sequence[Sequence[int]], runner: Any) -> tuple[Any, Any, An
         reqs=requests,
         req_to_token_pool=runner.req_to_token_pool,
         token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
-        tree_cache=_NoCache(runner),
+        tree_cache=cast(Any, _NoCache(runner)),
         model_config=runner.model_config,
         enable_overlap=False,
         spec_algorithm=SpeculativeAlgorithm.NONE,

@@ -1,0 +1,65 @@
+# Everything runs from .venv, which `make setup` makes. `make` alone lists the targets.
+PYTHON ?= python3.11
+SGLANG ?= sglang==0.5.23
+BIN := .venv/bin
+SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
+# Compiled sglang and torch are imported many times: without .pyc files each import takes 30 s, not 12.
+unexport PYTHONDONTWRITEBYTECODE
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export CARGO_TERM_PROGRESS_WHEN := never
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-rust test-python lint format stress clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, minutes the first time)
+
+.venv/.packages: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or make PYTHON=python3.12 setup"; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo not found: install a Rust toolchain (https://rustup.rs)"; exit 1; }
+	@echo "setup 1/3: virtual environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
+	@echo "setup 2/3: $(SGLANG) and tools: about 10 GB with CUDA libraries; a minute or two, longer on a slow network"
+	@$(BIN)/uv pip install -q --group dev "$(SGLANG)" "tqdm>=4.60" "wrapt>=1.16"
+	@touch $@
+
+.venv/.native: .venv/.packages $(SOURCES)
+	@echo "setup 3/3: building the native module (Rust)"
+	@$(BIN)/maturin develop --uv -q --skip-install && $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard
+	@$(BIN)/python -m sglang_distguard demo
+
+test: test-rust test-python ## every test, Rust and Python
+
+test-rust: setup
+	@echo "test 1/2: Rust core"
+	@cargo test -q -p distguard-core
+
+test-python: setup
+	@echo "test 2/2: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: setup ## rustfmt, clippy, ruff, pyright, stubtest
+	@cargo fmt --all --check
+	@cargo clippy -q --workspace --all-targets -- -D warnings
+	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format -q --check
+	@$(BIN)/pyright
+	@$(BIN)/python -m mypy.stubtest sglang_distguard._core
+
+format: setup ## format and fix what can be fixed
+	@cargo fmt --all
+	@$(BIN)/ruff check -q --fix
+	@$(BIN)/ruff format -q
+
+stress: setup ## 50 rounds of the 8-thread test, then 32 runners at once; its output is docs/STRESS.md
+	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py
+
+clean: ## remove what was built; .venv and .cache stay
+	@cargo clean -q
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
