@@ -28,7 +28,7 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 
 .venv/.native: .venv/.packages $(SOURCES)
 	@echo "setup 3/3: building the native module (Rust)"
-	@$(BIN)/maturin develop --uv -q --skip-install && $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/maturin develop --uv -q >/dev/null
 	@touch $@
 
 demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard

@@ -4,7 +4,34 @@ from collections.abc import Callable
 from contextvars import Token
 from typing import Any, Literal, final
 
-__all__: list[str]
+__all__ = [
+    "Claim",
+    "RunnerHandle",
+    "Scope",
+    "ScopedGlobal",
+    "Teardown",
+    "__version__",
+    "abandon_scope",
+    "acquire",
+    "adopt_scope",
+    "begin_teardown",
+    "choose_scope",
+    "current_scope",
+    "depth",
+    "enter",
+    "forget",
+    "is_ready",
+    "leave",
+    "live_runners",
+    "live_scopes",
+    "new_scope",
+    "reset",
+    "resource",
+    "snapshot",
+    "switch",
+    "switch_back",
+]
+
 __version__: str
 
 @final

@@ -128,7 +128,10 @@ def build_runners(
 def _attempt(request: BuildRequest, index: int) -> BuildResult:
     import time
 
-    name = request.name or f"{os.path.basename(str(request.server_args.model_path))}-{index}"
+    name = (
+        request.name
+        or f"{os.path.basename(str(getattr(request.server_args, 'model_path', 'runner')))}-{index}"
+    )
     start = time.perf_counter()
     runner, failure = None, None
     try:
@@ -140,7 +143,7 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             **request.options,
         )
     except Exception as error:
-        error.add_note(f"while building runner {name!r}") if hasattr(error, "add_note") else None
+        error.add_note(f"while building runner {name!r}")
         failure = error
     return BuildResult(name, runner, failure, time.perf_counter() - start)
 

@@ -6,10 +6,10 @@ Add a line to treat one more. Names and behaviour are those of sglang 0.5.23.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class How(str, Enum):
+class How(StrEnum):
     """The four treatments (ARCHITECTURE.md), and leaving alone what does no harm."""
 
     SHARED = "shared"  # one per process, single-flight through the registry

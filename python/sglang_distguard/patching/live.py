@@ -74,7 +74,7 @@ def trampoline(function: FunctionType, hook_name: str) -> CodeType:
         co_names=(hook_name,),
         co_name=code.co_name,
         co_freevars=code.co_freevars,
-        **({"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}),
+        co_qualname=code.co_qualname,
     )
 
 

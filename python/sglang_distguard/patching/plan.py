@@ -6,7 +6,7 @@ import ast
 import dis
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Optional, Union
 
@@ -99,7 +99,7 @@ class ModulePlan:
 
     @cached_property
     def _rewrite(self) -> Rewrite:
-        names = self._scoped_names
+        names = frozenset(self._scoped_names)
         return rewrite(self.source, names) if names else Rewrite({}, {})
 
     @property
@@ -107,8 +107,8 @@ class ModulePlan:
         return [change.name for change in self.changes if isinstance(change, Scoped)]
 
     @cached_property
-    def _defined(self) -> list[str]:
-        return list(_definitions(ast.parse(self.source.text, self.source.filename)))
+    def _defined(self) -> tuple[str, ...]:
+        return _definitions(self.source)
 
     @cached_property
     def _arounds(self) -> list[Around]:
@@ -259,7 +259,8 @@ def _global_names(code: CodeType, of_interest: set[str]) -> set[str]:
     }
 
 
-def _definitions(tree: ast.Module) -> dict[str, None]:
+@cache
+def _definitions(source: ModuleSource) -> tuple[str, ...]:
     """Qualified names of the functions and classes a module defines, in order, each once."""
     found: dict[str, None] = {}
 
@@ -274,5 +275,5 @@ def _definitions(tree: ast.Module) -> dict[str, None]:
                 collect(node.body, prefix)
                 collect(node.orelse, prefix)
 
-    collect(tree.body, "")
-    return found
+    collect(ast.parse(source.text, source.filename).body, "")
+    return tuple(found)

@@ -7,8 +7,9 @@ the accessor differs: same file, same lines, same constants. Works on source tex
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType
 from typing import Union
 
@@ -18,6 +19,10 @@ from sglang_distguard.patching.source import ModuleSource
 #: One leading underscore: names with two are mangled inside classes.
 _PREFIX = "_distguard_scoped"
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
+#: Nodes that bind a name which has no Name node.
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
+#: Nodes that bind a name which has no Name node.
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -40,17 +45,17 @@ class Rewrite:
     initials: dict[str, CodeType]
 
 
-def rewrite(source: ModuleSource, names: Iterable[str]) -> Rewrite:
+@cache
+def rewrite(source: ModuleSource, names: frozenset[str]) -> Rewrite:
     """Plan the rewriting of ``names`` in ``source``.
 
     Raises:
         NotSupported: a name is not assigned exactly once at module level, or a function binds it
             in a way that has no attribute form (an import, a def, an except clause).
     """
-    wanted = frozenset(names)
     tree = ast.parse(source.text, source.filename)
-    initials = _initial_values(source, tree, wanted)
-    changed = _Accessors(source, wanted).visit(ast.parse(source.text, source.filename))
+    initials = _initial_values(source, tree, names)
+    changed = _Accessors(source, names).visit(ast.parse(source.text, source.filename))
     ast.fix_missing_locations(changed)
     replaced = dict(_changed_code(_compile(tree, source), _compile(changed, source)))
     return Rewrite(replaced, initials)
@@ -198,9 +203,7 @@ class _Accessors(ast.NodeTransformer):
                 imported = {(alias.asname or alias.name).split(".")[0] for alias in child.names}
                 self._refuse(imported & declared, child)
                 bound |= imported
-            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (
-                isinstance(child, ast.ExceptHandler) and child.name
-            ):
+            elif isinstance(child, _NAMED) and child.name is not None:
                 self._refuse({child.name} & declared, child)
                 bound.add(child.name)
         return (self._visible - (bound - declared)) | (declared & self._names)

@@ -62,15 +62,16 @@ def _mixtral() -> tuple[Any, Any]:
 def _qwen3_moe() -> tuple[Any, Any]:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return Qwen3MoeForCausalLM, Qwen3MoeConfig(
+    settings: dict[str, Any] = {
         **_DECODER,
-        moe_intermediate_size=64,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-    )
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings)
 
 
 #: Name -> function returning the transformers model class and its configuration.

@@ -1,4 +1,5 @@
-//! Why a request was refused, in sentences that name the values, the holder and the remedy.
+//! Why a request was refused, in sentences that name the values, the holders and the remedy.
+//! Plain facts beside the sentences, so that programs need not parse them.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,16 +7,17 @@ use std::time::Duration;
 use crate::actor::Actor;
 use crate::key::Key;
 use crate::lease::Holder;
+use crate::slot::Purpose;
 use crate::spec::FieldDiff;
 use crate::waitgraph::Edge;
 
 /// Who has the state that a request ran into.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Owner {
-    /// Who made it, or is making it.
+    /// Who made it, or is at it.
     pub leader: Actor,
-    /// Whether it is still being made.
-    pub running: bool,
+    /// What the leader is doing; None when the state is there.
+    pub purpose: Option<Purpose>,
     /// Since how long.
     pub age: Duration,
     /// Who holds leases on it.
@@ -29,173 +31,289 @@ pub enum Error {
     SpecMismatch {
         /// What was asked for.
         key: Key,
-        /// Where the request differs.
+        /// Where the request differs; never empty.
         diff: Vec<FieldDiff>,
         /// Who has it.
         owner: Owner,
     },
-    /// Equal state exists, and the request does not allow to reuse it.
+    /// Equal state exists, or is being made, and the request does not allow to reuse it.
     ReuseForbidden {
         /// What was asked for.
         key: Key,
         /// Who has it.
         owner: Owner,
     },
-    /// The deadline passed while another thread was initialising.
+    /// The deadline passed while another thread was at it.
     Timeout {
         /// What was asked for.
         key: Key,
-        /// Who is initialising it; None when it came free at the last moment.
+        /// Who is at it; None when it came free at the last moment.
         owner: Option<Owner>,
         /// How long the caller waited.
         waited: Duration,
     },
-    /// An initialisation failed and could not be undone.
+    /// A leader failed and could not undo what it had done.
     Poisoned {
         /// What was asked for.
         key: Key,
         /// What went wrong.
         reason: String,
-        /// Who was initialising it.
+        /// Who was at it.
         by: Actor,
     },
     /// Waiting would never end.
     Deadlock {
-        /// Each thread and what it waits for; the last waits for the first.
+        /// Each thread and what it waits for, the caller first; the last one's key is led by the
+        /// caller. Never empty.
         cycle: Vec<Edge>,
     },
     /// The state is held.
     InUse {
         /// What was to be torn down.
         key: Key,
-        /// Who holds it.
+        /// Who holds it; never empty.
         holders: Vec<Holder>,
     },
-    /// The state is being initialised or torn down right now.
+    /// Another thread is making the state or tearing it down.
     Busy {
-        /// What was asked for.
+        /// What was to be torn down or reset.
         key: Key,
         /// Who is at it.
         leader: Actor,
     },
-    /// There is nothing to lease.
+    /// There is nothing to lease, or not what the caller joined.
     NotReady {
-        /// What was asked for.
+        /// What was to be leased.
         key: Key,
     },
-    /// The ticket leads no more: the registry was reset, or the ticket was used.
+    /// The ticket leads no more: it was used, or issued before a fork.
     StaleTicket {
         /// What it led.
         key: Key,
     },
 }
 
-fn value(value: Option<&crate::spec::Value>) -> String {
-    value.map_or_else(|| "(not set)".to_owned(), ToString::to_string)
-}
-
-/// `'a' (thread T1), 'b' (thread T2)`.
-pub fn list(holders: &[Holder]) -> String {
-    let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
-    names.join(", ")
-}
-
-impl fmt::Display for Owner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verb = if self.running {
-            "being initialised"
-        } else {
-            "initialised"
-        };
-        let age = self.age.as_secs_f64();
-        write!(f, "{verb} by {} {age:.1} s ago", self.leader)?;
-        if self.holders.is_empty() {
-            Ok(())
-        } else {
-            write!(f, ", held by {}", list(&self.holders))
-        }
-    }
-}
+impl std::error::Error for Error {}
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::SpecMismatch { key, diff, owner } => {
-                write!(f, "{key} cannot be reused: ")?;
-                for (index, field) in diff.iter().enumerate() {
-                    let comma = if index > 0 { "; " } else { "" };
-                    let (existing, requested) = (
-                        value(field.existing.as_ref()),
-                        value(field.requested.as_ref()),
-                    );
-                    let name = &field.field;
-                    write!(f, "{comma}{name} is {existing}, requested {requested}")?;
-                }
-                write!(
-                    f,
-                    ". It is {owner}. Request the existing values, or close those runners and \
-                     destroy the {key} first, or use another process"
-                )
-            }
+            Self::SpecMismatch { key, diff, owner } => write!(
+                f,
+                "{key} was requested with other values than it has: {}. It is {owner}. \
+                 Request the existing values, or {}tear the existing {key} down first, or use \
+                 another process.",
+                join(diff, "; "),
+                close_first(&owner.holders)
+            ),
             Self::ReuseForbidden { key, owner } => write!(
                 f,
-                "{key} exists and this caller may not reuse it (reuse=False). It is {owner}. \
-                 Allow reuse, or close those runners and destroy the {key} first"
+                "{key} exists with the requested values, but this caller may not reuse it. It is \
+                 {owner}. Allow reuse (SGLANG_ALLOW_REUSE_DISTRIBUTED=true), or {}tear the \
+                 existing {key} down first, or use another process.",
+                close_first(&owner.holders)
             ),
             Self::Timeout { key, owner, waited } => {
-                write!(f, "waited {:.1} s for {key}", waited.as_secs_f64())?;
+                write!(f, "Gave up after waiting {} for {key}", seconds(*waited))?;
                 if let Some(owner) = owner {
                     write!(f, ", which is {owner}")?;
                 }
-                write!(
-                    f,
+                f.write_str(
                     ". Nothing was changed. Look at what that thread does, or allow more time: \
-                     runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT"
+                     runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.",
                 )
             }
             Self::Poisoned { key, reason, by } => write!(
                 f,
-                "{key} is half-made: {by} failed to initialise it and could not undo it \
-                 ({reason}). Call sglang_distguard.reset() once no runner uses it, or restart \
-                 the process"
+                "{key} is half-made: {by} failed and could not undo what it had done ({reason}). \
+                 Call sglang_distguard.reset() once no runner uses it, or restart the process."
             ),
             Self::Deadlock { cycle } => {
-                f.write_str("waiting would never end: ")?;
-                for (index, edge) in cycle.iter().enumerate() {
-                    let arrow = if index > 0 {
-                        " leads it and waits for "
-                    } else {
-                        " waits for "
-                    };
-                    let thread = edge.thread.0;
-                    let comma = if index > 0 {
-                        ", which thread "
-                    } else {
-                        "thread "
-                    };
-                    write!(f, "{comma}{thread}{arrow}{}", edge.key)?;
+                f.write_str("Waiting would never end: ")?;
+                for edge in cycle {
+                    write!(f, "{} waits for {}, led by ", edge.name, edge.key)?;
                 }
                 f.write_str(
-                    ", which the first thread leads. An initialiser must not ask for what it is \
-                     initialising, nor two for each other's",
+                    "the first. An initialiser must not ask again for what it is initialising; \
+                     several must ask for what they share in the same order.",
                 )
             }
             Self::InUse { key, holders } => write!(
                 f,
-                "{key} is in use by {}. close() those runners first, or force it",
-                list(holders)
+                "{key} cannot be torn down: it is held by {}. close() those runners first, or \
+                 force it.",
+                join(holders, ", ")
             ),
             Self::Busy { key, leader } => write!(
                 f,
-                "{key} is being initialised or torn down by {leader}. Wait for it to finish"
+                "{key} cannot be torn down or reset: {leader} is initialising it or tearing it \
+                 down right now. Wait until that is done."
             ),
-            Self::NotReady { key } => write!(f, "{key} is not initialised"),
+            Self::NotReady { key } => write!(
+                f,
+                "{key} cannot be held: it is not initialised, or was rebuilt since it was joined. \
+                 Acquire it first."
+            ),
             Self::StaleTicket { key } => write!(
                 f,
-                "{key} was reset while it was being initialised; what was made is not registered"
+                "What was made for {key} is not registered: its leader gave up the lead before, \
+                 or got it before a fork. Acquire {key} again."
             ),
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (leader, age) = (&self.leader, seconds(self.age));
+        match self.purpose {
+            None => write!(f, "initialised by {leader} {age} ago")?,
+            Some(Purpose::Build) => write!(f, "being initialised by {leader} for {age}")?,
+            Some(Purpose::Adopt) => write!(f, "being adopted by {leader} for {age}")?,
+            Some(Purpose::Teardown) => write!(f, "being torn down by {leader} for {age}")?,
+        }
+        if self.holders.is_empty() {
+            return Ok(());
+        }
+        write!(f, ", held by {}", join(&self.holders, ", "))
+    }
+}
+
+fn close_first(holders: &[Holder]) -> &'static str {
+    if holders.is_empty() {
+        ""
+    } else {
+        "close() those runners and "
+    }
+}
+
+pub(crate) fn join<T: fmt::Display>(items: &[T], separator: &str) -> String {
+    let items: Vec<_> = items.iter().map(ToString::to_string).collect();
+    items.join(separator)
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actor::ThreadId;
+
+    fn actor(runner: Option<&str>) -> Actor {
+        Actor {
+            thread: ThreadId(1),
+            thread_name: "T1".into(),
+            runner: runner.map(Into::into),
+        }
+    }
+
+    fn owner(purpose: Option<Purpose>, held: bool) -> Owner {
+        let holder = Holder {
+            name: "b".into(),
+            actor: actor(None),
+            since: Duration::ZERO,
+        };
+        Owner {
+            leader: actor(Some("a")),
+            purpose,
+            age: Duration::from_millis(2500),
+            holders: if held { vec![holder] } else { vec![] },
+        }
+    }
+
+    fn assert_says(error: &Error, parts: &[&str]) {
+        let text = error.to_string();
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in {text:?}");
+        }
+        assert!(text.ends_with('.'), "{text:?} is no sentence");
+    }
+
+    #[test]
+    fn a_mismatch_names_both_values_the_leader_the_holders_and_the_remedy() {
+        let error = Error::SpecMismatch {
+            key: Key::World,
+            diff: vec![FieldDiff {
+                field: "backend".into(),
+                existing: Some("nccl".into()),
+                requested: Some("gloo".into()),
+            }],
+            owner: owner(None, true),
+        };
+        let parts = [
+            "world",
+            "backend: existing 'nccl', requested 'gloo'",
+            "initialised by runner 'a' (thread T1) 2.5 s ago",
+            "held by 'b' (thread T1)",
+            "close() those runners",
+        ];
+        assert_says(&error, &parts);
+    }
+
+    #[test]
+    fn nobody_is_asked_to_close_runners_that_do_not_exist() {
+        let error = Error::ReuseForbidden {
+            key: Key::Groups(String::new()),
+            owner: owner(Some(Purpose::Build), false),
+        };
+        assert_says(&error, &["being initialised", "for 2.5 s", "Allow reuse"]);
+        assert!(!error.to_string().contains("close()"));
+    }
+
+    #[test]
+    fn a_timeout_names_the_leader_and_what_it_is_doing() {
+        let mut owner = owner(Some(Purpose::Adopt), false);
+        let error = |owner| Error::Timeout {
+            key: Key::World,
+            owner,
+            waited: Duration::from_secs(7),
+        };
+        let parts = ["7.0 s", "being adopted by runner 'a' (thread T1) for 2.5 s"];
+        assert_says(&error(Some(owner.clone())), &parts);
+        owner.purpose = Some(Purpose::Teardown);
+        assert_says(&error(Some(owner)), &["being torn down by"]);
+        assert_says(&error(None), &["more time"]);
+    }
+
+    #[test]
+    fn a_deadlock_names_every_thread_of_the_cycle() {
+        let edge = |thread, name: &str, key| Edge {
+            thread: ThreadId(thread),
+            name: name.into(),
+            key,
+        };
+        let cycle = vec![
+            edge(1, "thread T1", Key::World),
+            edge(2, "thread T2", Key::Groups("g".into())),
+        ];
+        let text = "thread T1 waits for world, led by thread T2 waits for groups:g, led by the \
+                    first.";
+        assert_says(&Error::Deadlock { cycle }, &[text]);
+    }
+
+    #[test]
+    fn the_other_errors_name_the_key_who_and_what_to_do() {
+        let (key, by) = (Key::Experts("x".into()), actor(None));
+        let reason = "boom".to_string();
+        let poisoned = Error::Poisoned {
+            key: key.clone(),
+            reason,
+            by: by.clone(),
+        };
+        assert_says(&poisoned, &["experts:x", "thread T1", "(boom)", "reset()"]);
+        let in_use = Error::InUse {
+            key: key.clone(),
+            holders: owner(None, true).holders,
+        };
+        assert_says(&in_use, &["experts:x", "'b' (thread T1)", "force"]);
+        let busy = Error::Busy {
+            key: key.clone(),
+            leader: by,
+        };
+        assert_says(&busy, &["experts:x", "thread T1", "Wait"]);
+        assert_says(&Error::NotReady { key: key.clone() }, &["experts:x"]);
+        assert_says(&Error::StaleTicket { key }, &["experts:x", "again"]);
+    }
+}

@@ -1,4 +1,5 @@
-//! The last decisions, in a ring: the source of snapshots, logs and metrics.
+//! A bounded record of every decision: the source of snapshots, logs, traces and metrics.
+//! Must never grow without limit or lose an event silently: what it drops, it counts.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -7,64 +8,152 @@ use crate::actor::Actor;
 use crate::key::Key;
 use crate::policy::Decision;
 
+/// How many events a registry keeps.
+pub const CAPACITY: usize = 1024;
+
 /// One decision.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// Counts up from 0 over all keys.
+    /// Counts the registry's events from 0, without gaps.
     pub seq: u64,
     /// When, on the registry's clock.
     pub at: Duration,
     /// About what.
     pub key: Key,
-    /// Who asked.
+    /// About whom.
     pub actor: Actor,
     /// What was decided.
     pub decision: Decision,
-    /// The generation concerned.
+    /// The key's generation then; 0 if it was never published.
     pub generation: u64,
-    /// How long the actor had waited for it.
+    /// How long the actor had waited for the decision.
     pub waited: Duration,
-    /// Why, in words; may be empty.
+    /// More about it, for people.
     pub detail: String,
 }
 
-/// A bounded ring of events.
-#[derive(Debug)]
-pub struct Ring {
-    capacity: usize,
-    next: u64,
-    events: VecDeque<Event>,
+impl Event {
+    /// An event that was not waited for; the ring numbers it.
+    pub fn new(at: Duration, key: &Key, actor: &Actor, decision: Decision) -> Self {
+        Self {
+            seq: 0,
+            at,
+            key: key.clone(),
+            actor: actor.clone(),
+            decision,
+            generation: 0,
+            waited: Duration::ZERO,
+            detail: String::new(),
+        }
+    }
+
+    /// Says which generation it is about.
+    #[must_use]
+    pub fn generation(mut self, generation: u64) -> Self {
+        self.generation = generation;
+        self
+    }
+
+    /// Says how long the actor had waited.
+    #[must_use]
+    pub fn waited(mut self, waited: Duration) -> Self {
+        self.waited = waited;
+        self
+    }
+
+    /// Says more about it.
+    #[must_use]
+    pub fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = detail.into();
+        self
+    }
 }
 
-impl Ring {
-    /// A ring that keeps the last `capacity` events.
+/// The latest events, oldest first.
+#[derive(Debug)]
+pub struct EventRing {
+    events: VecDeque<Event>,
+    capacity: usize,
+    next_seq: u64,
+}
+
+impl EventRing {
+    /// A ring that keeps the latest `capacity` events.
     pub fn new(capacity: usize) -> Self {
         Self {
-            capacity,
-            next: 0,
             events: VecDeque::new(),
+            capacity,
+            next_seq: 0,
         }
     }
 
-    /// Adds an event, whose `seq` is set here, and drops the oldest when full.
+    /// Numbers and keeps an event, at the cost of the oldest one if the ring is full.
     pub fn push(&mut self, mut event: Event) {
-        event.seq = self.next;
-        self.next += 1;
-        if self.events.len() == self.capacity {
+        event.seq = self.next_seq;
+        self.next_seq += 1;
+        self.events.push_back(event);
+        if self.events.len() > self.capacity {
             self.events.pop_front();
         }
-        if self.capacity > 0 {
-            self.events.push_back(event);
-        }
     }
 
-    /// How many events are no longer kept.
-    pub fn dropped(&self) -> u64 {
-        self.next - self.events.len() as u64
-    }
-
-    /// The events kept, oldest first.
+    /// The events that are kept, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Event> {
         self.events.iter()
+    }
+
+    /// The events kept whose number is `seq` or more.
+    pub fn since(&self, seq: u64) -> impl Iterator<Item = &Event> {
+        let skip = self.events.partition_point(|event| event.seq < seq);
+        self.events.iter().skip(skip)
+    }
+
+    /// How many events are gone.
+    pub fn dropped(&self) -> u64 {
+        self.next_seq - self.events.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actor::ThreadId;
+
+    fn ring(capacity: usize, pushed: u64) -> EventRing {
+        let mut ring = EventRing::new(capacity);
+        let actor = Actor {
+            thread: ThreadId(1),
+            thread_name: "t1".into(),
+            runner: None,
+        };
+        for second in 0..pushed {
+            let at = Duration::from_secs(second);
+            ring.push(Event::new(at, &Key::World, &actor, Decision::Join));
+        }
+        ring
+    }
+
+    #[test]
+    fn a_full_ring_drops_the_oldest_and_counts_them() {
+        let ring = ring(3, 5);
+        let kept: Vec<_> = ring.iter().map(|event| event.seq).collect();
+        assert_eq!(kept, [2, 3, 4]);
+        assert_eq!(ring.dropped(), 2);
+    }
+
+    #[test]
+    fn events_can_be_read_from_a_number_on() {
+        let ring = ring(3, 5);
+        let from = |seq| ring.since(seq).map(|event| event.seq).collect::<Vec<_>>();
+        assert_eq!(from(0), [2, 3, 4]);
+        assert_eq!(from(4), [4]);
+        assert!(from(5).is_empty());
+    }
+
+    #[test]
+    fn a_ring_without_room_only_counts() {
+        let ring = ring(0, 4);
+        assert_eq!(ring.iter().count(), 0);
+        assert_eq!(ring.dropped(), 4);
     }
 }

@@ -1,11 +1,12 @@
-//! A ticket that fails by itself: a leader that dies hands over to the next waiter.
+//! A ticket that resolves itself: a leader that dies hands over to the next waiter.
 
 use crate::error::Error;
 use crate::registry::Registry;
 use crate::slot::{Origin, Ticket};
 use crate::spec::Spec;
 
-/// Fails the slot when dropped, unless the leader published, failed or poisoned it before.
+/// Fails the slot when dropped, unless the leader resolved it before.
+#[must_use = "a guard that is dropped fails its slot"]
 pub struct LeadGuard<'a> {
     registry: &'a Registry,
     ticket: Option<Ticket>,
@@ -20,21 +21,46 @@ impl<'a> LeadGuard<'a> {
         }
     }
 
-    /// Publishes; see `Registry::publish`.
-    pub fn publish(mut self, spec: Spec, origin: Origin, identity: u64) -> Result<u64, Error> {
-        let ticket = self
-            .ticket
-            .take()
-            .expect("a guard is used up only by value");
-        self.registry.publish(ticket, spec, origin, identity)
+    /// See `Registry::publish`.
+    pub fn publish(self, spec: Spec, origin: Origin, identity: u64) -> Result<u64, Error> {
+        let (registry, ticket) = self.disarm();
+        registry.publish(ticket, spec, origin, identity)
+    }
+
+    /// See `Registry::fail`.
+    pub fn fail(self, reason: &str) -> bool {
+        let (registry, ticket) = self.disarm();
+        registry.fail(ticket, reason)
+    }
+
+    /// See `Registry::poison`.
+    pub fn poison(self, reason: &str) -> bool {
+        let (registry, ticket) = self.disarm();
+        registry.poison(ticket, reason)
+    }
+
+    /// See `Registry::end_teardown`.
+    pub fn end_teardown(self) -> bool {
+        let (registry, ticket) = self.disarm();
+        registry.end_teardown(ticket)
+    }
+
+    fn disarm(mut self) -> (&'a Registry, Ticket) {
+        let ticket = self.ticket.take();
+        let ticket = ticket.expect("only methods that consume the guard take its ticket");
+        (self.registry, ticket)
     }
 }
 
 impl Drop for LeadGuard<'_> {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            self.registry
-                .fail(ticket, "the leader ended without a result");
+            let reason = if std::thread::panicking() {
+                "the leader panicked"
+            } else {
+                "the leader ended without a result"
+            };
+            self.registry.fail(ticket, reason);
         }
     }
 }

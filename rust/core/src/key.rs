@@ -1,16 +1,18 @@
-//! What the registry keeps one of.
+//! Names of the shared pieces of process-wide state.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Names one piece of shared state.
+/// What is initialised once: the world, model-parallel groups, expert-location metadata.
+///
+/// The string is a scope's label; the empty one is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// torch's default process group and SGLang's coordinator of it.
     World,
-    /// The model-parallel groups; the label is empty for those that the process shares.
+    /// A scope's model-parallel groups.
     Groups(String),
-    /// Expert-location metadata of one scope.
+    /// A scope's expert-location metadata.
     Experts(String),
 }
 
@@ -22,26 +24,59 @@ impl fmt::Display for Key {
             Self::Experts(label) => ("experts", label.as_str()),
         };
         f.write_str(name)?;
-        if label.is_empty() {
-            Ok(())
-        } else {
-            write!(f, ":{label}")
+        if !label.is_empty() {
+            write!(f, ":{label}")?;
         }
+        Ok(())
     }
 }
 
 impl FromStr for Key {
     type Err = String;
 
+    /// The inverse of `Display`, and of nothing else: `groups:` is refused.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, label) = text.split_once(':').unwrap_or((text, ""));
         match (name, label) {
-            ("world", "") => Ok(Self::World),
-            ("groups", label) => Ok(Self::Groups(label.to_owned())),
-            ("experts", label) => Ok(Self::Experts(label.to_owned())),
-            _ => Err(format!(
-                "unknown key {text:?}; known: world, groups, groups:NAME, experts:NAME"
-            )),
+            _ if text.ends_with(':') && label.is_empty() => None,
+            ("world", "") => Some(Self::World),
+            ("groups", label) => Some(Self::Groups(label.into())),
+            ("experts", label) => Some(Self::Experts(label.into())),
+            _ => None,
+        }
+        .ok_or_else(|| {
+            format!(
+                "unknown key {text:?}; known: world, groups, groups:NAME, experts, experts:NAME"
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_is_parsed_from_what_it_prints() {
+        let keys = [
+            (Key::World, "world"),
+            (Key::Groups(String::new()), "groups"),
+            (Key::Groups("draft".into()), "groups:draft"),
+            (Key::Groups("a:b".into()), "groups:a:b"),
+            (Key::Experts(String::new()), "experts"),
+            (Key::Experts("moe".into()), "experts:moe"),
+        ];
+        for (key, text) in keys {
+            assert_eq!(key.to_string(), text);
+            assert_eq!(text.parse(), Ok(key));
+        }
+    }
+
+    #[test]
+    fn text_that_no_key_prints_is_refused() {
+        for text in ["", "World", "world:", "world:x", "groups:", ":x", "tp"] {
+            let error = text.parse::<Key>().unwrap_err();
+            assert!(error.contains(text));
         }
     }
 }

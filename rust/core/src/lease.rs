@@ -1,4 +1,5 @@
-//! Who holds a piece of shared state, so that it is not torn down under them.
+//! Who uses state that is ready. A lease lives inside the Ready state it was taken on and goes
+//! with it, so a lease on an earlier generation never frees anything of a later one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,16 +7,16 @@ use std::time::Duration;
 
 use crate::actor::Actor;
 
-/// Names one lease.
+/// Names one lease. No number is given out twice by a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseId(pub u64);
 
 /// Who holds a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// The runner's name.
+    /// The holder's name, usually the runner's.
     pub name: String,
-    /// The thread that took the lease.
+    /// Who took the lease.
     pub actor: Actor,
     /// When, on the registry's clock.
     pub since: Duration,

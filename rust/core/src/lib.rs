@@ -1,8 +1,10 @@
 //! The registry behind `sglang_distguard`: who initialises shared state, who joins, who is refused.
 //! Knows nothing of Python, SGLang or torch, holds no statics and never blocks with its lock held.
+
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod acquire;
 pub mod actor;
 pub mod clock;
 pub mod error;
@@ -12,6 +14,8 @@ pub mod key;
 pub mod lease;
 pub mod policy;
 pub mod registry;
+pub mod request;
+mod rules;
 pub mod scopes;
 pub mod slot;
 pub mod snapshot;

@@ -1,62 +1,88 @@
-//! What a caller allows, and what was decided.
+//! What a caller allows, and what was decided about it.
 
-/// What a caller allows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What a caller allows. The default allows nothing, as without the guard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Policy {
-    /// Equal state that exists may be joined.
+    /// May join state that another actor built.
     pub reuse: bool,
-    /// The initialiser itself may ask for the key it is initialising.
+    /// May pass through to the wrapped function while its own thread leads the key.
     pub reentrant: bool,
 }
 
-/// What became of a request or of the state, as events record it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What happened to a key, as events record it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Decision {
-    /// The caller initialises.
+    /// The actor builds the state.
     Lead,
-    /// The caller takes over what somebody else made.
+    /// The actor takes over state that somebody else built.
     Adopt,
-    /// The caller uses what exists.
+    /// The actor uses the state that is there.
     Join,
-    /// The leader asked again from within its own initialisation.
-    Nested,
-    /// The caller waits for the leader.
+    /// The actor waits for the leader; recorded once, when the wait begins.
     Wait,
-    /// The caller was refused.
+    /// The actor called again from inside its own lead.
+    Nested,
+    /// The actor was refused: other values, no reuse, in use, busy, poisoned or not ready.
     Refuse,
-    /// The caller's deadline passed.
+    /// Waiting would have closed a cycle.
+    Deadlock,
+    /// The deadline passed while another actor led.
     Timeout,
-    /// A leader finished.
+    /// The leader made the state ready.
     Publish,
-    /// A leader failed and undid what it had made.
+    /// The leader gave up and left nothing behind.
     Fail,
-    /// A leader failed and could not undo what it had made.
+    /// The leader gave up and left something half-built behind.
     Poison,
-    /// The state changed or went away without the registry.
+    /// The state was changed or destroyed behind the registry's back.
     OutOfBand,
-    /// The state was torn down.
+    /// A holder began to use the state.
+    Lease,
+    /// A holder stopped using the state.
+    Release,
+    /// The actor began to tear the state down.
     Teardown,
-    /// Everything was forgotten.
+    /// The state is gone.
+    TornDown,
+    /// State that nobody holds was given up, to be made anew.
+    Forget,
+    /// The key was reset.
     Reset,
 }
 
 impl Decision {
-    /// One word for messages, logs and snapshots.
+    /// The word used in snapshots, logs, traces and metrics.
     pub fn word(self) -> &'static str {
         match self {
             Self::Lead => "lead",
             Self::Adopt => "adopt",
             Self::Join => "join",
-            Self::Nested => "nested",
             Self::Wait => "wait",
+            Self::Nested => "nested",
             Self::Refuse => "refuse",
+            Self::Deadlock => "deadlock",
             Self::Timeout => "timeout",
             Self::Publish => "publish",
             Self::Fail => "fail",
             Self::Poison => "poison",
             Self::OutOfBand => "out-of-band",
+            Self::Lease => "lease",
+            Self::Release => "release",
             Self::Teardown => "teardown",
+            Self::TornDown => "torn-down",
+            Self::Forget => "forget",
             Self::Reset => "reset",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_policy_allows_nothing() {
+        let policy = Policy::default();
+        assert!(!policy.reuse && !policy.reentrant);
     }
 }

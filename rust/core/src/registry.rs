@@ -1,107 +1,74 @@
-//! All slots behind one lock: single-flight claims, leases, events, snapshots.
+//! All slots behind one lock: tickets, leases, events, snapshots; `acquire` and `teardown` go on.
 //! The lock is a leaf: nothing foreign runs while it is held, and every wait gives it up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::actor::Actor;
+use crate::actor::{Actor, ThreadId};
 use crate::clock::Clock;
-use crate::error::{Error, Owner};
-use crate::events::{Event, Ring};
+use crate::error::Error;
+use crate::events::{self, Event, EventRing};
 use crate::key::Key;
-use crate::lease::{Holder, LeaseId, Leases};
-use crate::policy::{Decision, Policy};
-use crate::slot::{Origin, Phase, Ready, Running, Slot, Ticket, Work};
-use crate::snapshot::{SlotSnapshot, SlotState, Snapshot};
-use crate::spec::{diff, Spec};
-use crate::sync::{lock, wait_timeout, Condvar, Mutex};
+use crate::lease::{Holder, LeaseId};
+use crate::policy::Decision;
+use crate::slot::{Origin, Slot, Ticket};
+use crate::snapshot::{SlotSnapshot, Snapshot};
+use crate::spec::Spec;
+use crate::sync::{lock, Condvar, Mutex, MutexGuard};
 use crate::waitgraph::WaitGraph;
 
-/// How many events are kept.
-pub const EVENTS: usize = 1024;
+pub use crate::request::{Observed, Request, Step};
 
-/// What the caller sees in the real process right now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Observed {
-    /// The caller did not look.
-    Unknown,
-    /// There is no such object.
-    Absent,
-    /// There is one; this tells it from others.
-    Present(u64),
-}
-
-/// One request for a key.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// What for.
-    pub key: Key,
-    /// With which values.
-    pub spec: Spec,
-    /// What the caller allows.
-    pub policy: Policy,
-    /// Who asks.
-    pub actor: Actor,
-    /// What is really there.
-    pub observed: Observed,
-    /// How long the caller has waited so far; for events.
-    pub waited: Duration,
-}
-
-/// What a caller is to do.
-#[derive(Debug, PartialEq)]
-pub enum Step {
-    /// Initialise, then publish or fail.
-    Lead(Ticket),
-    /// Take over what somebody else made, then publish it as adopted, or fail.
-    Adopt(Ticket),
-    /// Use what exists.
-    Join {
-        /// Its generation.
-        generation: u64,
-    },
-    /// Go on: this thread leads the key already.
-    Nested,
-    /// Wait until the registry changes from `epoch`, then ask again.
-    Wait {
-        /// Who initialises.
-        leader: Actor,
-        /// Since when, on the registry's clock.
-        since: Duration,
-        /// What `wait` compares with.
-        epoch: u64,
-    },
-}
-
-pub(crate) struct State {
-    pub slots: BTreeMap<Key, Slot>,
-    pub leases: HashMap<LeaseId, Key>,
-    pub graph: WaitGraph,
-    pub events: Ring,
-    pub epoch: u64,
-    next_id: u64,
-}
-
-/// The process's registry of shared state.
+/// Every shared piece of a process's state, and who makes, uses or waits for it.
+///
+/// Any thread may call any method. Only `wait` and `acquire_blocking` block.
 pub struct Registry {
     clock: Arc<dyn Clock>,
-    state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) inner: Mutex<Inner>,
+    /// Notified after every change of a slot.
+    pub(crate) changed: Condvar,
+}
+
+pub(crate) struct Inner {
+    pub slots: BTreeMap<Key, Tracked>,
+    pub waits: WaitGraph,
+    /// Threads whose last answer was to look again, and the state that they doubted then.
+    pub doubts: BTreeMap<ThreadId, (Key, u64)>,
+    /// Counts changes of any slot.
+    pub epoch: u64,
+    events: EventRing,
+    next_id: u64,
+    /// What new slots start with: no generation of a slot that was removed comes again.
+    generation_floor: u64,
+}
+
+#[derive(Default)]
+pub(crate) struct Tracked {
+    pub slot: Slot,
+    /// The epoch of the slot's last change.
+    pub changed: u64,
 }
 
 impl Registry {
     /// An empty registry.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
+        Self::with_instance(clock, 0)
+    }
+
+    /// As `new`, with tickets and leases that no other instance gives out: what a forked child
+    /// inherited from its parent's registry then releases or resolves nothing of its own.
+    pub fn with_instance(clock: Arc<dyn Clock>, instance: u32) -> Self {
         Self {
             clock,
-            state: Mutex::new(State {
+            inner: Mutex::new(Inner {
                 slots: BTreeMap::new(),
-                leases: HashMap::new(),
-                graph: WaitGraph::default(),
-                events: Ring::new(EVENTS),
+                waits: WaitGraph::default(),
+                doubts: BTreeMap::new(),
                 epoch: 0,
-                next_id: 1,
+                events: EventRing::new(events::CAPACITY),
+                next_id: (u64::from(instance) << 32) + 1,
+                generation_floor: 0,
             }),
             changed: Condvar::new(),
         }
@@ -112,83 +79,10 @@ impl Registry {
         self.clock.now()
     }
 
-    /// Runs a transition under the lock and wakes whoever waits. `change` must not block.
-    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut State, Duration) -> T) -> T {
-        let now = self.clock.now();
-        let mut state = lock(&self.state);
-        let result = change(&mut state, now);
-        state.epoch += 1;
-        drop(state);
-        self.changed.notify_all();
-        result
-    }
-
-    /// Decides about `request` without waiting.
-    ///
-    /// Unequal requests are refused at once, also while the other is still initialising. A thread
-    /// that leads the key already goes on when its policy is reentrant and is refused as a
-    /// deadlock when not.
-    pub fn try_acquire(&self, request: &Request) -> Result<Step, Error> {
-        let now = self.clock.now();
-        let mut state = lock(&self.state);
-        let noticed = state.notice_out_of_band(request, now);
-        let step = state.decide(request, now);
-        let decision = match &step {
-            Ok(Step::Lead(_)) => Decision::Lead,
-            Ok(Step::Adopt(_)) => Decision::Adopt,
-            Ok(Step::Join { .. }) => Decision::Join,
-            Ok(Step::Nested) => Decision::Nested,
-            Ok(Step::Wait { .. }) => Decision::Wait,
-            Err(_) => Decision::Refuse,
-        };
-        // Waiters ask again and again; the first time is the news.
-        if decision != Decision::Wait || request.waited.is_zero() {
-            let detail = step
-                .as_ref()
-                .err()
-                .map_or_else(String::new, ToString::to_string);
-            state.record(request, decision, now, detail);
-        }
-        let claimed = matches!(step, Ok(Step::Lead(_) | Step::Adopt(_)));
-        if claimed || noticed {
-            state.epoch += 1;
-            drop(state);
-            self.changed.notify_all();
-        }
-        step
-    }
-
-    /// Waits until the registry has changed since `epoch`, at most `slice`.
-    ///
-    /// May return early; the caller asks again in any case. No wake-up is lost: `epoch` is
-    /// compared under the lock that every change takes.
-    pub fn wait(&self, request: &Request, epoch: u64, slice: Duration) {
-        let mut state = lock(&self.state);
-        if state.epoch == epoch {
-            state.graph.begin(request.actor.thread, request.key.clone());
-            state = wait_timeout(&self.changed, state, slice);
-            state.graph.end(request.actor.thread);
-        }
-    }
-
-    /// The error of a caller whose deadline has passed; records it.
-    pub fn timed_out(&self, request: &Request) -> Error {
-        let now = self.clock.now();
-        let mut state = lock(&self.state);
-        let owner = state
-            .slots
-            .get(&request.key)
-            .and_then(|slot| slot.owner(now));
-        let error = Error::Timeout {
-            key: request.key.clone(),
-            owner,
-            waited: request.waited,
-        };
-        state.record(request, Decision::Timeout, now, error.to_string());
-        error
-    }
-
     /// Makes what the ticket's holder initialised available; returns its generation.
+    ///
+    /// `spec` is what is really there: for `Origin::Adopted` it may differ from what was asked for,
+    /// and waiters, like the leader when it asks again, are refused by it.
     pub fn publish(
         &self,
         ticket: Ticket,
@@ -196,67 +90,104 @@ impl Registry {
         origin: Origin,
         identity: u64,
     ) -> Result<u64, Error> {
-        self.update(|state, now| {
-            let by = state.take_lead(&ticket)?.leader;
-            let slot = state.slot(&ticket.key);
-            let generation = slot.publish(Ready {
-                spec,
-                origin,
-                identity,
-                by: by.clone(),
-                since: now,
-                leases: Leases::new(),
-            });
-            state.note(&ticket.key, by, Decision::Publish, now, String::new());
-            Ok(generation)
+        let detail = spec.to_string();
+        let published = self.resolve(&ticket, Decision::Publish, &detail, |slot, now| {
+            slot.publish(ticket.id, spec, origin, identity, now)
+        });
+        published.ok_or(Error::StaleTicket {
+            key: ticket.key.clone(),
         })
     }
 
-    /// The ticket's holder failed and left nothing behind; the next waiter leads.
-    pub fn fail(&self, ticket: Ticket, reason: &str) {
-        self.update(|state, now| {
-            if let Ok(running) = state.take_lead(&ticket) {
-                state.slot(&ticket.key).fail(reason);
-                let reason = reason.to_owned();
-                state.note(&ticket.key, running.leader, Decision::Fail, now, reason);
-            }
-        });
+    /// The ticket's holder failed and left everything as it was before: nothing, or the state
+    /// whose teardown did not begin. The next waiter leads. False when the ticket is stale.
+    pub fn fail(&self, ticket: Ticket, reason: &str) -> bool {
+        self.resolve(&ticket, Decision::Fail, reason, |slot, _| {
+            slot.fail(ticket.id, reason)
+        })
+        .is_some()
     }
 
-    /// The ticket's holder failed and could not undo what it had made.
-    pub fn poison(&self, ticket: Ticket, reason: &str) {
-        self.update(|state, now| {
-            if let Ok(running) = state.take_lead(&ticket) {
-                let by = running.leader;
-                state.slot(&ticket.key).poison(reason, by.clone(), now);
-                state.note(&ticket.key, by, Decision::Poison, now, reason.to_owned());
-            }
-        });
+    /// The ticket's holder failed and could not undo what it had done: everybody is refused until
+    /// `reset`. False when the ticket is stale.
+    pub fn poison(&self, ticket: Ticket, reason: &str) -> bool {
+        self.resolve(&ticket, Decision::Poison, reason, |slot, now| {
+            slot.poison(ticket.id, reason, now)
+        })
+        .is_some()
     }
 
-    /// Takes a lease on each of `keys`, or on none.
+    /// The state is gone, and what leases were left on it are stale. False when the ticket is.
+    pub fn end_teardown(&self, ticket: Ticket) -> bool {
+        self.resolve(&ticket, Decision::TornDown, "", |slot, _| {
+            slot.end(ticket.id)
+        })
+        .is_some()
+    }
+
+    /// Runs a transition that returns the leader; returns the slot's generation after it.
+    fn resolve(
+        &self,
+        ticket: &Ticket,
+        decision: Decision,
+        detail: &str,
+        transition: impl FnOnce(&mut Slot, Duration) -> Option<Actor>,
+    ) -> Option<u64> {
+        self.update(|inner, now| {
+            let slot = &mut inner.slots.get_mut(&ticket.key)?.slot;
+            let leader = transition(slot, now)?;
+            let generation = slot.generation();
+            inner.touch(&ticket.key);
+            inner.record(Event::new(now, &ticket.key, &leader, decision).detail(detail));
+            Some(generation)
+        })
+    }
+
+    /// Takes a lease on each of `keys` as it is now, or on none.
     pub fn lease(&self, keys: &[Key], name: &str, actor: &Actor) -> Result<Vec<LeaseId>, Error> {
-        self.update(|state, now| {
-            let missing = keys
-                .iter()
-                .find(|key| state.slots.get(key).and_then(Slot::ready).is_none());
-            if let Some(key) = missing {
-                return Err(Error::NotReady { key: key.clone() });
+        let keys: Vec<_> = keys.iter().map(|key| (key, None)).collect();
+        self.lease_each(&keys, name, actor)
+    }
+
+    /// As `lease`, of the generations that were joined or published: what was torn down and made
+    /// anew in between, perhaps for other values, is refused.
+    pub fn lease_at(
+        &self,
+        keys: &[(Key, u64)],
+        name: &str,
+        actor: &Actor,
+    ) -> Result<Vec<LeaseId>, Error> {
+        let keys: Vec<_> = keys.iter().map(|(key, at)| (key, Some(*at))).collect();
+        self.lease_each(&keys, name, actor)
+    }
+
+    fn lease_each(
+        &self,
+        keys: &[(&Key, Option<u64>)],
+        name: &str,
+        actor: &Actor,
+    ) -> Result<Vec<LeaseId>, Error> {
+        self.update(|inner, now| {
+            let missing = keys.iter().find(|(key, at)| {
+                let ready = inner.slot(key).filter(|slot| slot.ready().is_some());
+                ready.is_none_or(|slot| at.is_some_and(|at| at != slot.generation()))
+            });
+            if let Some((key, _)) = missing {
+                let error = Error::NotReady {
+                    key: (*key).clone(),
+                };
+                return Err(inner.refuse(key, actor, error, now));
             }
+            let holder = Holder {
+                name: name.to_owned(),
+                actor: actor.clone(),
+                since: now,
+            };
             let mut taken = Vec::with_capacity(keys.len());
-            for key in keys {
-                let id = LeaseId(state.fresh_id());
-                if let Phase::Ready(ready) = &mut state.slot(key).phase {
-                    ready.leases.insert(
-                        id,
-                        Holder {
-                            name: name.to_owned(),
-                            actor: actor.clone(),
-                            since: now,
-                        },
-                    );
-                }
-                state.leases.insert(id, key.clone());
+            for (key, _) in keys {
+                let id = LeaseId(inner.fresh_id());
+                inner.slot_mut(key).lease(id, holder.clone());
+                inner.record(Event::new(now, key, actor, Decision::Lease).detail(name));
                 taken.push(id);
             }
             Ok(taken)
@@ -265,281 +196,113 @@ impl Registry {
 
     /// Gives a lease back. False when it was given back before, or its state is gone.
     pub fn release(&self, id: LeaseId) -> bool {
-        self.update(|state, _now| {
-            let Some(key) = state.leases.remove(&id) else {
+        self.update(|inner, now| {
+            let mut slots = inner.slots.iter_mut();
+            let released = slots.find_map(|(key, it)| Some((key.clone(), it.slot.release(id)?)));
+            let Some((key, holder)) = released else {
                 return false;
             };
-            state.slot(&key).release(id)
+            let event = Event::new(now, &key, &holder.actor, Decision::Release);
+            inner.record(event.detail(holder.name));
+            true
         })
     }
 
     /// Whether the key can be joined.
     pub fn is_ready(&self, key: &Key) -> bool {
-        let state = lock(&self.state);
-        state.slots.get(key).and_then(Slot::ready).is_some()
-    }
-
-    /// Makes state that nobody holds available to be made anew. False when it is held or changing.
-    pub fn forget(&self, key: &Key) -> bool {
-        self.update(|state, _now| match state.slots.get_mut(key) {
-            Some(slot) if slot.ready().is_some_and(|ready| ready.leases.is_empty()) => {
-                slot.clear();
-                true
-            }
-            _ => false,
-        })
-    }
-
-    /// Drops all bookkeeping of a key that can never be asked for again: its scope is gone.
-    pub fn remove(&self, key: &Key) {
-        self.update(|state, _now| {
-            state.slots.remove(key);
-            state.leases.retain(|_, leased| leased != key);
-        });
+        self.lock()
+            .slot(key)
+            .is_some_and(|slot| slot.ready().is_some())
     }
 
     /// The registry as plain data.
     pub fn snapshot(&self) -> Snapshot {
-        let at = self.clock.now();
-        let state = lock(&self.state);
+        let inner = self.lock();
         Snapshot {
-            at,
-            slots: state
+            at: self.now(),
+            slots: inner
                 .slots
                 .iter()
-                .map(|(key, slot)| SlotSnapshot {
-                    key: key.clone(),
-                    state: slot.state(),
-                    generation: slot.generation,
-                    waiters: state.graph.waiters(key),
-                    failures: slot.failures,
-                    last_failure: slot.last_failure.clone(),
-                })
+                .map(|(key, it)| SlotSnapshot::new(key, &it.slot, inner.waits.waiters(key)))
                 .collect(),
-            events: state.events.iter().cloned().collect(),
-            dropped_events: state.events.dropped(),
+            events: inner.events.iter().cloned().collect(),
+            dropped_events: inner.events.dropped(),
         }
+    }
+
+    /// The events kept whose number is `seq` or more, oldest first; for readers that poll.
+    pub fn events_since(&self, seq: u64) -> Vec<Event> {
+        self.lock().events.since(seq).cloned().collect()
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    /// The one way to change anything; wakes whoever waits if a slot changed.
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Inner, Duration) -> T) -> T {
+        let mut inner = self.lock();
+        let epoch = inner.epoch;
+        let now = self.now();
+        let result = change(&mut inner, now);
+        let changed = inner.epoch != epoch;
+        drop(inner);
+        if changed {
+            self.changed.notify_all();
+        }
+        result
     }
 }
 
-impl State {
-    pub fn slot(&mut self, key: &Key) -> &mut Slot {
-        self.slots.entry(key.clone()).or_default()
+impl Inner {
+    pub fn slot(&self, key: &Key) -> Option<&Slot> {
+        Some(&self.slots.get(key)?.slot)
     }
 
+    pub fn tracked(&mut self, key: &Key) -> &mut Tracked {
+        let generation = self.generation_floor;
+        self.slots.entry(key.clone()).or_insert_with(|| Tracked {
+            slot: Slot::new(generation),
+            changed: 0,
+        })
+    }
+
+    pub fn slot_mut(&mut self, key: &Key) -> &mut Slot {
+        &mut self.tracked(key).slot
+    }
+
+    /// The slot of `key` changed: whoever waits for it looks again.
+    pub fn touch(&mut self, key: &Key) {
+        self.epoch += 1;
+        let epoch = self.epoch;
+        self.tracked(key).changed = epoch;
+    }
+
+    /// Drops the slot of `key` and all that is known about it.
+    pub fn remove(&mut self, key: &Key) {
+        if let Some(removed) = self.slots.remove(key) {
+            self.epoch += 1;
+            self.generation_floor = self.generation_floor.max(removed.slot.generation());
+        }
+    }
+
+    /// Tickets and leases share their numbers.
     pub fn fresh_id(&mut self) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         id
     }
 
-    fn take_lead(&mut self, ticket: &Ticket) -> Result<Running, Error> {
-        let slot = self.slots.get(&ticket.key);
-        match slot
-            .filter(|slot| slot.is_led_by(ticket))
-            .and_then(Slot::running)
-        {
-            Some(running) => Ok(running.clone()),
-            None => Err(Error::StaleTicket {
-                key: ticket.key.clone(),
-            }),
-        }
+    /// Records an event, with the generation that its key has now.
+    pub fn record(&mut self, event: Event) {
+        let generation = self.slot(&event.key).map_or(0, Slot::generation);
+        self.events.push(event.generation(generation));
     }
 
-    pub fn claim(
-        &mut self,
-        key: &Key,
-        actor: &Actor,
-        spec: Spec,
-        work: Work,
-        now: Duration,
-    ) -> Ticket {
-        let id = self.fresh_id();
-        self.slot(key).start(Running {
-            ticket: id,
-            work,
-            leader: actor.clone(),
-            since: now,
-            spec,
-        });
-        Ticket {
-            key: key.clone(),
-            id,
-        }
-    }
-
-    fn decide(&mut self, request: &Request, now: Duration) -> Result<Step, Error> {
-        let (key, actor) = (&request.key, &request.actor);
-        let slot = self.slot(key).clone();
-        match &slot.phase {
-            Phase::Idle => {
-                let spec = request.spec.clone();
-                let ticket = self.claim(key, actor, spec, Work::Initialise, now);
-                Ok(match request.observed {
-                    Observed::Present(_) => Step::Adopt(ticket),
-                    Observed::Absent | Observed::Unknown => Step::Lead(ticket),
-                })
-            }
-            Phase::Poisoned { reason, by, .. } => Err(Error::Poisoned {
-                key: key.clone(),
-                reason: reason.clone(),
-                by: by.clone(),
-            }),
-            Phase::Ready(ready) => {
-                check(request, &ready.spec, &slot, now)?;
-                Ok(Step::Join {
-                    generation: slot.generation,
-                })
-            }
-            Phase::Running(running) if running.leader.thread == actor.thread => {
-                if request.policy.reentrant {
-                    return Ok(Step::Nested);
-                }
-                Err(self
-                    .deadlock(request)
-                    .unwrap_or_else(|| Error::Deadlock { cycle: vec![] }))
-            }
-            Phase::Running(running) => {
-                if running.work == Work::Initialise {
-                    check(request, &running.spec, &slot, now)?;
-                }
-                match self.deadlock(request) {
-                    Some(error) => Err(error),
-                    None => Ok(Step::Wait {
-                        leader: running.leader.clone(),
-                        since: running.since,
-                        epoch: self.epoch,
-                    }),
-                }
-            }
-        }
-    }
-
-    fn deadlock(&self, request: &Request) -> Option<Error> {
-        let leader_of = |key: &Key| Some(self.slots.get(key)?.running()?.leader.thread);
-        self.graph
-            .cycle(request.actor.thread, &request.key, leader_of)
-            .map(|cycle| Error::Deadlock { cycle })
-    }
-
-    /// Somebody destroyed or replaced the real object: what is registered describes nothing now.
-    fn notice_out_of_band(&mut self, request: &Request, now: Duration) -> bool {
-        let Some(ready) = self.slot(&request.key).ready() else {
-            return false;
-        };
-        let gone = match request.observed {
-            Observed::Unknown => false,
-            Observed::Absent => true,
-            Observed::Present(identity) => identity != ready.identity,
-        };
-        if gone {
-            let holders: Vec<Holder> = ready.leases.values().cloned().collect();
-            let detail = if holders.is_empty() {
-                "changed outside the registry".to_owned()
-            } else {
-                format!(
-                    "changed outside the registry while held by {}",
-                    crate::error::list(&holders)
-                )
-            };
-            self.slot(&request.key).clear();
-            self.record(request, Decision::OutOfBand, now, detail);
-        }
-        gone
-    }
-
-    fn record(&mut self, request: &Request, decision: Decision, now: Duration, detail: String) {
-        let generation = self.slot(&request.key).generation;
-        self.events.push(Event {
-            seq: 0,
-            at: now,
-            key: request.key.clone(),
-            actor: request.actor.clone(),
-            decision,
-            generation,
-            waited: request.waited,
-            detail,
-        });
-    }
-
-    pub fn note(
-        &mut self,
-        key: &Key,
-        actor: Actor,
-        decision: Decision,
-        now: Duration,
-        detail: String,
-    ) {
-        let generation = self.slot(key).generation;
-        self.events.push(Event {
-            seq: 0,
-            at: now,
-            key: key.clone(),
-            actor,
-            decision,
-            generation,
-            waited: Duration::ZERO,
-            detail,
-        });
-    }
-}
-
-fn check(request: &Request, existing: &Spec, slot: &Slot, now: Duration) -> Result<(), Error> {
-    let key = request.key.clone();
-    let Some(owner) = slot.owner(now) else {
-        return Ok(());
-    };
-    let diff = diff(existing, &request.spec);
-    if !diff.is_empty() {
-        return Err(Error::SpecMismatch { key, diff, owner });
-    }
-    if request.policy.reuse {
-        Ok(())
-    } else {
-        Err(Error::ReuseForbidden { key, owner })
-    }
-}
-
-impl Slot {
-    fn owner(&self, now: Duration) -> Option<Owner> {
-        match &self.phase {
-            Phase::Running(running) => Some(Owner {
-                leader: running.leader.clone(),
-                running: true,
-                age: now.saturating_sub(running.since),
-                holders: vec![],
-            }),
-            Phase::Ready(ready) => Some(Owner {
-                leader: ready.by.clone(),
-                running: false,
-                age: now.saturating_sub(ready.since),
-                holders: ready.leases.values().cloned().collect(),
-            }),
-            Phase::Idle | Phase::Poisoned { .. } => None,
-        }
-    }
-
-    fn state(&self) -> SlotState {
-        match &self.phase {
-            Phase::Idle => SlotState::Idle,
-            Phase::Running(running) => SlotState::Running {
-                leader: running.leader.clone(),
-                since: running.since,
-                spec: running.spec.clone(),
-                teardown: running.work == Work::Teardown,
-            },
-            Phase::Ready(ready) => SlotState::Ready {
-                by: ready.by.clone(),
-                since: ready.since,
-                spec: ready.spec.clone(),
-                origin: ready.origin,
-                holders: ready.leases.values().cloned().collect(),
-            },
-            Phase::Poisoned { reason, by, since } => SlotState::Poisoned {
-                reason: reason.clone(),
-                by: by.clone(),
-                since: *since,
-            },
-        }
+    /// Records that `actor` is refused `key`, and hands the error on.
+    pub fn refuse(&mut self, key: &Key, actor: &Actor, error: Error, now: Duration) -> Error {
+        let event = Event::new(now, key, actor, Decision::Refuse);
+        self.record(event.detail(error.to_string()));
+        error
     }
 }

@@ -1,7 +1,7 @@
-//! Whose context a `publish` configures: the caller's own while no runner lives in it, else a new
+//! Whose context a `publish` configures: the caller's own while nobody else is in it, else a new
 //! one. Decides only; the values of a scope are the binding's.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::actor::ThreadId;
 use crate::sync::{lock, Mutex};
@@ -10,10 +10,10 @@ use crate::sync::{lock, Mutex};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ScopeId(pub u64);
 
-/// SGLang's own, process-wide scope.
+/// SGLang's own, process-wide scope. It always exists.
 pub const DEFAULT: ScopeId = ScopeId(0);
 
-/// Which scope a `publish` configures.
+/// Which scope a `publish` configures. The calling thread is its builder now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Publish {
     /// The current one, in place.
@@ -22,21 +22,40 @@ pub enum Publish {
     New(ScopeId),
 }
 
+/// A thread that published and has not built its runner yet.
+#[derive(Debug, Clone, Copy)]
+struct Builder {
+    thread: ThreadId,
+    /// Its publishes that did not fail: a failed second one must not give the first one's up.
+    claims: usize,
+}
+
 #[derive(Debug, Default)]
 struct Entry {
-    /// The thread that published and has not built its runner yet.
-    builder: Option<ThreadId>,
+    builder: Option<Builder>,
     runners: usize,
 }
 
 /// Builders and live runners of every scope. Pure.
-#[derive(Debug, Default)]
+///
+/// Invariant: `publish` never gives a scope to a thread while a runner lives in it or another
+/// living thread is about to build one in it.
+#[derive(Debug)]
 pub struct ScopeLedger {
-    entries: HashMap<ScopeId, Entry>,
-    last: u64,
+    entries: BTreeMap<ScopeId, Entry>,
+    next: u64,
 }
 
 impl ScopeLedger {
+    /// A ledger that numbers its scopes as no other instance does: in a forked child, the end of
+    /// an inherited scope then ends none of the child's own.
+    pub fn with_instance(instance: u32) -> Self {
+        Self {
+            entries: BTreeMap::from([(DEFAULT, Entry::default())]),
+            next: (u64::from(instance) << 32) + 1,
+        }
+    }
+
     /// Decides whose context a `publish` by `thread` configures, and claims it for that thread.
     ///
     /// The current scope is replaced, as SGLang does, only while no runner lives in it and no
@@ -47,33 +66,47 @@ impl ScopeLedger {
         thread: ThreadId,
         is_alive: impl Fn(ThreadId) -> bool,
     ) -> Publish {
-        let entry = self.entries.entry(current).or_default();
-        let claimed_by_other = entry
-            .builder
-            .is_some_and(|builder| builder != thread && is_alive(builder));
-        if entry.runners == 0 && !claimed_by_other {
-            entry.builder = Some(thread);
-            return Publish::Replace(current);
+        let entry = self.entries.get_mut(&current);
+        let Some(entry) = entry.filter(|entry| entry.runners == 0) else {
+            return self.publish_new(thread);
+        };
+        match &mut entry.builder {
+            Some(builder) if builder.thread == thread => builder.claims += 1,
+            Some(builder) if is_alive(builder.thread) => return self.publish_new(thread),
+            _ => entry.builder = Some(Builder { thread, claims: 1 }),
         }
-        let id = self.create();
-        self.entries.entry(id).or_default().builder = Some(thread);
-        Publish::New(id)
+        Publish::Replace(current)
     }
 
-    /// A scope that nobody publishes in: it gets a context made elsewhere.
+    fn publish_new(&mut self, thread: ThreadId) -> Publish {
+        let scope = self.create();
+        let builder = Some(Builder { thread, claims: 1 });
+        self.entries.insert(
+            scope,
+            Entry {
+                builder,
+                runners: 0,
+            },
+        );
+        Publish::New(scope)
+    }
+
+    /// A scope that nobody has published in: its context comes from elsewhere.
     pub fn create(&mut self) -> ScopeId {
-        self.last += 1;
-        let id = ScopeId(self.last);
-        self.entries.insert(id, Entry::default());
-        id
+        let scope = ScopeId(self.next);
+        self.next += 1;
+        self.entries.insert(scope, Entry::default());
+        scope
     }
 
-    /// `thread`'s publish failed: others may publish there again.
+    /// `thread`'s last publish in the scope failed: what it claimed is free again.
     pub fn abandon(&mut self, scope: ScopeId, thread: ThreadId) {
-        if let Some(entry) = self.entries.get_mut(&scope) {
-            if entry.builder == Some(thread) {
-                entry.builder = None;
-            }
+        let Some(entry) = self.entries.get_mut(&scope) else {
+            return;
+        };
+        if let Some(builder) = entry.builder.filter(|it| it.thread == thread) {
+            let claims = builder.claims - 1;
+            entry.builder = (claims > 0).then_some(Builder { thread, claims });
         }
     }
 
@@ -96,6 +129,11 @@ impl ScopeLedger {
         self.entries.get(&scope).map_or(0, |entry| entry.runners)
     }
 
+    /// The thread that published in the scope and has not built its runner yet.
+    pub fn builder(&self, scope: ScopeId) -> Option<ThreadId> {
+        Some(self.entries.get(&scope)?.builder?.thread)
+    }
+
     /// The scope is gone. The default one stays.
     pub fn drop_scope(&mut self, scope: ScopeId) {
         if scope != DEFAULT {
@@ -104,18 +142,202 @@ impl ScopeLedger {
     }
 }
 
-/// The ledger behind a lock that is never held while anything else runs.
+impl Default for ScopeLedger {
+    fn default() -> Self {
+        Self::with_instance(0)
+    }
+}
+
+/// The ledger behind a lock that is never held while anything foreign runs.
 #[derive(Debug, Default)]
 pub struct Scopes(Mutex<ScopeLedger>);
 
 impl Scopes {
-    /// Runs one transition of the ledger. `change` must not block.
+    /// See `ScopeLedger::with_instance`.
+    pub fn with_instance(instance: u32) -> Self {
+        Self(Mutex::new(ScopeLedger::with_instance(instance)))
+    }
+
+    /// Runs transitions of the ledger under its lock. `change` must neither block nor run Python.
     pub fn with<T>(&self, change: impl FnOnce(&mut ScopeLedger) -> T) -> T {
         change(&mut lock(&self.0))
     }
 
-    /// The scope is gone; see `ScopeLedger::drop_scope`.
+    /// See `ScopeLedger::publish`. `is_alive` runs unlocked, and again if the builder changes.
+    pub fn publish(
+        &self,
+        current: ScopeId,
+        thread: ThreadId,
+        is_alive: impl Fn(ThreadId) -> bool,
+    ) -> Publish {
+        loop {
+            let builder = self.with(|ledger| ledger.builder(current));
+            let alive = builder.is_some_and(|builder| builder != thread && is_alive(builder));
+            let decided = self.with(|ledger| {
+                // The answer is about the builder that was asked for, and no other.
+                let same = ledger.builder(current) == builder;
+                same.then(|| ledger.publish(current, thread, |_| alive))
+            });
+            if let Some(publish) = decided {
+                return publish;
+            }
+        }
+    }
+
+    /// See `ScopeLedger::drop_scope`.
     pub fn drop_scope(&self, scope: ScopeId) {
         self.with(|ledger| ledger.drop_scope(scope));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: ThreadId = ThreadId(1);
+    const TWO: ThreadId = ThreadId(2);
+
+    fn everyone(_: ThreadId) -> bool {
+        true
+    }
+
+    fn nobody(_: ThreadId) -> bool {
+        false
+    }
+
+    fn new(publish: Publish) -> ScopeId {
+        match publish {
+            Publish::New(scope) => scope,
+            Publish::Replace(scope) => panic!("{scope:?} was replaced"),
+        }
+    }
+
+    #[test]
+    fn the_first_publish_configures_the_default_scope() {
+        let mut ledger = ScopeLedger::default();
+        let publish = ledger.publish(DEFAULT, ONE, everyone);
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
+    }
+
+    #[test]
+    fn a_builder_may_publish_again_and_others_get_a_scope_of_their_own() {
+        let mut ledger = ScopeLedger::default();
+        let _ = ledger.publish(DEFAULT, ONE, everyone);
+        let again = ledger.publish(DEFAULT, ONE, everyone);
+        assert_eq!(again, Publish::Replace(DEFAULT));
+        let other = new(ledger.publish(DEFAULT, TWO, everyone));
+        assert_ne!(other, DEFAULT);
+        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
+        assert_eq!(ledger.builder(other), Some(TWO));
+    }
+
+    #[test]
+    fn a_builder_that_died_claims_nothing() {
+        let mut ledger = ScopeLedger::default();
+        let _ = ledger.publish(DEFAULT, ONE, nobody);
+        let publish = ledger.publish(DEFAULT, TWO, nobody);
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+        assert_eq!(ledger.builder(DEFAULT), Some(TWO));
+    }
+
+    #[test]
+    fn a_scope_with_a_live_runner_is_never_replaced() {
+        let mut ledger = ScopeLedger::default();
+        let _ = ledger.publish(DEFAULT, ONE, everyone);
+        ledger.bind_runner(DEFAULT);
+        assert_eq!((ledger.live(DEFAULT), ledger.builder(DEFAULT)), (1, None));
+        let first = new(ledger.publish(DEFAULT, ONE, nobody));
+        let second = new(ledger.publish(DEFAULT, ONE, nobody));
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn a_scope_whose_runners_are_all_gone_is_replaced() {
+        let mut ledger = ScopeLedger::default();
+        ledger.bind_runner(DEFAULT);
+        ledger.bind_runner(DEFAULT);
+        ledger.unbind_runner(DEFAULT);
+        let _ = new(ledger.publish(DEFAULT, ONE, everyone));
+        ledger.unbind_runner(DEFAULT);
+        ledger.unbind_runner(DEFAULT);
+        assert_eq!(ledger.live(DEFAULT), 0);
+        let publish = ledger.publish(DEFAULT, ONE, everyone);
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+    }
+
+    #[test]
+    fn a_failed_publish_gives_its_claim_back() {
+        let mut ledger = ScopeLedger::default();
+        let _ = ledger.publish(DEFAULT, ONE, everyone);
+        ledger.abandon(DEFAULT, TWO);
+        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
+        ledger.abandon(DEFAULT, ONE);
+        assert_eq!(ledger.builder(DEFAULT), None);
+        ledger.abandon(DEFAULT, ONE);
+        let scope = {
+            ledger.bind_runner(DEFAULT);
+            new(ledger.publish(DEFAULT, TWO, everyone))
+        };
+        ledger.abandon(scope, TWO);
+        let publish = ledger.publish(scope, ONE, everyone);
+        assert_eq!(publish, Publish::Replace(scope));
+    }
+
+    #[test]
+    fn a_failed_second_publish_keeps_the_first_ones_claim() {
+        let mut ledger = ScopeLedger::default();
+        let _ = ledger.publish(DEFAULT, ONE, everyone);
+        let _ = ledger.publish(DEFAULT, ONE, everyone);
+        ledger.abandon(DEFAULT, ONE);
+        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
+        let _ = new(ledger.publish(DEFAULT, TWO, everyone));
+    }
+
+    #[test]
+    fn a_created_scope_is_open_to_the_first_who_publishes_in_it() {
+        let mut ledger = ScopeLedger::default();
+        let scope = ledger.create();
+        assert_eq!(ledger.builder(scope), None);
+        let publish = ledger.publish(scope, TWO, everyone);
+        assert_eq!(publish, Publish::Replace(scope));
+    }
+
+    #[test]
+    fn a_dropped_scope_is_gone_and_the_default_one_stays() {
+        let mut ledger = ScopeLedger::default();
+        let scope = ledger.create();
+        ledger.drop_scope(scope);
+        let other = new(ledger.publish(scope, ONE, everyone));
+        assert_ne!(other, scope);
+        ledger.drop_scope(DEFAULT);
+        let publish = ledger.publish(DEFAULT, ONE, everyone);
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+        ledger.abandon(scope, ONE);
+        ledger.unbind_runner(scope);
+        assert_eq!(ledger.live(scope), 0);
+    }
+
+    #[test]
+    fn another_instance_gives_out_other_numbers() {
+        let mut parent = ScopeLedger::default();
+        let mut child = ScopeLedger::with_instance(4711);
+        assert_ne!(parent.create(), child.create());
+    }
+
+    #[test]
+    fn liveness_is_asked_without_the_lock() {
+        let scopes = Scopes::default();
+        let _ = scopes.publish(DEFAULT, ONE, everyone);
+        let publish = scopes.publish(DEFAULT, TWO, |thread| {
+            // Would deadlock under the lock; the builder changes, so liveness is asked again.
+            if thread == ONE {
+                scopes.with(|ledger| ledger.abandon(DEFAULT, ONE));
+                let _ = scopes.publish(DEFAULT, ThreadId(3), everyone);
+            }
+            thread == ONE
+        });
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(TWO));
     }
 }

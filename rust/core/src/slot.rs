@@ -1,40 +1,50 @@
 //! The state machine of one key. Pure: no lock, no clock, no events; those are the registry's.
+//! Must never decide: `rules` says what a request gets.
 //!
 //! ```text
-//!            claim                publish(ticket)
-//!   Idle ────────────▶ Running ─────────────────▶ Ready ──┐
-//!    ▲ ▲                 │ │                        │      │ claim for teardown
-//!    │ └──── fail ───────┘ └── poison ─▶ Poisoned   │      ▼
-//!    │                                     │        │   Running (teardown) ─┐
-//!    └──────────── reset ──────────────────┴────────┴───────────────────────┘
+//!            lead                  publish
+//!   Idle ────────────▶ Running ───────────────▶ Ready
+//!    ▲ ▲               │ │ │ ▲                   │ │
+//!    │ └─ fail (build) ┘ │ │ └──── tear_down ────┘ │
+//!    │ ┌─ end ───────────┘ └───▶ fail (teardown):  │
+//!    │ │  poison ─▶ Poisoned     back to Ready     │
+//!    └─┴───────────────┴──── clear ────────────────┘
 //! ```
 //!
 //! Invariants:
 //! - At most one leader: `Running` is entered only from `Idle` or `Ready`, and only its own ticket
 //!   leaves it.
-//! - `generation` counts published states of the key; it never goes back, also over `reset`.
-//! - Leases exist only in `Ready` and name the generation they were taken on, so that one kept
-//!   over a change of state frees nothing that is not its own.
+//! - `fail` puts back what was there before the claim; `poison` says that this is not possible, and
+//!   then only `clear` helps.
+//! - `generation` counts published states of the key; it never goes back, also over `clear`.
+//! - Leases exist only in a Ready state, also while that is torn down, and go with it, so that one
+//!   kept over a change of state frees nothing that is not its own.
 //! - Waiters are not part of the slot: they look again whenever it changes.
 //!
-//! Lock order: none here. The registry's one mutex covers all slots and is a leaf.
+//! Lock order: none here. The registry's one mutex covers all slots and is a leaf: nothing else is
+//! locked, and nothing foreign but the clock is called, while it is held.
 
 use std::time::Duration;
 
 use crate::actor::Actor;
-use crate::lease::{LeaseId, Leases};
+use crate::key::Key;
+use crate::lease::{Holder, LeaseId, Leases};
 use crate::spec::Spec;
 
-/// Proof of leading a key; given back by publishing, failing or poisoning.
+/// Proof of leading a key; given back by publishing, failing, poisoning or ending a teardown.
+///
+/// It cannot be cloned: a claim is resolved once. A ticket that is dropped leaves its key Running,
+/// so whoever has one resolves it on every path, errors and panics included; `LeadGuard` does.
 #[derive(Debug, PartialEq, Eq)]
+#[must_use = "a ticket that is dropped leaves its key Running"]
 pub struct Ticket {
-    pub(crate) key: crate::key::Key,
+    pub(crate) key: Key,
     pub(crate) id: u64,
 }
 
 impl Ticket {
     /// The key it leads.
-    pub fn key(&self) -> &crate::key::Key {
+    pub fn key(&self) -> &Key {
         &self.key
     }
 }
@@ -48,22 +58,18 @@ pub enum Origin {
     Adopted,
 }
 
+/// What a leader does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Work {
-    Initialise,
+pub enum Purpose {
+    /// Makes the state.
+    Build,
+    /// Takes over what somebody else made.
+    Adopt,
+    /// Destroys the state.
     Teardown,
 }
 
-#[derive(Debug, Clone)]
-pub(crate) struct Running {
-    pub ticket: u64,
-    pub work: Work,
-    pub leader: Actor,
-    pub since: Duration,
-    pub spec: Spec,
-}
-
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Ready {
     pub spec: Spec,
     pub origin: Origin,
@@ -73,7 +79,41 @@ pub(crate) struct Ready {
     pub leases: Leases,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Task {
+    Build(Spec),
+    Adopt(Spec),
+    /// With what comes back when the teardown fails.
+    Teardown(Box<Ready>),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Running {
+    pub ticket: u64,
+    pub task: Task,
+    pub leader: Actor,
+    pub since: Duration,
+}
+
+impl Running {
+    pub fn purpose(&self) -> Purpose {
+        match self.task {
+            Task::Build(_) => Purpose::Build,
+            Task::Adopt(_) => Purpose::Adopt,
+            Task::Teardown(_) => Purpose::Teardown,
+        }
+    }
+
+    /// What is wanted or, while it is torn down, what was there.
+    pub fn spec(&self) -> &Spec {
+        match &self.task {
+            Task::Build(spec) | Task::Adopt(spec) => spec,
+            Task::Teardown(ready) => &ready.spec,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) enum Phase {
     #[default]
     Idle,
@@ -88,13 +128,39 @@ pub(crate) enum Phase {
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Slot {
-    pub phase: Phase,
-    pub generation: u64,
-    pub failures: u64,
-    pub last_failure: Option<String>,
+    phase: Phase,
+    generation: u64,
+    failures: u64,
+    last_failure: Option<String>,
 }
 
 impl Slot {
+    /// An idle slot whose first publish is `generation` plus one.
+    pub fn new(generation: u64) -> Self {
+        Self {
+            generation,
+            ..Self::default()
+        }
+    }
+
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// How many leaders failed.
+    pub fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    /// Why the last one failed, unless one has succeeded since.
+    pub fn last_failure(&self) -> Option<&str> {
+        self.last_failure.as_deref()
+    }
+
     pub fn running(&self) -> Option<&Running> {
         match &self.phase {
             Phase::Running(running) => Some(running),
@@ -102,6 +168,7 @@ impl Slot {
         }
     }
 
+    /// What can be joined.
     pub fn ready(&self) -> Option<&Ready> {
         match &self.phase {
             Phase::Ready(ready) => Some(ready),
@@ -109,53 +176,140 @@ impl Slot {
         }
     }
 
-    /// Idle, or Ready for teardown, becomes Running. The caller has checked that it may.
-    pub fn start(&mut self, running: Running) {
-        debug_assert!(!matches!(
-            self.phase,
-            Phase::Running(_) | Phase::Poisoned { .. }
-        ));
-        self.phase = Phase::Running(running);
+    /// Who holds the state, also while it is torn down.
+    pub fn holders(&self) -> Vec<Holder> {
+        let ready = match &self.phase {
+            Phase::Ready(ready) => ready,
+            Phase::Running(Running {
+                task: Task::Teardown(ready),
+                ..
+            }) => ready,
+            _ => return vec![],
+        };
+        ready.leases.values().cloned().collect()
     }
 
-    /// Whether `ticket` is the one that leads now.
-    pub fn is_led_by(&self, ticket: &Ticket) -> bool {
-        self.running()
-            .is_some_and(|running| running.ticket == ticket.id)
+    /// Idle becomes Running. False, and nothing changed, from anywhere else.
+    pub fn lead(&mut self, ticket: u64, leader: Actor, task: Task, now: Duration) -> bool {
+        let idle = self.phase == Phase::Idle;
+        if idle {
+            self.phase = Phase::Running(Running {
+                ticket,
+                task,
+                leader,
+                since: now,
+            });
+        }
+        idle
     }
 
-    pub fn publish(&mut self, ready: Ready) -> u64 {
+    /// Ready becomes Running, its leases kept until the end. False from anywhere else.
+    pub fn tear_down(&mut self, ticket: u64, leader: Actor, now: Duration) -> bool {
+        match std::mem::take(&mut self.phase) {
+            Phase::Ready(ready) => {
+                let task = Task::Teardown(Box::new(ready));
+                self.lead(ticket, leader, task, now)
+            }
+            other => {
+                self.phase = other;
+                false
+            }
+        }
+    }
+
+    /// Running becomes Ready. All four that resolve a ticket return the leader, or nothing, with
+    /// nothing changed, when the ticket does not lead.
+    pub fn publish(
+        &mut self,
+        ticket: u64,
+        spec: Spec,
+        origin: Origin,
+        identity: u64,
+        now: Duration,
+    ) -> Option<Actor> {
+        let running = self.take_running(ticket)?;
         self.generation += 1;
         self.last_failure = None;
-        self.phase = Phase::Ready(ready);
-        self.generation
+        self.phase = Phase::Ready(Ready {
+            spec,
+            origin,
+            identity,
+            by: running.leader.clone(),
+            since: now,
+            leases: Leases::new(),
+        });
+        Some(running.leader)
     }
 
-    pub fn fail(&mut self, reason: &str) {
+    /// Running becomes what it was before: Idle or, for a teardown, Ready with its leases.
+    pub fn fail(&mut self, ticket: u64, reason: &str) -> Option<Actor> {
+        let running = self.take_running(ticket)?;
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
-        self.phase = Phase::Idle;
+        if let Task::Teardown(ready) = running.task {
+            self.phase = Phase::Ready(*ready);
+        }
+        Some(running.leader)
     }
 
-    pub fn poison(&mut self, reason: &str, by: Actor, since: Duration) {
+    /// Running becomes Poisoned.
+    pub fn poison(&mut self, ticket: u64, reason: &str, now: Duration) -> Option<Actor> {
+        let running = self.take_running(ticket)?;
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
         self.phase = Phase::Poisoned {
             reason: reason.to_owned(),
-            by,
-            since,
+            by: running.leader.clone(),
+            since: now,
         };
+        Some(running.leader)
     }
 
-    /// Forgets the state. Its leases go with it, whoever holds them.
-    pub fn clear(&mut self) {
-        self.phase = Phase::Idle;
+    /// Running becomes Idle: nothing is there any more.
+    pub fn end(&mut self, ticket: u64) -> Option<Actor> {
+        Some(self.take_running(ticket)?.leader)
     }
 
-    pub fn release(&mut self, lease: LeaseId) -> bool {
+    /// Ready or Poisoned becomes Idle; leases go with it. False, and nothing changed, otherwise.
+    pub fn clear(&mut self) -> bool {
+        let filled = matches!(self.phase, Phase::Ready(_) | Phase::Poisoned { .. });
+        if filled {
+            self.phase = Phase::Idle;
+            self.last_failure = None;
+        }
+        filled
+    }
+
+    /// False, and nothing changed, unless Ready.
+    pub fn lease(&mut self, id: LeaseId, holder: Holder) -> bool {
         match &mut self.phase {
-            Phase::Ready(ready) => ready.leases.remove(&lease).is_some(),
+            Phase::Ready(ready) => ready.leases.insert(id, holder).is_none(),
             _ => false,
         }
     }
+
+    /// Nothing when the lease is not held here, or no longer.
+    pub fn release(&mut self, id: LeaseId) -> Option<Holder> {
+        match &mut self.phase {
+            Phase::Ready(ready) => ready.leases.remove(&id),
+            Phase::Running(Running {
+                task: Task::Teardown(ready),
+                ..
+            }) => ready.leases.remove(&id),
+            _ => None,
+        }
+    }
+
+    fn take_running(&mut self, ticket: u64) -> Option<Running> {
+        match std::mem::take(&mut self.phase) {
+            Phase::Running(running) if running.ticket == ticket => Some(running),
+            other => {
+                self.phase = other;
+                None
+            }
+        }
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,5 @@
-//! What the registry looks like at one moment, as plain data.
+//! What the registry looks like at one moment, as plain data for people and tools.
+//! Must never be what a decision rests on: it is old when it is read.
 
 use std::time::Duration;
 
@@ -6,7 +7,7 @@ use crate::actor::Actor;
 use crate::events::Event;
 use crate::key::Key;
 use crate::lease::Holder;
-use crate::slot::Origin;
+use crate::slot::{Origin, Phase, Purpose, Slot};
 use crate::spec::Spec;
 
 /// The state of one slot.
@@ -58,8 +59,12 @@ pub struct SlotSnapshot {
     pub state: SlotState,
     /// How many states it has had.
     pub generation: u64,
+    /// Which live object it is, while Ready.
+    pub identity: Option<u64>,
     /// How many threads wait for it.
     pub waiters: usize,
+    /// Which threads these are.
+    pub waiting: Vec<Actor>,
     /// How many leaders failed.
     pub failures: u64,
     /// Why the last one failed, unless one has succeeded since.
@@ -77,4 +82,48 @@ pub struct Snapshot {
     pub events: Vec<Event>,
     /// How many events are no longer kept.
     pub dropped_events: u64,
+}
+
+impl Snapshot {
+    /// The slot of `key`, once it was asked for.
+    pub fn slot(&self, key: &Key) -> Option<&SlotSnapshot> {
+        self.slots.iter().find(|slot| slot.key == *key)
+    }
+}
+
+impl SlotSnapshot {
+    pub(crate) fn new(key: &Key, slot: &Slot, waiting: Vec<Actor>) -> Self {
+        Self {
+            key: key.clone(),
+            state: SlotState::new(slot),
+            generation: slot.generation(),
+            identity: slot.ready().map(|ready| ready.identity),
+            waiters: waiting.len(),
+            waiting,
+            failures: slot.failures(),
+            last_failure: slot.last_failure().map(Into::into),
+        }
+    }
+}
+
+impl SlotState {
+    fn new(slot: &Slot) -> Self {
+        match slot.phase().clone() {
+            Phase::Idle => Self::Idle,
+            Phase::Running(running) => Self::Running {
+                spec: running.spec().clone(),
+                teardown: running.purpose() == Purpose::Teardown,
+                leader: running.leader,
+                since: running.since,
+            },
+            Phase::Ready(ready) => Self::Ready {
+                by: ready.by,
+                since: ready.since,
+                spec: ready.spec,
+                origin: ready.origin,
+                holders: slot.holders(),
+            },
+            Phase::Poisoned { reason, by, since } => Self::Poisoned { reason, by, since },
+        }
+    }
 }

@@ -1,84 +1,109 @@
 //! Taking shared state down: refused while it is held, exclusive while it runs.
+//! Must never let go of state that a thread is making or tearing down.
 
 use crate::actor::Actor;
-use crate::error::Error;
+use crate::error::{join, Error};
+use crate::events::Event;
 use crate::key::Key;
 use crate::lease::Holder;
 use crate::policy::Decision;
 use crate::registry::Registry;
-use crate::slot::{Origin, Phase, Slot, Ticket, Work};
-use crate::spec::Spec;
+use crate::slot::{Origin, Phase, Slot, Ticket};
 
 /// What is to be torn down.
 #[derive(Debug, PartialEq)]
+#[must_use]
 pub enum Teardown {
-    /// The registry knows of nothing.
+    /// Nothing that the registry guards from the caller: nothing is there, or it is poisoned, or
+    /// the caller's own thread is at it and tears down what it was making.
     Nothing,
     /// State, now closed to everybody else until the ticket is given back.
     Begun {
-        /// Ends it: `end_teardown`, or `fail` and `poison` as for an initialisation.
+        /// Ends it: `end_teardown`, `fail` when the state is still as it was, `poison` when not.
         ticket: Ticket,
         /// Whether the registry made it; what was adopted is not destroyed.
         origin: Origin,
-        /// Whose leases were broken (only when forced).
+        /// Whose leases break when it ends (only when forced).
         broken: Vec<Holder>,
     },
 }
 
 impl Registry {
-    /// Closes the state of `key` for teardown.
+    /// Closes the state of `key` for teardown; whoever asks for it meanwhile waits.
     ///
-    /// Refused while it is leased, unless `force`, and while a thread initialises it or tears it
-    /// down. Poisoned state counts as nothing to tear down: only `reset` leaves it.
+    /// Refused while it is leased, unless `force`, and while another thread initialises it or
+    /// tears it down.
     pub fn begin_teardown(&self, key: &Key, actor: &Actor, force: bool) -> Result<Teardown, Error> {
-        self.update(|state, now| {
-            let (origin, broken) = match state.slots.get(key).map(|slot| &slot.phase) {
+        self.update(|inner, now| {
+            let origin = match inner.slot(key).map(Slot::phase) {
                 None | Some(Phase::Idle | Phase::Poisoned { .. }) => return Ok(Teardown::Nothing),
+                Some(Phase::Running(running)) if running.leader.thread == actor.thread => {
+                    return Ok(Teardown::Nothing)
+                }
                 Some(Phase::Running(running)) => {
-                    return Err(Error::Busy {
+                    let error = Error::Busy {
                         key: key.clone(),
                         leader: running.leader.clone(),
-                    })
+                    };
+                    return Err(inner.refuse(key, actor, error, now));
                 }
-                Some(Phase::Ready(ready)) => {
-                    let holders: Vec<Holder> = ready.leases.values().cloned().collect();
-                    if !holders.is_empty() && !force {
-                        return Err(Error::InUse {
-                            key: key.clone(),
-                            holders,
-                        });
-                    }
-                    (ready.origin, holders)
-                }
+                Some(Phase::Ready(ready)) => ready.origin,
             };
-            let ticket = state.claim(key, actor, Spec::default(), Work::Teardown, now);
-            let detail = match broken.as_slice() {
-                [] => String::new(),
-                held => format!(
-                    "forced, breaking the leases of {}",
-                    crate::error::list(held)
-                ),
+            let broken = inner.slot_mut(key).holders();
+            if !broken.is_empty() && !force {
+                let error = Error::InUse {
+                    key: key.clone(),
+                    holders: broken,
+                };
+                return Err(inner.refuse(key, actor, error, now));
+            }
+            let id = inner.fresh_id();
+            inner.slot_mut(key).tear_down(id, actor.clone(), now);
+            inner.touch(key);
+            let detail = if broken.is_empty() {
+                String::new()
+            } else {
+                format!("forced, breaking the leases of {}", join(&broken, ", "))
             };
-            state.note(key, actor.clone(), Decision::Teardown, now, detail);
+            inner.record(Event::new(now, key, actor, Decision::Teardown).detail(detail));
+            let key = key.clone();
             Ok(Teardown::Begun {
-                ticket,
+                ticket: Ticket { key, id },
                 origin,
                 broken,
             })
         })
     }
 
-    /// The state is gone.
-    pub fn end_teardown(&self, ticket: Ticket) {
-        self.update(|state, _now| {
-            if state
-                .slots
-                .get(&ticket.key)
-                .is_some_and(|slot| slot.is_led_by(&ticket))
-            {
-                state.slot(&ticket.key).clear();
+    /// Makes state that nobody holds available to be made anew. False when it is held, changing or
+    /// not there.
+    pub fn forget(&self, key: &Key) -> bool {
+        self.update(|inner, now| {
+            let ready = inner.slot(key).and_then(Slot::ready);
+            let Some(ready) = ready.filter(|ready| ready.leases.is_empty()) else {
+                return false;
+            };
+            let by = ready.by.clone();
+            inner.slot_mut(key).clear();
+            inner.touch(key);
+            let event = Event::new(now, key, &by, Decision::Forget);
+            inner.record(event.detail("nobody held what it had made"));
+            true
+        })
+    }
+
+    /// Drops all bookkeeping of a key that is never asked for again: its scope is gone. False when
+    /// it is held or changing; then it stays. Should it be asked for again, generations go on.
+    pub fn remove(&self, key: &Key) -> bool {
+        self.update(|inner, _| {
+            let free = inner
+                .slot(key)
+                .is_some_and(|slot| slot.running().is_none() && slot.holders().is_empty());
+            if free {
+                inner.remove(key);
             }
-        });
+            free
+        })
     }
 
     /// Forgets all state, also poisoned. Generations go on counting.
@@ -86,28 +111,30 @@ impl Registry {
     /// Refused while anything is leased, unless `force`, and while a thread initialises or tears
     /// down; then nothing is changed.
     pub fn reset(&self, actor: &Actor, force: bool) -> Result<(), Error> {
-        self.update(|state, now| {
-            for (key, slot) in &state.slots {
-                if let Some(running) = slot.running() {
-                    return Err(Error::Busy {
+        self.update(|inner, now| {
+            let keys: Vec<Key> = inner.slots.keys().cloned().collect();
+            for key in &keys {
+                let slot = inner.slot_mut(key);
+                let holders = slot.holders();
+                let error = match slot.running() {
+                    Some(running) => Error::Busy {
                         key: key.clone(),
                         leader: running.leader.clone(),
-                    });
-                }
-                let leases = slot.ready().map(|ready| &ready.leases);
-                if let Some(leases) = leases.filter(|leases| !leases.is_empty() && !force) {
-                    return Err(Error::InUse {
+                    },
+                    None if !holders.is_empty() && !force => Error::InUse {
                         key: key.clone(),
-                        holders: leases.values().cloned().collect(),
-                    });
+                        holders,
+                    },
+                    None => continue,
+                };
+                return Err(inner.refuse(key, actor, error, now));
+            }
+            for key in keys {
+                if inner.slot_mut(&key).clear() {
+                    inner.touch(&key);
+                    inner.record(Event::new(now, &key, actor, Decision::Reset));
                 }
             }
-            let keys: Vec<Key> = state.slots.keys().cloned().collect();
-            for key in keys {
-                state.slots.entry(key.clone()).and_modify(Slot::clear);
-                state.note(&key, actor.clone(), Decision::Reset, now, String::new());
-            }
-            state.leases.clear();
             Ok(())
         })
     }

@@ -1,0 +1,201 @@
+//! Acquiring a key: applies the verdict of `rules`, waits in slices, refuses waits without end.
+//! The caller blocks and looks at the real process; nothing of it runs under the lock.
+
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::events::Event;
+use crate::key::Key;
+use crate::policy::Decision;
+use crate::registry::{Inner, Registry};
+use crate::request::{Observed, Request, Step};
+use crate::rules::{judge, owner, Verdict};
+use crate::slot::{Task, Ticket};
+use crate::sync;
+use crate::waitgraph::Edge;
+
+/// How long `acquire_blocking` sleeps at a time.
+const SLICE: Duration = Duration::from_millis(50);
+
+impl Registry {
+    /// Decides about `request` without waiting.
+    ///
+    /// - Nothing there: `Lead`, or `Adopt` when the caller sees a live object.
+    /// - A leader is at it: `Wait`; unequal requests, and those that may not reuse, are refused at
+    ///   once while it initialises. Its own thread goes on, `Nested`, when its policy is reentrant
+    ///   and is refused as a deadlock when not.
+    /// - Ready: `Join`, or refused with what differs.
+    /// - Ready, but the caller sees another object or none: somebody may have changed it behind our
+    ///   back, or it was published after the caller looked. So the first answer is a `Wait` that
+    ///   passes at once; if the same thread, having looked again, still contradicts the same state,
+    ///   that is forgotten, leases and all, and the key is acquired as if nothing had been there.
+    /// - Poisoned, or a wait that would close a cycle: refused.
+    pub fn try_acquire(&self, request: &Request) -> Result<Step, Error> {
+        self.update(|inner, now| inner.acquire(request, now))
+    }
+
+    /// Waits until the key changes after `epoch`, which came with `Step::Wait`; at most `slice`.
+    ///
+    /// May return early; the caller looks and asks again in any case. No wake-up is lost: `epoch`
+    /// is compared under the lock that every change takes. Meanwhile, the thread is in the wait-for
+    /// graph; if it would close a cycle there it does not sleep, and asking again is refused.
+    pub fn wait(&self, request: &Request, epoch: u64, slice: Duration) {
+        let mut inner = self.lock();
+        let unchanged = inner
+            .slots
+            .get(&request.key)
+            .is_some_and(|it| it.changed <= epoch && it.slot.running().is_some());
+        // Two threads that were both told to wait may close a cycle only here.
+        if !unchanged || inner.cycle(request).is_some() {
+            return;
+        }
+        let (actor, key) = (request.actor.clone(), request.key.clone());
+        inner.waits.begin(actor, key);
+        inner = sync::wait_timeout(&self.changed, inner, slice);
+        inner.waits.end(request.actor.thread);
+    }
+
+    /// The error of a caller whose deadline has passed; records it.
+    pub fn timed_out(&self, request: &Request) -> Error {
+        self.update(|inner, now| {
+            let error = Error::Timeout {
+                key: request.key.clone(),
+                owner: inner.slot(&request.key).and_then(|slot| owner(slot, now)),
+                waited: request.waited,
+            };
+            inner.doubts.remove(&request.actor.thread);
+            inner.note(request, Decision::Timeout, error.to_string(), now);
+            error
+        })
+    }
+
+    /// Repeats `try_acquire` and `wait` until there is a step to take, or an error.
+    ///
+    /// `observe` looks at the real process before every try. At `deadline`, a time on the
+    /// registry's clock, the error is `Timeout`; one that has passed means a single try. `on_slice`
+    /// runs after every wait; when it says false, the last `Step::Wait` is returned. Both run
+    /// unlocked, and a panic in them leaves nothing behind.
+    pub fn acquire_blocking(
+        &self,
+        mut request: Request,
+        deadline: Option<Duration>,
+        mut observe: impl FnMut() -> Observed,
+        mut on_slice: impl FnMut() -> bool,
+    ) -> Result<Step, Error> {
+        let start = self.now();
+        loop {
+            request.observed = observe();
+            let step = self.try_acquire(&request)?;
+            let Step::Wait { epoch, .. } = step else {
+                return Ok(step);
+            };
+            let now = self.now();
+            request.waited = now.saturating_sub(start);
+            let left = deadline.map_or(SLICE, |deadline| deadline.saturating_sub(now));
+            if left.is_zero() {
+                return Err(self.timed_out(&request));
+            }
+            self.wait(&request, epoch, left.min(SLICE));
+            if !on_slice() {
+                return Ok(step);
+            }
+            request.waited = self.now().saturating_sub(start);
+        }
+    }
+}
+
+impl Inner {
+    fn acquire(&mut self, request: &Request, now: Duration) -> Result<Step, Error> {
+        let doubted = self.doubts.remove(&request.actor.thread);
+        let mut verdict = judge(self.slot_mut(&request.key), request, now);
+        if let Verdict::Contradicted { by, since } = verdict {
+            let doubt = (request.key.clone(), self.tracked(&request.key).changed);
+            if doubted.as_ref() != Some(&doubt) {
+                self.doubts.insert(request.actor.thread, doubt);
+                return Ok(Step::Wait {
+                    leader: by,
+                    since,
+                    epoch: self.epoch,
+                });
+            }
+            self.forget_changed(request, now);
+            verdict = judge(self.slot_mut(&request.key), request, now);
+        }
+        match verdict {
+            Verdict::Lead => {
+                let ticket = self.claim(request, Task::Build(request.spec.clone()), now);
+                self.note(request, Decision::Lead, request.spec.to_string(), now);
+                Ok(Step::Lead(ticket))
+            }
+            Verdict::Adopt => {
+                let ticket = self.claim(request, Task::Adopt(request.spec.clone()), now);
+                self.note(request, Decision::Adopt, request.spec.to_string(), now);
+                Ok(Step::Adopt(ticket))
+            }
+            Verdict::Join { generation } => {
+                self.note(request, Decision::Join, String::new(), now);
+                Ok(Step::Join { generation })
+            }
+            Verdict::Nested => {
+                self.note(request, Decision::Nested, String::new(), now);
+                Ok(Step::Nested)
+            }
+            Verdict::Wait { leader, since } => {
+                if let Some(cycle) = self.cycle(request) {
+                    let error = Error::Deadlock { cycle };
+                    self.note(request, Decision::Deadlock, error.to_string(), now);
+                    return Err(error);
+                }
+                // Waiters ask again and again; the first time is the news.
+                if request.waited.is_zero() {
+                    self.note(request, Decision::Wait, format!("for {leader}"), now);
+                }
+                Ok(Step::Wait {
+                    leader,
+                    since,
+                    epoch: self.epoch,
+                })
+            }
+            Verdict::Refuse(error) => {
+                self.note(request, Decision::Refuse, error.to_string(), now);
+                Err(error)
+            }
+            Verdict::Contradicted { .. } => unreachable!("an idle slot contradicts nobody"),
+        }
+    }
+
+    fn claim(&mut self, request: &Request, task: Task, now: Duration) -> Ticket {
+        let (key, id) = (request.key.clone(), self.fresh_id());
+        let led = self
+            .slot_mut(&key)
+            .lead(id, request.actor.clone(), task, now);
+        debug_assert!(led, "only an idle slot is claimed");
+        self.touch(&key);
+        Ticket { key, id }
+    }
+
+    /// Somebody destroyed or replaced the real object: what is ready describes nothing now.
+    fn forget_changed(&mut self, request: &Request, now: Duration) {
+        let slot = self.slot_mut(&request.key);
+        let holders = slot.holders();
+        slot.clear();
+        self.touch(&request.key);
+        let mut detail = "changed outside the registry".to_owned();
+        if !holders.is_empty() {
+            detail += " while held by ";
+            detail += &crate::error::join(&holders, ", ");
+        }
+        self.note(request, Decision::OutOfBand, detail, now);
+    }
+
+    fn cycle(&self, request: &Request) -> Option<Vec<Edge>> {
+        let leader_of = |key: &Key| Some(self.slot(key)?.running()?.leader.thread);
+        self.waits
+            .would_deadlock(&request.actor, &request.key, leader_of)
+    }
+
+    fn note(&mut self, request: &Request, decision: Decision, detail: String, now: Duration) {
+        let event = Event::new(now, &request.key, &request.actor, decision);
+        self.record(event.waited(request.waited).detail(detail));
+    }
+}
