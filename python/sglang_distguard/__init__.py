@@ -19,7 +19,7 @@ from sglang_distguard.errors import (
     SpecMismatch,
     StateInUse,
 )
-from sglang_distguard.install import install, is_installed, uninstall
+from sglang_distguard.installation import install, is_installed, uninstall
 from sglang_distguard.runners import activate, close
 from sglang_distguard.settings import runner_scope
 from sglang_distguard.status import Snapshot, reset, snapshot

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import _core, settings
 from sglang_distguard.errors import DistGuardError
-from sglang_distguard.install import is_installed
+from sglang_distguard.installation import is_installed
 from sglang_distguard.runners import activate, find_handle
 
 if TYPE_CHECKING:

@@ -12,6 +12,6 @@ def load() -> None:
     goes on without the plugin.
     """
     if settings.reuse_from_environment():
-        from sglang_distguard.install import install
+        from sglang_distguard.installation import install
 
         install()

@@ -79,7 +79,7 @@ def snapshot() -> Snapshot:
 
     Takes one short lock and changes nothing; works without ``install()`` too.
     """
-    from sglang_distguard.install import is_installed
+    from sglang_distguard.installation import is_installed
 
     chosen = settings.current()
     facts: dict[str, Any] = _core.snapshot()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -210,6 +211,7 @@ class _Applied:
         self.module = module
         self._restore: dict[CodeType, CodeType] = {}
         self._injected: list[str] = []
+        self._signed: list[FunctionType] = []
         self._attributes: list[tuple[str, Any, Any]] = []
 
     def inject(self, name: str, value: object) -> None:
@@ -227,6 +229,10 @@ class _Applied:
         name = f"_distguard_hook_{qualname.replace('.', '__')}"
         code = live.trampoline(function, name)
         self.inject(name, make(original))
+        if not hasattr(function, "__signature__"):
+            # The trampoline takes anything; what the caller may give is still SGLang's to say.
+            function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+            self._signed.append(function)
         before = function.__code__
         self._restore[code] = self._restore.get(before, before)
         function.__code__ = code
@@ -241,6 +247,8 @@ class _Applied:
         live.swap_code(
             live.functions_of(self.module) if functions is None else functions, self._restore
         )
+        for function in self._signed:
+            vars(function).pop("__signature__", None)
         for name, before, ours in reversed(self._attributes):
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     """Build and run one model alone; write its generation."""
     import torch
 
-    from sglang_distguard.install import is_installed
+    from sglang_distguard.installation import is_installed
     from sglang_distguard.testing.recipe import prepare_environment, server_args
 
     model, dtype, file = argv

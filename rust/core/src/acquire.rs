@@ -63,7 +63,6 @@ impl Registry {
                 owner: inner.slot(&request.key).and_then(|slot| owner(slot, now)),
                 waited: request.waited,
             };
-            inner.doubts.remove(&request.actor.thread);
             inner.note(request, Decision::Timeout, error.to_string(), now);
             error
         })

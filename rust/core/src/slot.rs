@@ -2,13 +2,15 @@
 //! Must never decide: `rules` says what a request gets.
 //!
 //! ```text
-//!            lead                  publish
-//!   Idle ────────────▶ Running ───────────────▶ Ready
-//!    ▲ ▲               │ │ │ ▲                   │ │
-//!    │ └─ fail (build) ┘ │ │ └──── tear_down ────┘ │
-//!    │ ┌─ end ───────────┘ └───▶ fail (teardown):  │
-//!    │ │  poison ─▶ Poisoned     back to Ready     │
-//!    └─┴───────────────┴──── clear ────────────────┘
+//! from        by           to
+//! Idle        lead         Running (build, adopt)
+//! Running     publish      Ready, one generation on
+//!             fail         what was there before: Idle, or Ready for a teardown
+//!             poison       Poisoned
+//!             end          Idle
+//! Ready       tear_down    Running (teardown)
+//!             clear        Idle: forgotten, reset, or changed behind our back
+//! Poisoned    clear        Idle: reset
 //! ```
 //!
 //! Invariants:

@@ -226,6 +226,21 @@ fn a_doubt_counts_only_against_the_state_it_was_about() {
 }
 
 #[test]
+fn a_waiter_looks_again_when_another_leader_has_taken_over() {
+    let registry = registry();
+    let ticket = lead(&registry, &request(1, 1));
+    let Ok(Step::Wait { epoch, .. }) = registry.try_acquire(&request(2, 1)) else {
+        panic!("should wait");
+    };
+    registry.fail(ticket, "boom");
+    let _ticket = lead(&registry, &request(3, 2));
+    // Would sleep for ever although the new leader builds something else.
+    registry.wait(&request(2, 1), epoch, FOREVER);
+    let refused = registry.try_acquire(&request(2, 1));
+    assert!(matches!(refused, Err(Error::SpecMismatch { .. })));
+}
+
+#[test]
 fn keys_do_not_get_in_each_others_way() {
     let registry = registry();
     let _world = lead(&registry, &request(1, 1));

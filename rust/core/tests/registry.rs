@@ -277,6 +277,25 @@ fn a_deadline_that_passes_names_the_leader_and_for_how_long_it_leads() {
 }
 
 #[test]
+fn what_a_waiter_gets_says_how_long_it_waited() {
+    let clock = Arc::new(ManualClock::new());
+    let registry = Registry::new(clock.clone());
+    let mut ticket = Some(lead(&registry, &request(0, 1)));
+    let publish = || {
+        clock.advance(Duration::from_secs(2));
+        let ticket = ticket.take().unwrap();
+        registry.publish(ticket, spec(1), Origin::Created, 7) == Ok(1)
+    };
+    let step = registry.acquire_blocking(request(1, 1), None, || Observed::Unknown, publish);
+    assert_eq!(step, Ok(Step::Join { generation: 1 }));
+    let joined = registry.snapshot().events.pop().unwrap();
+    assert_eq!(
+        (joined.decision, joined.waited),
+        (Decision::Join, Duration::from_secs(2))
+    );
+}
+
+#[test]
 fn a_deadline_that_has_passed_means_a_single_try() {
     let registry = registry();
     let now = Some(Duration::ZERO);

@@ -1,0 +1,321 @@
+"""install and uninstall in every order with imports, twice, from several threads, and undone."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sglang_distguard
+from sglang_distguard import adapters, treatments
+from sglang_distguard.adapters import generations
+from sglang_distguard.patching import Needs, find_source
+
+
+def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
+    """Identity, and identity of the code, of everything in sglang's and the other hooked modules."""
+    found = {}
+    hooked = {change.module for changes in generations.GENERATIONS.values() for change in changes()}
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, types.ModuleType):
+            continue
+        if not (name.startswith("sglang.") or name in hooked):
+            continue
+        for attribute, value in list(vars(module).items()):
+            found[name, attribute] = (id(value), code_of(value))
+            if isinstance(value, type) and value.__module__ == name:
+                for member, inner in list(vars(value).items()):
+                    if isinstance(inner, property):
+                        inner = inner.fget
+                    elif isinstance(inner, (staticmethod, classmethod)):
+                        inner = inner.__func__
+                    found[name, f"{attribute}.{member}"] = (id(inner), code_of(inner))
+    return found
+
+
+def code_of(value: object) -> int:
+    """Identity of the code of a function, below what wraps it; 0 for anything else."""
+    while type(value) is types.FunctionType and "__wrapped__" in vars(value):
+        value = vars(value)["__wrapped__"]
+    return id(value.__code__) if type(value) is types.FunctionType else 0
+
+
+@pytest.fixture
+def clean(sglang: None) -> Iterator[None]:
+    assert not sglang_distguard.is_installed()
+    yield
+    sglang_distguard.uninstall()
+
+
+def test_uninstall_leaves_modules_as_they_were_object_for_object(clean: None) -> None:
+    before = state_of_modules()
+    sglang_distguard.install()
+    assert state_of_modules() != before
+    sglang_distguard.uninstall()
+    assert state_of_modules() == before
+
+
+def test_installing_twice_hooks_once_and_one_uninstall_undoes_it(clean: None) -> None:
+    before = state_of_modules()
+    sglang_distguard.install()
+    once = state_of_modules()
+    sglang_distguard.install()
+    assert state_of_modules() == once
+    sglang_distguard.uninstall()
+    sglang_distguard.uninstall()
+    assert state_of_modules() == before
+
+
+def test_installing_and_uninstalling_from_eight_threads_ends_in_one_or_the_other(
+    clean: None,
+) -> None:
+    before = state_of_modules()
+    start = threading.Barrier(8)
+    failures: list[BaseException] = []
+
+    def toggle(number: int) -> None:
+        start.wait()
+        try:
+            for _ in range(3):
+                (sglang_distguard.install if number % 2 else sglang_distguard.uninstall)()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=toggle, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    sglang_distguard.uninstall()
+    assert state_of_modules() == before
+
+
+def test_a_patch_that_others_put_on_top_stays_and_calls_sglang_again(clean: None) -> None:
+    from sglang.srt.model_executor import forward_context
+
+    original = forward_context.set_forward_context
+    sglang_distguard.install()
+    calls = []
+
+    def foreign(context: Any) -> Any:
+        calls.append(context)
+        return original(context)
+
+    forward_context.set_forward_context = foreign
+    try:
+        sglang_distguard.uninstall()
+        assert forward_context.set_forward_context is foreign
+        assert forward_context.set_forward_context(None) is None
+        assert calls == [None]
+    finally:
+        forward_context.set_forward_context = original
+
+
+def test_a_replaced_attribute_that_others_replaced_again_is_left_to_them(clean: None) -> None:
+    import torch
+
+    original = torch.get_default_dtype
+    sglang_distguard.install()
+    ours = torch.get_default_dtype
+    foreign = lambda: ours()  # noqa: E731
+    torch.get_default_dtype = foreign
+    try:
+        sglang_distguard.uninstall()
+        assert torch.get_default_dtype is foreign
+        assert foreign() is torch.float32
+    finally:
+        torch.get_default_dtype = original
+
+
+def test_a_reference_taken_before_install_is_guarded_too(clean: None) -> None:
+    from sglang.srt.runtime_context import get_parallel, use_context
+
+    before = code_of(get_parallel), code_of(use_context)
+    sglang_distguard.install()
+    assert code_of(get_parallel) != before[0]
+    assert code_of(use_context) != before[1]
+    sglang_distguard.uninstall()
+    assert (code_of(get_parallel), code_of(use_context)) == before
+
+
+def test_signatures_and_names_stay_as_sglang_wrote_them(clean: None) -> None:
+    import inspect
+
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    functions = [
+        parallel_state.init_distributed_environment,
+        ModelRunner.__init__,
+        ModelRunner.forward,
+    ]
+    before = [(inspect.signature(f), f.__qualname__, f.__doc__) for f in functions]
+    sglang_distguard.install()
+    assert [(inspect.signature(f), f.__qualname__, f.__doc__) for f in functions] == before
+
+
+_STEPS = {
+    "install": "d.install()",
+    "uninstall": "d.uninstall()",
+    "import": (
+        "import sglang.srt.runtime_context as rc; "
+        "import sglang.srt.model_executor.forward_context as fc"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        order
+        for order in itertools.product(_STEPS, repeat=3)
+        if order.count("import") == 1 and "install" in order
+    ],
+    ids="-".join,
+)
+def test_any_order_of_import_install_and_uninstall(order: tuple[str, ...]) -> None:
+    last = next((step for step in reversed(order) if step != "import"), "uninstall")
+    program = "\n".join(
+        [
+            "import sglang_distguard as d",
+            *(_STEPS[step] for step in order),
+            "from sglang_distguard.patching.rewrite import accessor_name",
+            "patched = accessor_name('_current') in vars(fc), accessor_name('_CONTEXT') in vars(rc)",
+            f"assert patched == ({last == 'install'},) * 2, patched",
+            "assert fc.get_forward_context.__code__.co_filename.endswith('forward_context.py')",
+            f"assert d.is_installed() is {last == 'install'}",
+            "rc.get_context(), fc.has_forward_context()",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
+    clean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state_of_modules()
+    changes = generations.GENERATIONS["runtime contexts (sglang 0.5.22 and later)"]
+    lacking = Needs("sglang.srt.runtime_context", "function_of_another_release")
+    monkeypatch.setattr(generations, "GENERATIONS", {"this one": lambda: [*changes(), lacking]})
+    with pytest.raises(
+        sglang_distguard.NotSupported, match="function_of_another_release"
+    ) as caught:
+        sglang_distguard.install()
+    assert caught.value.details["sglang"] == "0.5.23"
+    assert not sglang_distguard.is_installed()
+    assert state_of_modules() == before
+
+
+def test_code_that_is_not_what_the_source_says_is_refused_and_nothing_is_patched(
+    clean: None,
+) -> None:
+    from sglang.srt.model_executor import forward_context
+
+    before = state_of_modules()
+    namespace: Any = vars(forward_context)
+    exec("def changed_at_run_time():\n    return _current", namespace)
+    try:
+        with pytest.raises(sglang_distguard.NotSupported, match="changed_at_run_time"):
+            sglang_distguard.install()
+    finally:
+        del namespace["changed_at_run_time"]
+    assert state_of_modules() == before
+
+
+def test_without_sglang_it_says_so(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "find_source", lambda module: None)
+    with pytest.raises(sglang_distguard.NotSupported, match="sglang is not installed"):
+        sglang_distguard.install()
+
+
+def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sglang() -> None:
+    program = (
+        "import sys, sglang_distguard as d; d.snapshot(); d.is_installed(); "
+        "assert not [m for m in sys.modules if m.startswith(('sglang.', 'torch'))]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
+    for module, names in treatments.scoped().items():
+        source = find_source(module)
+        assert source is not None, module
+        assert all(name in source.text for name in names)
+    assert len(adapters.choose()) == len({plan.module for plan in adapters.choose()})
+
+
+@pytest.mark.parametrize("value", ["", "false", "0", "no", None])
+def test_the_entry_point_changes_nothing_unless_the_variable_is_true(
+    clean: None, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    from sglang_distguard import plugin
+
+    monkeypatch.delenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", value)
+    before = state_of_modules()
+    plugin.load()
+    assert not sglang_distguard.is_installed()
+    assert state_of_modules() == before
+
+
+def test_sglang_loads_the_entry_point_in_its_processes_when_the_variable_is_true() -> None:
+    program = (
+        "from sglang.srt.plugins import load_plugins; import sglang_distguard as d; "
+        "load_plugins(); print(d.is_installed())"
+    )
+    for value, expected in (("true", "True"), ("false", "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**__import__("os").environ, "SGLANG_ALLOW_REUSE_DISTRIBUTED": value},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout.split()[-1:] == [expected], done.stderr
+
+
+def test_a_variable_that_is_neither_true_nor_false_is_an_error(
+    clean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", "perhaps")
+    with pytest.raises(ValueError, match="perhaps"):
+        sglang_distguard.install()
+    assert not sglang_distguard.is_installed()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": -1.0}, ValueError),
+        ({"timeout": float("nan")}, ValueError),
+        ({"timeout": "5"}, TypeError),
+        ({"timeout": True}, TypeError),
+        ({"reuse": "yes"}, TypeError),
+        ({"reuse": 1}, TypeError),
+    ],
+)
+def test_unusable_arguments_are_refused_and_nothing_is_patched(
+    clean: None, arguments: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        sglang_distguard.install(**arguments)
+    assert not sglang_distguard.is_installed()
+
+
+def test_a_second_install_changes_only_the_settings_it_names(clean: None) -> None:
+    sglang_distguard.install(timeout=7)
+    sglang_distguard.install(reuse=False)
+    snapshot = sglang_distguard.snapshot()
+    assert (snapshot["timeout"], snapshot["reuse"]) == (7.0, False)
+    assert sglang_distguard.is_installed()

@@ -1,0 +1,92 @@
+"""The main test fails when any one of the four treatments is switched off: it can tell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TREATMENTS = ("registry", "scope", "dtype", "input buffers")
+
+
+@pytest.mark.parametrize("treatment", [None, *TREATMENTS])
+def test_eight_runners_are_right_only_with_every_treatment(
+    cache: Path, treatment: str | None
+) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__, str(cache), treatment or "none"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    report = done.stdout[-3000:] + done.stderr[-3000:]
+    expected = "RIGHT" if treatment is None else "WRONG"
+    assert expected in done.stdout, report
+    print(done.stdout.strip().splitlines()[-1])
+
+
+def switch_off(treatment: str) -> None:
+    """Install the guard without one of its treatments."""
+    from sglang_distguard import _core, singleflight
+    from sglang_distguard.adapters import generations, runtime_contexts
+    from sglang_distguard.patching import Scoped
+    from sglang_distguard.targets import expert_location, model_loader, parallel_state, torch_dtype
+
+    left_out: tuple[object, ...] = ()
+    if treatment == "registry":
+
+        def everybody_leads(*_args: object, **callbacks: object) -> object:
+            return callbacks["initialise"]()  # type: ignore[operator]
+
+        for module in (singleflight, parallel_state, expert_location):
+            module.run_once = everybody_leads  # type: ignore[attr-defined]
+    elif treatment == "scope":
+        _core.choose_scope = lambda _label, _threads: (None, False)
+    elif treatment == "dtype":
+        left_out = (*model_loader.CHANGES, *torch_dtype.CHANGES)
+    elif treatment == "input buffers":
+        module = "sglang.srt.model_executor.input_buffers"
+        left_out = (Scoped(module, "_forward_input_buffer_pool"),)
+    generations.GENERATIONS = {
+        f"without {treatment}": lambda: [
+            change for change in runtime_contexts.changes() if change not in left_out
+        ]
+    }
+
+
+def main(cache: Path, treatment: str) -> None:
+    """Print RIGHT or WRONG and why."""
+    import os
+
+    import sglang_distguard
+    from sglang_distguard.testing import fleet, prepare_environment
+
+    prepare_environment()
+    switch_off(treatment)
+    members = fleet.members(cache)
+    sglang_distguard.install(timeout=60)
+    problems: list[str] = []
+    with fleet.bystander() as seen:
+        outcomes = fleet.build_all(members)
+        for outcome in outcomes:
+            if outcome.error is not None:
+                problems.append(f"{outcome.member.name}: {outcome.error!r}"[:200])
+            elif fleet.parameter_dtypes(outcome.runner) != {outcome.member.dtype}:  # type: ignore[arg-type]
+                problems.append(f"{outcome.member.name}: parameters of another dtype")
+        if not problems:
+            for _ in range(20):
+                fleet.generate_all(outcomes, 5, sglang_distguard.activate)
+                if any(outcome.problems for outcome in outcomes):
+                    break
+    problems += [f"{o.member.name}: {problem}" for o in outcomes for problem in o.problems[:1]]
+    problems += seen[:1]
+    verdict = "RIGHT" if not problems else f"WRONG ({len(problems)} problems, first: {problems[0]})"
+    print(f"without {treatment}: {verdict}", flush=True)
+    os._exit(0)  # runners left half-built need no tidy end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
