@@ -56,6 +56,11 @@ def test_one_thread_leads_world_and_groups_and_seven_join(eight: Eight) -> None:
         assert decisions.count("join") == 7
 
 
+def test_all_eight_use_one_world_and_one_set_of_groups(eight: Eight) -> None:
+    outcomes, _ = eight
+    assert fleet.sharing_problems(outcomes, sglang_distguard.activate) == []
+
+
 def test_every_runner_holds_world_and_groups(eight: Eight) -> None:
     slots = {slot["key"]: slot for slot in sglang_distguard.snapshot()["slots"]}
     for key in ("world", "groups"):
@@ -141,7 +146,8 @@ def test_an_unequal_request_is_refused_at_once_and_changes_nothing(
     assert isinstance(caught.value, ValueError)
     assert caught.value.details["fields"]["world_size"] == {"existing": 1, "requested": 2}
     message = str(caught.value)
-    assert "world_size is 1, requested 2" in message
+    assert "world_size" in message
+    assert "existing 1, requested 2" in message
     assert member.name.split("-")[0] in message  # a holder, by name
     assert sglang_distguard.snapshot()["slots"] == before
     _core.adopt_scope(None)

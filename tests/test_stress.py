@@ -25,6 +25,7 @@ def one_round(members: list[fleet.Member], repetitions: int) -> list[str]:
             for o in outcomes
             if o.runner is not None and fleet.parameter_dtypes(o.runner) != {o.member.dtype}
         ]
+        problems += fleet.sharing_problems(outcomes, sglang_distguard.activate)
         fleet.generate_all(outcomes, repetitions, sglang_distguard.activate)
     problems += [f"{o.member.name}: {problem}" for o in outcomes for problem in o.problems]
     for outcome in outcomes:

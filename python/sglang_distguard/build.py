@@ -195,13 +195,13 @@ def _construct(
 ) -> ModelRunner:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.runtime_context import get_memory
+    from sglang.srt.runtime_context import get_schedule
 
     runner = ModelRunner(
         model_config=ModelConfig.from_server_args(
             server_args, is_draft_model=bool(options.get("is_draft_worker"))
         ),
-        mem_fraction_static=get_memory().mem_fraction_static,
+        mem_fraction_static=get_schedule().mem_fraction_static,
         gpu_id=gpu_id,
         nccl_port=nccl_port or 0,
         server_args=server_args,

@@ -165,10 +165,10 @@ def _mode_class() -> type:
             result = func(*args, **kwargs)
             if not isinstance(result, torch.Tensor) or result.dtype != _process_default():
                 return result
-            if not tensors:
-                return result.to(self.dtype)
-            cast = _cast(tensors, self.dtype)
-            return func(*_replace(args, cast), **_replace(kwargs, cast)).to(self.dtype)
+            # A condition is no operand: torch wants it as it is.
+            condition = _condition(func, args, kwargs)
+            operands = _Operands(self.dtype, condition, scalars=condition is not None)
+            return func(*operands.of(args), **operands.named(kwargs))
 
     return DefaultDtypeMode
 
@@ -190,12 +190,37 @@ def _has_float_source(args: Any, kwargs: Any) -> bool:
     return any(hasattr(value, "dtype") and hasattr(value, "shape") for value in _flat(args, kwargs))
 
 
-def _cast(tensors: list[Any], dtype: Any) -> dict[int, Any]:
-    # A condition (bool, first argument of `where`) is no operand; torch wants it as it is.
-    return {id(tensor): tensor.to(dtype) for tensor in tensors if tensor.dtype.itemsize > 1}
+def _condition(func: Callable[..., Any], args: Any, kwargs: Any) -> Optional[Any]:
+    if getattr(func, "__name__", "") != "where":
+        return None
+    if "condition" in kwargs:
+        return kwargs["condition"]
+    tensor_method = (
+        getattr(func, "__objclass__", None) is not None
+    )  # Tensor.where(self, condition, other)
+    return args[1] if tensor_method else args[0]
 
 
-def _replace(values: Any, cast: dict[int, Any]) -> Any:
-    if isinstance(values, dict):
-        return {name: cast.get(id(value), value) for name, value in values.items()}
-    return tuple(cast.get(id(value), value) for value in values)
+class _Operands:
+    """The arguments of a call with every operand in the default dtype."""
+
+    def __init__(self, dtype: Any, condition: Optional[Any], *, scalars: bool) -> None:
+        self._dtype = dtype
+        self._condition = condition
+        self._scalars = scalars
+
+    def of(self, values: Any) -> tuple[Any, ...]:
+        return tuple(self._operand(value) for value in values)
+
+    def named(self, values: Any) -> dict[str, Any]:
+        return {name: self._operand(value) for name, value in values.items()}
+
+    def _operand(self, value: Any) -> Any:
+        if value is self._condition:
+            return value
+        if hasattr(value, "is_floating_point"):
+            return value.to(self._dtype)
+        if self._scalars and isinstance(value, (int, float)):
+            # `where` rounds scalars to the default before it looks at anything else.
+            return sys.modules["torch"].scalar_tensor(value, dtype=self._dtype)
+        return value

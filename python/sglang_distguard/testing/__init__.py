@@ -5,7 +5,7 @@ and for yours. Needs sglang; on a machine without CUDA, sglang's own sgl_kernel 
 from sglang_distguard.testing.models import ARCHITECTURES, create_model
 from sglang_distguard.testing.recipe import free_port, prepare_environment, server_args
 from sglang_distguard.testing.reference import bit_equal, huggingface, max_abs_error
-from sglang_distguard.testing.solo import solo_many
+from sglang_distguard.testing.solo import solo, solo_many
 from sglang_distguard.testing.steps import PROMPTS, Generation, build, generate
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "max_abs_error",
     "prepare_environment",
     "server_args",
+    "solo",
     "solo_many",
 ]

@@ -133,6 +133,21 @@ def error_to_huggingface(member: Member) -> float:
     return max_abs_error(member.alone.logits, expected)
 
 
+def sharing_problems(
+    outcomes: Sequence[Outcome], activate: Callable[[ModelRunner], Any]
+) -> list[str]:
+    """What is wrong unless all runners use one world and one set of groups."""
+    from sglang.srt.runtime_context import get_parallel
+
+    used: dict[str, set[int]] = {"world_group": set(), "tp_group": set(), "pp_group": set()}
+    for outcome in outcomes:
+        if outcome.runner is not None:
+            with activate(outcome.runner):
+                for field, seen in used.items():
+                    seen.add(id(getattr(get_parallel(), field)))
+    return [f"{len(seen)} different {field}s" for field, seen in used.items() if len(seen) > 1]
+
+
 def parameter_dtypes(runner: ModelRunner) -> set[str]:
     """The dtypes of a runner's parameters, as ServerArgs names them."""
     return {str(parameter.dtype).removeprefix("torch.") for parameter in runner.model.parameters()}

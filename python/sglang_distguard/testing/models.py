@@ -87,32 +87,50 @@ ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
 def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> Path:
     """Write a checkpoint (float32, safetensors) and return its directory; keep one that is there.
 
-    Safe to call from several processes at once. Leaves torch's random state as it was.
+    Safe to call from several processes at once: a checkpoint appears whole or not at all. Leaves
+    torch's random state and default dtype as they were; they are process-wide meanwhile, so call
+    it while no other thread draws random numbers or builds a model.
 
     Args:
         architecture: a key of ``ARCHITECTURES``.
         directory: where checkpoints are kept; the new one is a folder inside.
         seed: of the random weights.
 
+    Returns:
+        The checkpoint's own directory, ``directory / "<architecture>-<seed>"``.
+
     Raises:
         KeyError: unknown architecture.
     """
-    import torch
-
+    builder = ARCHITECTURES[architecture]
     target = Path(directory) / f"{architecture}-{seed}"
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    kind, config = ARCHITECTURES[architecture]()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = kind(config).to(torch.float32)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    model.save_pretrained(scratch)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
+        kind, config = builder()
+        _random_model(kind, config, seed).save_pretrained(scratch)
+        scratch.chmod(0o755)  # mkdtemp makes it private
         os.rename(scratch, target)  # atomic, and refused when another process was first
     except OSError:
-        shutil.rmtree(scratch)
         if not (target / "config.json").is_file():
             raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _random_model(kind: Any, config: Any, seed: int) -> Any:
+    import torch
+
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if default is not torch.float32:
+                torch.set_default_dtype(torch.float32)  # the weights depend on it
+            return kind(config)
+        finally:
+            if default is not torch.float32:
+                torch.set_default_dtype(default)

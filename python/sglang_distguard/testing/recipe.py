@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Optional
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -23,27 +25,42 @@ _ENVIRONMENT = {
 
 
 def prepare_environment() -> None:
-    """Set what has to be set before sglang is imported; nothing on a machine with CUDA.
+    """Make sglang importable and quiet here; call it before anything imports sglang.
+
+    Without CUDA: sets environment variables (those already set keep their value) and puts
+    sglang's own stub in the place of ``sgl_kernel``. With CUDA: only quiets. May be called again.
 
     Raises:
-        RuntimeError: something imported ``sgl_kernel`` before, which needs CUDA libraries.
+        RuntimeError: there is no CUDA and the real ``sgl_kernel`` was imported already, or sglang
+            has already found out that it is not to use its CPU engine.
     """
     import torch
 
     _quiet()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or _is_stub(sys.modules.get("sgl_kernel")):
         return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from sglang.test.test_utils import maybe_stub_sgl_kernel
-
-    kernel = sys.modules.get("sgl_kernel")
-    if kernel is not None and getattr(kernel, "__file__", None):
+    if "sgl_kernel" in sys.modules:
         raise RuntimeError(
             "sgl_kernel was imported before prepare_environment(), which puts sglang's stub in its "
             "place on machines without CUDA; call prepare_environment() first"
         )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from sglang.srt.utils import is_cpu
+    from sglang.test.test_utils import maybe_stub_sgl_kernel
+
+    if not is_cpu():  # remembered by sglang since its first import
+        raise RuntimeError(
+            "sglang was imported, or SGLANG_USE_CPU_ENGINE set to something else than 1, before "
+            "prepare_environment(); on a machine without CUDA call prepare_environment() first"
+        )
     maybe_stub_sgl_kernel()
+    importlib.import_module("sgl_kernel")  # so that the next call finds the stub
+
+
+def _is_stub(module: Optional[ModuleType]) -> bool:
+    # Read from __dict__: the stub answers every getattr, that of __file__ too.
+    return module is not None and vars(module).get("__file__") is None
 
 
 def _quiet() -> None:
@@ -59,7 +76,10 @@ def server_args(model_path: str | Path, *, dtype: str = "float32", **overrides: 
     Args:
         model_path: directory of a checkpoint.
         dtype: "float32" or "bfloat16".
-        **overrides: any ``ServerArgs`` field.
+        **overrides: any ``ServerArgs`` field; wins over the recipe's.
+
+    Raises:
+        TypeError: an override is no field of ``ServerArgs``.
     """
     import torch
     from sglang.srt.server_args import ServerArgs

@@ -26,7 +26,10 @@ def huggingface(
         dtype: of the computation; default float32.
 
     Returns:
-        Shape [steps, prompts, vocabulary], as ``Generation.logits``.
+        Shape [steps + 1, prompts, vocabulary], as ``Generation.logits``, on the CPU.
+
+    Raises:
+        ValueError: not one list of tokens per prompt.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -41,16 +44,28 @@ def huggingface(
 
 
 def max_abs_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest absolute difference, computed in float64."""
+    """Largest absolute difference of two tensors of one shape, computed in float64.
+
+    Raises:
+        ValueError: their shapes differ (they are not broadcast).
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
     return float((actual.double() - expected.double()).abs().max())
 
 
 def bit_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits."""
+    """Whether two tensors have the same dtype, shape and bits (equal NaNs are equal, 0 is not -0)."""
     import torch
 
     return (
         actual.dtype == expected.dtype
         and actual.shape == expected.shape
-        and torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+        and torch.equal(_bytes(actual), _bytes(expected))
     )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

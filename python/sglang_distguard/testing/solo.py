@@ -1,77 +1,132 @@
-"""The same runner built and run alone, in a fresh process without the guard: the expected bits.
+"""The same runner built and run alone, in a process without the guard: the expected bits.
 
-``python -m sglang_distguard.testing.solo MODEL DTYPE FILE`` writes one generation to FILE.
+``python -m sglang_distguard.testing.solo`` reads a list of jobs (JSON) from standard input, runs
+them and writes one file each; one line of standard output says that a job is done.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from sglang_distguard.testing.steps import PROMPTS, Generation, build, generate
 
 STEPS = 3
+_TIMEOUT_PER_RUNNER = 300  # seconds
+_GUARD_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
+_MODULE = "sglang_distguard.testing.solo"
+_DONE = "sglang_distguard.testing.solo: done"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    model: str
+    dtype: str
+    prompts: Sequence[Sequence[int]]
+    steps: int
+    overrides: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{Path(self.model).name} {self.dtype}"
+
+
+def solo(
+    model: str | Path,
+    dtype: str,
+    *,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    steps: int = STEPS,
+    server_overrides: Optional[Mapping[str, Any]] = None,
+    cache_dir: Path,
+) -> Generation:
+    """What this runner generates when it is built and run alone in a fresh process.
+
+    Args:
+        model: directory of the checkpoint.
+        dtype: "float32" or "bfloat16".
+        prompts: token ids.
+        steps: decode steps after the prefill.
+        server_overrides: ``ServerArgs`` fields over the recipe's, JSON values.
+        cache_dir: folder where results are kept, by everything that decides the bits.
+
+    Raises:
+        RuntimeError: the runner failed alone, or took over 300 s; the text has its error output.
+    """
+    job = _Job(str(model), dtype, prompts, steps, server_overrides or {})
+    return _results([job], Path(cache_dir))[0]
 
 
 def solo_many(
-    requests: Sequence[tuple[Path, str]], cache: Path, *, workers: Optional[int] = None
+    requests: Sequence[tuple[str | Path, str]],
+    cache_dir: Path,
+    *,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    steps: int = STEPS,
+    server_overrides: Optional[Mapping[str, Any]] = None,
 ) -> list[Generation]:
-    """One generation (``PROMPTS``, 3 decode steps) per model and dtype, each in its own process.
+    """As ``solo`` for many runners, several times faster: sglang is imported once.
+
+    Each missing runner is built in its own child, forked one after the other from a process that
+    has imported sglang and built nothing; its bits are those of a fresh process.
 
     Args:
         requests: (checkpoint directory, dtype).
-        cache: folder where results are kept, by model, dtype and versions.
-        workers: processes at a time; default one per core.
+        cache_dir: as for ``solo``, with which it is shared.
+        prompts: token ids.
+        steps: decode steps after the prefill.
+        server_overrides: ``ServerArgs`` fields over the recipe's, JSON values.
+
+    Raises:
+        RuntimeError: as ``solo``, for the first runner that failed; those before it are kept.
     """
+    jobs = [_Job(str(m), dtype, prompts, steps, server_overrides or {}) for m, dtype in requests]
+    return _results(jobs, Path(cache_dir))
+
+
+def _results(jobs: Sequence[_Job], cache: Path) -> list[Generation]:
     cache.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda request: _solo(*request, cache=cache), requests))
+    files = [cache / f"{_fingerprint(job)}.pt" for job in jobs]
+    missing = {file: job for file, job in zip(files, jobs, strict=True) if not file.is_file()}
+    if missing:
+        _run_all(missing)
+    return [_load(file) for file in files]
 
 
-def _solo(model: Path, dtype: str, *, cache: Path) -> Generation:
-    file = cache / f"{_fingerprint(model, dtype)}.pt"
-    if not file.is_file():
-        print(f"  reference run alone: {model.name} {dtype}", file=sys.stderr, flush=True)
-        scratch = file.with_suffix(f".{os.getpid()}.tmp")
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name != "SGLANG_ALLOW_REUSE_DISTRIBUTED"
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(model), dtype, str(scratch)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{model.name} {dtype} failed alone:\n{done.stderr[-4000:]}")
-        scratch.replace(file)
-    return _load(file)
+def _fingerprint(job: _Job) -> str:
+    """Name of everything that decides the bits: model, settings, code, versions, processor."""
+    import torch
 
-
-def _fingerprint(model: Path, dtype: str) -> str:
+    model = Path(job.model)
+    here = Path(__file__).parent
     facts = {
-        "config": (model / "config.json").read_text(),
-        "weights": hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest(),
-        "dtype": dtype,
-        "prompts": PROMPTS,
-        "steps": STEPS,
-        "versions": [version("sglang"), version("torch"), version("transformers")],
-        "threads": os.cpu_count(),
+        "model": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (model / "config.json", *sorted(model.glob("*.safetensors")))
+        },
+        "job": [job.dtype, [list(p) for p in job.prompts], job.steps, dict(job.overrides)],
+        "recipe": [(here / name).read_text() for name in ("recipe.py", "steps.py")],
+        "versions": [version("sglang"), torch.__version__, version("transformers")],
+        "threads": [len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")],
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"{model.name}-{dtype}-{digest[:16]}"
+    return f"{model.name}-{job.dtype}-{digest[:16]}"
 
 
 def _load(file: Path) -> Generation:
@@ -81,19 +136,111 @@ def _load(file: Path) -> Generation:
     return Generation(tokens=data["tokens"], logits=data["logits"])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Build and run one model alone; write its generation."""
+def _run_all(missing: Mapping[Path, _Job]) -> None:
+    """Run the jobs in one new process, and say on stderr how far it is."""
+    environment = {name: value for name, value in os.environ.items() if name != _GUARD_VARIABLE}
+    with tempfile.TemporaryFile("w+") as jobs, tempfile.TemporaryFile("w+") as errors:
+        json.dump([[str(file), dataclasses.asdict(job)] for file, job in missing.items()], jobs)
+        jobs.seek(0)
+        with subprocess.Popen(
+            # runpy warns because the package, imported first, imports this module.
+            [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", _MODULE],
+            env=environment,
+            stdin=jobs,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process:
+            try:
+                _follow(process, list(missing.values()))
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode != 0:
+            errors.seek(0)
+            raise RuntimeError(
+                f"a runner failed alone (status {process.returncode}):\n{errors.read()[-4000:]}"
+            )
+
+
+def _follow(process: subprocess.Popen[str], jobs: Sequence[_Job]) -> None:
+    started = time.monotonic()
+
+    def say(number: int, what: str) -> None:
+        seconds = time.monotonic() - started
+        text = f"  alone {number}/{len(jobs)}  {seconds:5.1f} s  {what}"
+        print(text, file=sys.stderr, flush=True)
+
+    say(0, "importing sglang")
+    assert process.stdout is not None
+    done = 0
+    for line in process.stdout:
+        if line.startswith(_DONE):
+            say(done + 1, str(jobs[done]))
+            done += 1
+
+
+def main() -> None:
+    """Run the jobs of standard input, one alone or several each in a forked child."""
+    from sglang_distguard.testing.recipe import prepare_environment
+
+    jobs = [(Path(file), _Job(**fields)) for file, fields in json.load(sys.stdin)]
+    signal.alarm(_TIMEOUT_PER_RUNNER)  # SIGALRM ends the process wherever it hangs
+    prepare_environment()
+    if len(jobs) > 1:
+        _import_all()
+    for file, job in jobs:
+        if len(jobs) == 1:
+            _run(file, job)
+        else:
+            signal.alarm(0)
+            _run_forked(file, job)
+        print(_DONE, flush=True)
+
+
+def _import_all() -> None:
+    """Import what runners import, and build nothing: OpenMP must not start before a fork."""
+    from sglang.srt.model_executor import model_runner  # noqa: F401
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
+    gc.collect()
+    gc.freeze()  # the children collect garbage while they size their pools
+
+
+def _run_forked(file: Path, job: _Job) -> None:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal.alarm(_TIMEOUT_PER_RUNNER)
+            _run(file, job)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)  # threads and buffers of the parent are not ours to end
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise SystemExit(f"{job}: exit code {os.waitstatus_to_exitcode(status)} (-14: timed out)")
+
+
+def _run(file: Path, job: _Job) -> None:
     import torch
 
-    from sglang_distguard.installation import is_installed
-    from sglang_distguard.testing.recipe import prepare_environment, server_args
+    import sglang_distguard
+    from sglang_distguard.testing.recipe import server_args
 
-    model, dtype, file = argv
-    prepare_environment()
-    assert not is_installed(), "a reference is made without the guard"
-    result = generate(build(server_args(model, dtype=dtype)), PROMPTS, STEPS)
-    torch.save({"tokens": result.tokens, "logits": result.logits}, file)
+    if sglang_distguard.is_installed():
+        raise RuntimeError("a reference must be made without the guard")
+    args = server_args(job.model, dtype=job.dtype, **job.overrides)
+    result = generate(build(args), job.prompts, job.steps)
+    scratch = file.with_suffix(f".{os.getpid()}.tmp")
+    torch.save({"tokens": result.tokens, "logits": result.logits}, scratch)
+    scratch.replace(file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -28,8 +28,9 @@ class Generation:
     """What a runner generated.
 
     Attributes:
-        tokens: per prompt the token ids, one from the prefill and one per decode step.
-        logits: of shape [steps + 1, prompts, vocabulary], in the runner's own dtype.
+        tokens: per prompt the token ids that were sampled (greedily), one from the prefill and
+            one per decode step.
+        logits: of shape [steps + 1, prompts, vocabulary], in the runner's own dtype, on the CPU.
     """
 
     tokens: list[list[int]]
@@ -41,8 +42,12 @@ def build(
 ) -> ModelRunner:
     """Build a runner exactly as SGLang's own code does; knows nothing of distguard.
 
-    A draft worker (``is_draft_worker``) publishes and initialises nothing: its target has.
+    Args:
+        server_args: a fresh object: SGLang resolves it in place.
+        gpu_id: index of the CUDA device; 0 on CPU.
+        is_draft_worker: publishes and initialises nothing: its target, built before, has.
     """
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe import initialize_moe_config
@@ -67,7 +72,7 @@ def build(
         bootstrap.init_layer_runtime(model_config=model_config)
     runner = ModelRunner(
         model_config=model_config,
-        mem_fraction_static=0.3,
+        mem_fraction_static=resolving_view(server_args).mem_fraction_static,
         gpu_id=gpu_id,
         nccl_port=port,
         server_args=server_args,
@@ -84,23 +89,33 @@ def generate(
     prompts: Sequence[Sequence[int]] = PROMPTS,
     steps: int = 3,
     *,
+    forced: Optional[Sequence[Sequence[int]]] = None,
     activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
 ) -> Generation:
-    """Prefill ``prompts`` as one batch, then decode greedily.
+    """Prefill ``prompts`` as one batch, then decode.
 
     Args:
         runner: its pools are cleared first: nothing else may be generating with it.
         prompts: token ids.
         steps: decode steps after the prefill.
+        forced: per prompt the token ids to go on with, at least ``steps`` of them, in place of
+            those sampled (teacher forcing); ``Generation.tokens`` are still those sampled.
         activate: entered around everything: SGLang's batch code reads its context outside the
             runner's methods (``sglang_distguard.activate``).
+
+    Raises:
+        ValueError: too few forced tokens.
     """
     import torch
 
+    if forced is not None and [len(f) >= steps for f in forced] != [True] * len(prompts):
+        raise ValueError(f"forced needs {steps} tokens for each of {len(prompts)} prompts")
     with activate(runner), torch.no_grad():
         batch, token, logits = _extend(prompts, runner)
         tokens, rows = [token], [logits]
-        for _ in range(steps):
+        for step in range(steps):
+            if forced is not None:
+                token = torch.tensor([f[step] for f in forced], device=token.device)
             token, logits = _decode(token, batch, runner)
             tokens.append(token)
             rows.append(logits)

@@ -1,0 +1,159 @@
+"""A thread's own default dtype gives the bits that torch's process-wide one gives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sglang_distguard import default_dtype
+from sglang_distguard.default_dtype import thread_default_dtype
+from sglang_distguard.testing import bit_equal
+
+INTEGERS = torch.arange(1, 7)
+FLAGS = torch.tensor([True, False, True, False, True, True])
+FLOATS = torch.linspace(0.1, 0.9, 6, dtype=torch.float32)
+
+
+def _seeded(make: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return make()
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "empty": lambda: torch.empty(3).dtype,
+    "zeros": lambda: torch.zeros(3),
+    "ones": lambda: torch.ones(2, 3),
+    "ones dtype None": lambda: torch.ones(2, dtype=None),
+    "ones int": lambda: torch.ones(2, dtype=torch.int32),
+    "rand": lambda: _seeded(lambda: torch.rand(5)),
+    "randn": lambda: _seeded(lambda: torch.randn(5)),
+    "normal": lambda: _seeded(lambda: torch.normal(0.0, 1.0, size=(4,))),
+    "eye": lambda: torch.eye(3),
+    "linspace": lambda: torch.linspace(0, 1, 7),
+    "logspace": lambda: torch.logspace(0, 1, 7),
+    "hann_window": lambda: torch.hann_window(8),
+    "full float": lambda: torch.full((2,), 1.5),
+    "full int": lambda: torch.full((2,), 3),
+    "full bool": lambda: torch.full((2,), True),
+    "arange int": lambda: torch.arange(5),
+    "arange float": lambda: torch.arange(0, 1, 0.25),
+    "tensor float": lambda: torch.tensor([1.5, 2.7]),
+    "tensor int": lambda: torch.tensor([1, 2]),
+    "tensor of tensor": lambda: torch.as_tensor(FLOATS),
+    "tensor of double": lambda: torch.tensor(FLOATS.double().numpy()),
+    "asarray": lambda: torch.asarray([0.1, 0.2]),
+    "scalar_tensor": lambda: torch.scalar_tensor(0.1),
+    "int / int": lambda: INTEGERS / 7,
+    "int / int tensor": lambda: INTEGERS / (INTEGERS + 3),
+    "7 / int": lambda: 7 / INTEGERS,
+    "int * float": lambda: INTEGERS * 0.37,
+    "float * int": lambda: 0.37 * INTEGERS,
+    "int + float": lambda: INTEGERS + 0.37,
+    "int - float": lambda: INTEGERS - 0.37,
+    "float - int": lambda: 0.37 - INTEGERS,
+    "float ** int": lambda: 10000.0**INTEGERS,
+    "int ** float": lambda: INTEGERS**0.5,
+    "int ** int": lambda: INTEGERS**2,
+    "int * int": lambda: INTEGERS * 3,
+    "div floor": lambda: torch.div(INTEGERS, 2, rounding_mode="floor"),
+    "sqrt": lambda: INTEGERS.sqrt(),
+    "rsqrt": lambda: torch.rsqrt(INTEGERS),
+    "exp": lambda: torch.exp(INTEGERS),
+    "log": lambda: torch.log(INTEGERS),
+    "sin": lambda: INTEGERS.sin(),
+    "tanh": lambda: torch.tanh(INTEGERS),
+    "sigmoid": lambda: torch.sigmoid(INTEGERS),
+    "reciprocal": lambda: INTEGERS.reciprocal(),
+    "atan2": lambda: torch.atan2(INTEGERS, INTEGERS + 1),
+    "bool * float": lambda: FLAGS * 0.37,
+    "bool / int": lambda: FLAGS / 3,
+    "where scalars": lambda: torch.where(FLAGS, 1.25, 0.1),
+    "where int float": lambda: torch.where(FLAGS, INTEGERS, 0.37),
+    "where keyword": lambda: torch.where(FLAGS, INTEGERS, other=0.37),
+    "where method": lambda: INTEGERS.where(FLAGS, 0.37),
+    "uint8 / int": lambda: INTEGERS.to(torch.uint8) / 3,
+    "int8 * float": lambda: INTEGERS.to(torch.int8) * 0.37,
+    "where tensors": lambda: torch.where(FLAGS, FLOATS, 0.37),
+    "clamp": lambda: torch.clamp(INTEGERS, min=1.37),
+    "float tensor stays": lambda: FLOATS * 0.37,
+    "float() stays": lambda: INTEGERS.float(),
+    "to stays": lambda: INTEGERS.to(torch.float32) / 3,
+    "double stays": lambda: INTEGERS.double() / 3,
+    "zeros_like": lambda: torch.zeros_like(FLOATS),
+    "new_zeros": lambda: INTEGERS.new_zeros(3),
+    "sum": lambda: INTEGERS.sum(),
+    "Linear": lambda: _seeded(lambda: torch.nn.Linear(3, 2)).weight.detach(),
+    "Embedding": lambda: _seeded(lambda: torch.nn.Embedding(3, 2)).weight.detach(),
+    "LayerNorm": lambda: torch.nn.LayerNorm(3).weight.detach(),
+    "rope": lambda: 1.0 / (10000.0 ** (torch.arange(0, 8, 2, dtype=torch.int64) / 8)),
+    "attention": lambda: torch.nn.functional.softmax(FLOATS, dim=0),
+    "get_default_dtype": lambda: default_dtype.of_thread() or torch.get_default_dtype(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_dtype_and_bits_as_with_the_process_wide_default(
+    case: str, dtype: torch.dtype
+) -> None:
+    make = CASES[case]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        expected = make()
+    finally:
+        torch.set_default_dtype(before)
+    with thread_default_dtype(dtype):
+        actual = make()
+    assert torch.get_default_dtype() is before
+    if not isinstance(expected, torch.Tensor):
+        assert actual == expected
+        return
+    assert bit_equal(actual, expected), (actual, expected)
+
+
+def test_other_threads_keep_the_process_wide_default() -> None:
+    seen: list[torch.dtype] = []
+    with thread_default_dtype(torch.bfloat16):
+        thread = threading.Thread(target=lambda: seen.append(torch.ones(1).dtype))
+        thread.start()
+        thread.join()
+        assert torch.ones(1).dtype is torch.bfloat16
+    assert seen == [torch.float32]
+    assert torch.ones(1).dtype is torch.float32
+
+
+def test_nested_defaults_are_restored_in_order_also_after_an_error() -> None:
+    with thread_default_dtype(torch.bfloat16):
+        with pytest.raises(ZeroDivisionError), thread_default_dtype(torch.float16):
+            raise ZeroDivisionError
+        with thread_default_dtype(torch.float16):
+            assert torch.ones(1).dtype is torch.float16
+        assert torch.ones(1).dtype is torch.bfloat16
+    assert default_dtype.of_thread() is None
+
+
+def test_it_nests_with_a_device_context() -> None:
+    with thread_default_dtype(torch.bfloat16), torch.device("meta"):
+        made = torch.empty(2)
+    assert (made.dtype, made.device.type) == (torch.bfloat16, "meta")
+
+
+def test_a_default_that_was_never_restored_ends_with_reset_thread() -> None:
+    default_dtype.set_in_thread(torch.bfloat16)
+    with torch.device("cpu"):
+        default_dtype.set_in_thread(torch.float16)
+        default_dtype.reset_thread()
+        assert torch.ones(1).dtype is torch.float32
+    assert default_dtype.of_thread() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "float32", None])
+def test_what_is_no_floating_dtype_is_refused(dtype: Any) -> None:
+    with pytest.raises(TypeError, match="floating"):
+        default_dtype.set_in_thread(dtype)
+    assert default_dtype.of_thread() is None
