@@ -248,3 +248,36 @@ def test_activate_refuses_what_was_not_built_under_the_guard() -> None:
         sglang_distguard.activate(object()),  # type: ignore[arg-type]
     ):
         pass
+
+
+def test_a_second_thread_in_forward_of_the_same_runner_is_refused_not_wrong(two: Two) -> None:
+    _, qwen = two
+    expected = steps.generate(qwen, activate=sglang_distguard.activate)
+    inside, leave = threading.Event(), threading.Event()
+    original = qwen.model.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        assert leave.wait(60)
+        return original(*args, **kwargs)
+
+    qwen.model.forward = slow
+    results: list[Any] = []
+    first = threading.Thread(
+        target=lambda: results.append(
+            steps.generate(qwen, steps=0, activate=sglang_distguard.activate)
+        ),
+        name="first",
+    )
+    try:
+        first.start()
+        assert inside.wait(60)
+        with pytest.raises(
+            sglang_distguard.StateInUse, match="'qwen3_moe' is in a forward of thread 'first'"
+        ):
+            qwen.forward(forward_batch=None)
+    finally:
+        leave.set()
+        first.join()
+        qwen.model.forward = original
+    assert bit_equal(results[0].logits, expected.logits[:1])

@@ -90,6 +90,13 @@ class RunnerHandle:
     def enter(self) -> Token[Scope | None] | None:
         """Make the scope current for a method; give the result to ``leave``."""
 
+    def begin_forward(self) -> None:
+        """Claim the runner for a forward of the calling thread.
+
+        Raises StateInUse when another thread is inside one.
+        """
+
+    def end_forward(self) -> None: ...
     def close(self) -> bool:
         """Release everything; False when that was done before."""
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use distguard_core::actor::Actor;
 use distguard_core::lease::LeaseId;
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
@@ -22,6 +23,8 @@ pub struct RunnerHandle {
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
     leases: Mutex<Vec<LeaseId>>,
+    /// Who is inside a forward, and how many deep. Another thread's would mix with it.
+    forwarding: Mutex<Option<(Actor, usize)>>,
     closed: AtomicBool,
     pid: u32,
 }
@@ -29,6 +32,12 @@ pub struct RunnerHandle {
 impl RunnerHandle {
     fn leases(&self) -> std::sync::MutexGuard<'_, Vec<LeaseId>> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forwarding(&self) -> std::sync::MutexGuard<'_, Option<(Actor, usize)>> {
+        self.forwarding
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs no Python: it is what the destructor does.
@@ -75,6 +84,7 @@ impl RunnerHandle {
             scope: scope.map(Bound::unbind),
             scope_id,
             leases: Mutex::new(leases),
+            forwarding: Mutex::new(None),
             closed: AtomicBool::new(false),
             pid: std::process::id(),
         })
@@ -134,6 +144,45 @@ impl RunnerHandle {
     fn enter(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         self.check(py)?;
         scope::enter(py, self.scope.as_ref().map(|scope| scope.bind(py).clone()))
+    }
+
+    /// Claims the runner for a forward of the calling thread; end it with `end_forward`.
+    fn begin_forward(&self, py: Python<'_>) -> PyResult<()> {
+        let me = convert::actor(py, None)?;
+        let other = {
+            let mut forwarding = self.forwarding();
+            match &mut *forwarding {
+                Some((actor, depth)) if actor.thread == me.thread => {
+                    *depth += 1;
+                    return Ok(());
+                }
+                Some((actor, _)) => actor.to_string(),
+                empty @ None => {
+                    *empty = Some((me, 1));
+                    return Ok(());
+                }
+            }
+        };
+        let details = PyDict::new(py);
+        details.set_item("runner", &self.name)?;
+        details.set_item("holders", [&other])?;
+        let message = format!(
+            "runner '{}' is in a forward of {other}: its attention metadata and static buffers \
+             hold one batch at a time. Let one thread forward it at a time, or build one runner \
+             per thread",
+            self.name
+        );
+        Err(make(py, "StateInUse", &message, &details)?)
+    }
+
+    fn end_forward(&self) {
+        let mut forwarding = self.forwarding();
+        if let Some((_, depth)) = &mut *forwarding {
+            *depth -= 1;
+            if *depth == 0 {
+                *forwarding = None;
+            }
+        }
     }
 
     /// Releases the leases and, when it was the scope's last runner, the scope's values.

@@ -18,6 +18,9 @@ def _leave(token: Any) -> None:
 
 
 def _method(original: Callable[..., Any]) -> Callable[..., Any]:
+    if original.__name__ == "forward":
+        original = _one_thread_at_a_time(original)
+
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = runners.find_handle(self)
@@ -30,6 +33,23 @@ def _method(original: Callable[..., Any]) -> Callable[..., Any]:
             _leave(token)
 
     return method
+
+
+def _one_thread_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward writes the runner's attention metadata and static buffers (0.5.23)."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = runners.find_handle(self)
+        if handle is None:
+            return original(self, *args, **kwargs)
+        handle.begin_forward()
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            handle.end_forward()
+
+    return forward
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from sglang_distguard.testing.solo import STEPS, solo_many
 from sglang_distguard.testing.steps import PROMPTS, Generation
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 #: Architecture and dtype of each of the eight.
@@ -127,10 +128,14 @@ def generate_all(
     in_threads(work, built)
 
 
+def huggingface_logits(member: Member) -> torch.Tensor:
+    """Hugging Face's logits in float32 for what the member generates (alone)."""
+    return huggingface(member.model, PROMPTS, member.alone.tokens)
+
+
 def error_to_huggingface(member: Member) -> float:
     """Largest absolute difference of the member's logits (alone) to Hugging Face's in float32."""
-    expected = huggingface(member.model, PROMPTS, member.alone.tokens)
-    return max_abs_error(member.alone.logits, expected)
+    return max_abs_error(member.alone.logits, huggingface_logits(member))
 
 
 def sharing_problems(

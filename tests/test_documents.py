@@ -1,0 +1,42 @@
+"""Documents that repeat what code says are equal to it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sglang_distguard import treatments
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_in_architecture_is_the_one_the_hooks_read() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    found = re.search(r"<!-- treatments -->\n(.*?)\n?<!-- /treatments -->", text, re.DOTALL)
+    assert found is not None
+    assert found[1] == treatments.markdown(), "expected:\n" + treatments.markdown()
+
+
+def test_every_process_global_is_listed_once_with_a_reason() -> None:
+    names = [(row.module, row.name) for row in treatments.TREATMENTS]
+    assert len(names) == len(set(names))
+    assert all(row.reason for row in treatments.TREATMENTS)
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    import sglang_distguard
+
+    for name in sglang_distguard.__all__:
+        if not name.startswith("__"):
+            assert getattr(sglang_distguard, name).__doc__, name
+
+
+def test_no_source_file_is_longer_than_five_hundred_lines() -> None:
+    files = [
+        file
+        for folder in ("python", "rust", "tests")
+        for pattern in ("*.py", "*.rs", "*.pyi")
+        for file in (ROOT / folder).rglob(pattern)
+    ]
+    assert files
+    assert [file.name for file in files if len(file.read_text().splitlines()) > 500] == []

@@ -1,0 +1,313 @@
+"""Recompiling functions so that a module global is read through its accessor."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+import textwrap
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_distguard import _core
+from sglang_distguard.errors import NotSupported
+from sglang_distguard.patching import Around, AroundMethods, ModulePlan, Needs, Scoped, find_source
+from sglang_distguard.scoping import scope_active
+
+Load = Callable[..., tuple[types.ModuleType, ModulePlan]]
+
+SOURCE = """
+    import contextlib
+    import functools
+
+    _value = []
+    _other: int = 1
+
+
+    def read():
+        return _value
+
+
+    def rebind(value):
+        global _value
+        before, _value = _value, value
+        return before
+
+
+    def augment():
+        global _other
+        _other += 1
+        return _other
+
+
+    def local_of_the_same_name(_value):
+        return _value
+
+
+    def assigned_local():
+        _value = "local"
+        return (lambda: _value)()
+
+
+    def comprehension():
+        return [_value for _ in range(1)], [_value for _value in (1,)]
+
+
+    def nested():
+        def inner():
+            return _value
+
+        return inner
+
+
+    def default(value=_other):
+        return value
+
+
+    @contextlib.contextmanager
+    def temporarily(value):
+        global _value
+        before = _value
+        _value = value
+        try:
+            yield _value
+        finally:
+            _value = before
+
+
+    @functools.lru_cache
+    def cached():
+        return _value
+
+
+    class Holder:
+        kept = _other
+
+        def read(self):
+            return _value
+
+        @property
+        def value(self):
+            return _value
+
+        @staticmethod
+        def static():
+            return _value
+
+
+    earlier = nested()
+    registry = [lambda: _value]
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Load]:
+    """``load(source, *changes)`` is a module made of ``source``, and the applied plan."""
+    plans: list[ModulePlan] = []
+    names: list[str] = []
+
+    def make(source: str, *names_or_changes: Any) -> tuple[types.ModuleType, ModulePlan]:
+        name = f"rewritten_{len(names)}"
+        names.append(name)
+        file = tmp_path / f"{name}.py"
+        file.write_text(textwrap.dedent(source))
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        found = find_source(name)
+        assert found is not None
+        changes = [
+            Scoped(name, change) if isinstance(change, str) else change(name)
+            for change in names_or_changes
+        ]
+        plan = ModulePlan(found, changes)
+        plans.append(plan)
+        plan.check()
+        plan.apply(module)
+        return module, plan
+
+    yield make
+    for plan in plans:
+        plan.undo()
+    for name in names:
+        del sys.modules[name]
+
+
+def test_every_scope_has_its_own_value_and_the_default_one_has_the_modules(load: Load) -> None:
+    module, _ = load(SOURCE, "_value", "_other")
+    first, second = _core.new_scope("first"), _core.new_scope("second")
+    with scope_active(first):
+        assert module.read() == []
+        assert module.read() is not module._value
+        module.rebind("in first")
+        assert module.augment() == 2
+    with scope_active(second):
+        assert module.read() == []
+        assert module.augment() == 2
+        assert module.augment() == 3
+    with scope_active(first):
+        assert module.read() == "in first"
+    assert module.read() is module._value
+    assert (module._value, module._other) == ([], 1)
+
+
+def test_all_ways_to_reach_the_global_see_the_scope(load: Load) -> None:
+    module, _ = load(SOURCE, "_value")
+    holder = module.Holder()
+    scope = _core.new_scope("all")
+    with scope_active(scope):
+        module.rebind("scoped")
+        seen = [
+            module.read(),
+            module.comprehension()[0][0],
+            module.nested()(),
+            module.earlier(),
+            module.registry[0](),
+            holder.read(),
+            holder.value,
+            holder.static(),
+            module.cached(),
+        ]
+        with module.temporarily("for a while") as inside:
+            assert inside == "for a while"
+            assert module.read() == "for a while"
+        assert module.read() == "scoped"
+    assert seen == ["scoped"] * len(seen)
+
+
+def test_local_names_stay_local(load: Load) -> None:
+    module, _ = load(SOURCE, "_value", "_other")
+    with scope_active(_core.new_scope("locals")):
+        assert module.local_of_the_same_name(5) == 5
+        assert module.assigned_local() == "local"
+        assert module.comprehension()[1] == [1]
+        assert module.default() == 1
+
+
+def test_functions_keep_identity_file_and_line(load: Load) -> None:
+    module, plan = load(SOURCE, "_value")
+    function, line = module.read, module.read.__code__.co_firstlineno
+    ours = function.__code__
+    plan.undo()
+    assert module.read is function
+    assert function.__code__ is not ours
+    assert function.__code__.co_firstlineno == line
+    assert function.__code__.co_filename == ours.co_filename == module.__file__
+
+
+def test_undo_reaches_functions_made_meanwhile_and_leaves_no_names(load: Load) -> None:
+    module, plan = load(SOURCE, "_value", "_other")
+    before = {name for name in vars(module) if "distguard" not in name}
+    made = module.nested()
+    plan.undo()
+    assert made() is module._value
+    assert set(vars(module)) == before
+
+
+def test_threads_and_their_scopes_do_not_mix(load: Load) -> None:
+    module, _ = load(SOURCE, "_value")
+    start = threading.Barrier(8)
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        _core.adopt_scope(_core.new_scope(str(number)))
+        start.wait()
+        for step in range(500):
+            module.rebind((number, step))
+            if module.read() != (number, step):
+                wrong.append(module.read())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert module._value == []
+
+
+def test_a_scope_that_nobody_holds_frees_its_values(load: Load) -> None:
+    import weakref
+
+    module, _ = load(SOURCE, "_value")
+
+    class Big:
+        pass
+
+    scope = _core.new_scope("short")
+    with scope_active(scope):
+        big = Big()
+        big.scope = scope  # type: ignore[attr-defined]
+        module.rebind(big)
+    alive = weakref.ref(big)
+    del big, scope
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("def f():\n    return _value\n", "assigned 0 times"),
+        ("_value = 1\n_value = 2\ndef f():\n    return _value\n", "assigned 2 times"),
+        ("_value = 1\ndef f():\n    global _value\n    import os as _value\n", "by Import"),
+        ("_value = 1\ndef f():\n    global _value\n    def _value(): pass\n", "by FunctionDef"),
+    ],
+)
+def test_what_cannot_be_redirected_is_refused(load: Load, source: str, reason: str) -> None:
+    with pytest.raises(NotSupported, match=reason):
+        load(source, "_value")
+
+
+def test_a_missing_function_is_named(load: Load) -> None:
+    with pytest.raises(NotSupported, match="gone"):
+        load(SOURCE, lambda name: Around(name, "gone", lambda original: original))
+    with pytest.raises(NotSupported, match=r"Holder\.gone"):
+        load(SOURCE, lambda name: Needs(name, "Holder.gone"))
+
+
+def test_hooks_see_every_call_and_generators_stay_generators(load: Load) -> None:
+    calls: list[str] = []
+
+    def around(original: Any) -> Any:
+        def hook(*args: Any, **kwargs: Any) -> Any:
+            calls.append(original.__name__)
+            return original(*args, **kwargs)
+
+        return hook
+
+    def around_generator(original: Any) -> Any:
+        def hook(value: Any) -> Any:
+            calls.append("temporarily")
+            yield from original(value)
+
+        return hook
+
+    module, plan = load(
+        SOURCE + "\n    class Made:\n        def __init__(self):\n            pass\n"
+        "        def public(self):\n            return _value\n"
+        "        def _private(self):\n            return _value\n",
+        "_value",
+        lambda name: Around(name, "read", around),
+        lambda name: Around(name, "temporarily", around_generator),
+        lambda name: AroundMethods(name, "Made", make=around, make_init=around),
+    )
+    reference = module.read
+    reference()
+    with module.temporarily("x"):
+        assert module.read() == "x"
+    made = module.Made()
+    made.public()
+    made._private()
+    assert calls == ["read", "temporarily", "read", "__init__", "public"]
+    plan.undo()
+    reference()
+    made.public()
+    assert len(calls) == 5
