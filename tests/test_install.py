@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,20 +270,33 @@ def test_the_entry_point_changes_nothing_unless_the_variable_is_true(
     assert state_of_modules() == before
 
 
-def test_sglang_loads_the_entry_point_in_its_processes_when_the_variable_is_true() -> None:
-    program = (
-        "from sglang.srt.plugins import load_plugins; import sglang_distguard as d; "
-        "load_plugins(); print(d.is_installed())"
-    )
-    for value, expected in (("true", "True"), ("false", "False")):
+def test_in_processes_of_sglang_the_entry_point_makes_two_runners_right_or_changes_nothing(
+    cache: Path,
+) -> None:
+    """`load_plugins` is what the scheduler process of sglang 0.5.23 calls first."""
+    program = f"""
+import pathlib, sglang_distguard as d
+from sglang_distguard.testing import fleet, prepare_environment
+prepare_environment()
+from sglang.srt.plugins import load_plugins
+load_plugins()
+outcomes = fleet.build_all(fleet.members(pathlib.Path({str(cache)!r}), fleet.MEMBERS[3:5]))
+if d.is_installed():
+    fleet.generate_all(outcomes, 2, d.activate)
+print(d.is_installed(), sum(o.error is None and not o.problems for o in outcomes))
+"""
+    for value, expected in (("true", ["True", "2"]), ("false", ["False", "0"])):
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env={**__import__("os").environ, "SGLANG_ALLOW_REUSE_DISTRIBUTED": value},
+            env={**os.environ, "SGLANG_ALLOW_REUSE_DISTRIBUTED": value},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
-        assert done.stdout.split()[-1:] == [expected], done.stderr
+        built = done.stdout.split()[-2:]
+        # Without the guard at most one of two is built.
+        assert built[:1] == expected[:1], done.stderr
+        assert int(built[1]) == 2 if value == "true" else int(built[1]) < 2, done.stderr
 
 
 def test_a_variable_that_is_neither_true_nor_false_is_an_error(

@@ -111,6 +111,9 @@ def build_runners(
 
     Returns:
         One result per request, in order. A failure is in its result and does not lose the others.
+
+    Raises:
+        ValueError: ``max_workers`` is not positive.
     """
     wanted = [
         request if isinstance(request, BuildRequest) else BuildRequest(request)
@@ -119,10 +122,14 @@ def build_runners(
     if not wanted:
         return []
     workers = max_workers if max_workers is not None else min(len(wanted), 32)
-    with ThreadPoolExecutor(workers, thread_name_prefix="distguard-build") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="distguard-build")
+    try:
         futures = [pool.submit(_attempt, request, index) for index, request in enumerate(wanted)]
         _show_progress(futures, progress)
-    return [future.result() for future in futures]
+        return [future.result() for future in futures]
+    finally:
+        # After Ctrl-C do not wait for builds that still run; what has not begun never does.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _attempt(request: BuildRequest, index: int) -> BuildResult:
@@ -142,7 +149,7 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             target=request.target,
             **request.options,
         )
-    except Exception as error:
+    except BaseException as error:
         error.add_note(f"while building runner {name!r}")
         failure = error
     return BuildResult(name, runner, failure, time.perf_counter() - start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from typing import Any
 
 
@@ -19,6 +21,12 @@ class DistGuardError(RuntimeError):
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (executors, multiprocessing); keyword facts must too.
         return _rebuild, (type(self), str(self), self.details)
+
+
+def _stack_of(thread: int | None) -> str:
+    """The current Python stack of a thread, innermost call last; empty when it has ended."""
+    frame = sys._current_frames().get(thread) if thread is not None else None
+    return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
 def _rebuild(kind: type[DistGuardError], message: str, details: dict[str, Any]) -> DistGuardError:
@@ -39,6 +47,10 @@ class AcquireTimeout(DistGuardError, TimeoutError):
     """
 
     def __init__(self, message: str, **details: Any) -> None:
+        stack = details.get("stack") or _stack_of(details.get("leader_thread"))
+        if stack and "stack" not in details:
+            details["stack"] = stack
+            message = f"{message}\nThat thread is now at:\n{stack}"
         super().__init__(message, **details)
 
     def __str__(self) -> str:
