@@ -205,7 +205,7 @@ def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
     clean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of_modules()
-    changes = generations.GENERATIONS["runtime contexts (sglang 0.5.22 and later)"]
+    changes = generations.GENERATIONS["runtime contexts (sglang 0.5.23)"]
     lacking = Needs("sglang.srt.runtime_context", "function_of_another_release")
     monkeypatch.setattr(generations, "GENERATIONS", {"this one": lambda: [*changes(), lacking]})
     with pytest.raises(

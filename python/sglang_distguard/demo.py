@@ -25,7 +25,7 @@ _COLUMNS = ("runner", "dtype", "decision", "waited ms", "build s", "tokens", "ma
 
 def run(cache: Path) -> int:
     """Run both halves; exit status 0 when all runners were right with the guard."""
-    print("1/4 importing SGLang (about 15 s)", flush=True)
+    print("1/4 importing SGLang (about 15 s; a minute the first time)", flush=True)
     prepare_environment()
     print("2/4 small models, and each one run alone for comparison (kept in .cache)", flush=True)
     members = fleet.members(cache)

@@ -1,6 +1,6 @@
 """SGLang's world and model-parallel groups as values: read, stamped into a scope, checked, undone.
 
-Names are those of sglang 0.5.22+ (`parallel_state` globals and `ParallelContext` fields).
+Names are those of sglang 0.5.23 (`parallel_state` globals and `ParallelContext` fields).
 """
 
 from __future__ import annotations

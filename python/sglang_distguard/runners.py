@@ -34,7 +34,7 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     name = settings.current().name or _default_name(runner, args, kwargs)
     keys = [key for key in (WORLD, GROUPS) if _core.is_ready(key)]
     handle = _core.RunnerHandle(name, scope, keys)
-    if scope is not None:
+    if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
         scope.label = name
     setattr(runner, _ATTRIBUTE, handle)
     return handle

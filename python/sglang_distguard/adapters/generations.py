@@ -12,7 +12,7 @@ from sglang_distguard.patching import Change, ModulePlan, find_source
 
 #: Generation -> what it changes. Newest first: the first whose needs are all met is taken.
 GENERATIONS: dict[str, Callable[[], Sequence[Change]]] = {
-    "runtime contexts (sglang 0.5.22 and later)": runtime_contexts.changes,
+    "runtime contexts (sglang 0.5.23)": runtime_contexts.changes,
 }
 
 

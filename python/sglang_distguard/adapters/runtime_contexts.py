@@ -1,4 +1,4 @@
-"""SGLang 0.5.22 and later: a RuntimeContext holds configuration, flags, resources and groups."""
+"""SGLang 0.5.23: a RuntimeContext holds configuration, flags, resources and groups."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Optional
 
 from sglang_distguard import _core, groups
@@ -99,6 +100,25 @@ def process_switches() -> dict[str, Any]:
     }
 
 
+def _undo_world(
+    namespace: dict[str, Any], *, world: Any, coordinator: Any, made: list[Any]
+) -> None:
+    """Destroy what was made since the arguments were looked at."""
+    if coordinator is None and namespace["_WORLD"] is not None:
+        namespace["_WORLD"].destroy()
+        namespace["_WORLD"] = None
+    groups.discard_process_groups(keep=made)
+    if world is None and groups.default_process_group() is not None:
+        namespace["_MODEL_PARALLEL_GROUP_TIMEOUT"] = None
+        namespace["torch"].distributed.destroy_process_group()
+
+
+def _undo_groups(parallel: Any, *, stamp: dict[str, Any], made: list[Any]) -> None:
+    groups.discard(groups.read())
+    groups.discard_process_groups(keep=made)
+    parallel._stamp = stamp
+
+
 def _init_distributed_environment(original: Callable[..., Any]) -> Callable[..., Any]:
     namespace = original.__globals__
     signature = inspect.signature(original)
@@ -107,25 +127,20 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
     def init_distributed_environment(*args: Any, **kwargs: Any) -> None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        world_before = groups.default_process_group()
-        coordinator_before = namespace["_WORLD"]
+        requested = world_spec(call.arguments)
+        undoing = ExitStack()
 
         def initialise() -> Any:
+            # Looked at by the leader only: what there was before it began is not its to undo.
+            undoing.callback(
+                _undo_world,
+                namespace,
+                world=groups.default_process_group(),
+                coordinator=namespace["_WORLD"],
+                made=groups.process_groups(),
+            )
             original(*args, **kwargs)
             return namespace["_WORLD"]
-
-        made_before = groups.process_groups()
-
-        def undo() -> None:
-            if coordinator_before is None and namespace["_WORLD"] is not None:
-                namespace["_WORLD"].destroy()
-                namespace["_WORLD"] = None
-            groups.discard_process_groups(keep=made_before)
-            if world_before is None and groups.default_process_group() is not None:
-                namespace["_MODEL_PARALLEL_GROUP_TIMEOUT"] = None
-                namespace["torch"].distributed.destroy_process_group()
-
-        requested = world_spec(call.arguments)
 
         def adopt() -> tuple[Any, dict[str, Any]]:
             actual = adopted_world_spec(namespace["torch"].distributed, requested)
@@ -139,7 +154,7 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
             initialise=initialise,
             adopt=adopt,
             join=lambda _world: original(*args, **kwargs),  # stamps the world into this scope
-            undo=undo,
+            undo=undoing.close,
         )
 
     return init_distributed_environment
@@ -153,26 +168,21 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
-        stamp_before = dict(parallel._stamp)
-
-        made_before = groups.process_groups()
+        requested = groups_spec(dict(call.arguments), parallel)
+        undoing = ExitStack()
 
         def initialise() -> groups.Groups:
+            undoing.callback(
+                _undo_groups, parallel, stamp=dict(parallel._stamp), made=groups.process_groups()
+            )
             if groups.identity(groups.read()) is None:
                 groups.write(dict.fromkeys(groups.FIELDS))  # left by groups destroyed elsewhere
             original(*args, **kwargs)
             return groups.read()
 
-        requested = groups_spec(dict(call.arguments), parallel)
-
         def adopt() -> tuple[groups.Groups, dict[str, Any]]:
             found = groups.find()
             return found, {**requested, **groups.widths(found)}
-
-        def undo() -> None:
-            groups.discard(groups.read())
-            groups.discard_process_groups(keep=made_before)
-            parallel._stamp = stamp_before
 
         run_once(
             GROUPS,
@@ -181,7 +191,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             initialise=initialise,
             adopt=adopt,
             join=groups.stamp,
-            undo=undo,
+            undo=undoing.close,
         )
 
     return initialize_model_parallel
