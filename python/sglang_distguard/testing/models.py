@@ -110,7 +110,7 @@ def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> 
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         kind, config = builder()
-        _random_model(kind, config, seed).save_pretrained(scratch)
+        _save(_random_model(kind, config, seed), scratch)
         scratch.chmod(0o755)  # mkdtemp makes it private
         os.rename(scratch, target)  # atomic, and refused when another process was first
     except OSError:
@@ -119,6 +119,19 @@ def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _save(model: Any, directory: Path) -> None:
+    """Write the checkpoint without the progress bar that takes longer to draw than to fill."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _random_model(kind: Any, config: Any, seed: int) -> Any:

@@ -68,9 +68,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module=r"sglang\..*|torch\..*|transformers\..*")
     for name in ("sglang", "transformers", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def server_args(model_path: str | Path, *, dtype: str = "float32", **overrides: Any) -> ServerArgs:
