@@ -6,10 +6,15 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import sglang_distguard
 from conftest import teardown_everything
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
 from sglang_distguard import _core
 from sglang_distguard.testing import fleet, server_args, steps
 
@@ -20,7 +25,7 @@ def eight(sglang: None, cache: Path) -> Iterator[tuple[list[fleet.Outcome], list
     members = fleet.members(cache)
     sglang_distguard.install()
     with fleet.bystander() as seen:
-        outcomes = fleet.build_all(members)
+        outcomes = fleet.build_all(members, build_named)
     yield outcomes, seen
     for outcome in outcomes:
         if outcome.runner is not None:
@@ -29,6 +34,12 @@ def eight(sglang: None, cache: Path) -> Iterator[tuple[list[fleet.Outcome], list
     gc.collect()
     teardown_everything()
     sglang_distguard.uninstall()
+
+
+def build_named(args: ServerArgs, name: str) -> ModelRunner:
+    """SGLang's own steps, with a name for events and errors."""
+    with sglang_distguard.runner_scope(name):
+        return steps.build(args)
 
 
 Eight = tuple[list[fleet.Outcome], list[str]]
@@ -48,7 +59,13 @@ def test_a_bystander_sees_no_other_default_dtype_while_others_load(eight: Eight)
 
 
 def test_one_thread_leads_world_and_groups_and_seven_join(eight: Eight) -> None:
-    events = sglang_distguard.snapshot()["events"]
+    outcomes, _ = eight
+    built = {outcome.member.name for outcome in outcomes}
+    events = [
+        event
+        for event in sglang_distguard.snapshot()["events"]
+        if event["actor"]["runner"] in built
+    ]
     for key in ("world", "groups"):
         decisions = [event["decision"] for event in events if event["key"] == key]
         assert decisions.count("publish") == 1

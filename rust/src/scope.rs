@@ -3,7 +3,7 @@
 //! Holds values, never decides: who gets a new scope is `distguard_core::scopes`.
 
 use std::cell::Cell;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use distguard_core::actor::ThreadId;
 use distguard_core::key::Key;
@@ -237,34 +237,39 @@ pub fn depth() -> usize {
 /// Scopes that are alive, for whoever has to find one by what it holds.
 static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
 
+fn live() -> MutexGuard<'static, Vec<Py<PyWeakrefReference>>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn register(py: Python<'_>, id: ScopeId, label: String) -> PyResult<Bound<'_, Scope>> {
     let scope = Bound::new(py, Scope::new(id, label))?;
     let weak = PyWeakrefReference::new(&scope)?.unbind();
-    LIVE.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(weak);
+    live().push(weak);
     Ok(scope)
 }
 
 /// The scopes that are alive, oldest first, without SGLang's default one.
 #[pyfunction]
 pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
-    let known = {
-        let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *live)
-    };
-    // Upgraded without the lock: dropping a weak reference may run Python.
-    let (kept, found): (Vec<_>, Vec<_>) = known
+    let known: Vec<_> = live().iter().map(|weak| weak.clone_ref(py)).collect();
+    // Upgraded without the lock: that may run Python.
+    let (found, ended): (Vec<_>, Vec<_>) = known
         .into_iter()
-        .filter_map(|weak| {
-            let scope = weak.bind(py).upgrade()?.cast_into::<Scope>().ok()?;
-            Some((weak, scope))
-        })
-        .unzip();
-    let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-    let added = std::mem::replace(&mut *live, kept);
-    live.extend(added);
+        .map(|weak| (weak.bind(py).upgrade(), weak))
+        .partition(|(scope, _)| scope.is_some());
+    if !ended.is_empty() {
+        let mut now = live();
+        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut *now)
+            .into_iter()
+            .partition(|weak| ended.iter().any(|(_, gone)| gone.is(weak)));
+        *now = kept;
+        drop(now);
+        drop(gone); // only now: dropping a weak reference may run Python, too
+    }
     found
+        .into_iter()
+        .filter_map(|(scope, _)| scope?.cast_into::<Scope>().ok())
+        .collect()
 }
 
 /// A scope that nobody publishes in; its context comes from elsewhere.
