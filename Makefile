@@ -28,7 +28,7 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 
 .venv/.native: .venv/.packages $(SOURCES)
 	@echo "setup 3/3: building the native module (Rust)"
-	@$(BIN)/maturin develop --uv -q >.venv/native.log 2>&1 || { cat .venv/native.log; exit 1; }
+	@$(BIN)/maturin develop --release --uv -q >.venv/native.log 2>&1 || { cat .venv/native.log; exit 1; }
 	@touch $@
 
 demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard

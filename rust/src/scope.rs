@@ -3,6 +3,7 @@
 //! Holds values, never decides: who gets a new scope is `distguard_core::scopes`.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use distguard_core::actor::ThreadId;
@@ -28,8 +29,12 @@ pub struct Scope {
     values: Mutex<Vec<Option<Py<PyAny>>>>,
 }
 
+/// How many scopes exist. None: the running code's cannot be one, and nothing need be looked up.
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
+
 impl Scope {
     pub fn new(id: ScopeId, label: String) -> Self {
+        ALIVE.fetch_add(1, Ordering::Relaxed);
         Self {
             id,
             label: Mutex::new(label),
@@ -77,6 +82,7 @@ impl Scope {
 
 impl Drop for Scope {
     fn drop(&mut self) {
+        ALIVE.fetch_sub(1, Ordering::Relaxed);
         process::scopes().drop_scope(self.id);
         process::registry().remove(&Key::Experts(self.id.0.to_string()));
     }
@@ -149,6 +155,10 @@ fn context_var(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
 
 /// The scope of the running thread or task; `None` is SGLang's default one.
 pub fn current(py: Python<'_>) -> PyResult<Option<Bound<'_, Scope>>> {
+    // The thread that has one has seen it made; a scope in a ContextVar is alive.
+    if ALIVE.load(Ordering::Relaxed) == 0 {
+        return Ok(None);
+    }
     // The limited API has no PyContextVar_Get; the method call costs about 40 ns.
     let value = context_var(py)?.call_method0(intern!(py, "get"))?;
     if value.is_none() {
