@@ -57,8 +57,8 @@ format: setup ## format and fix what can be fixed
 	@$(BIN)/ruff check -q --fix
 	@$(BIN)/ruff format -q
 
-stress: setup ## 50 rounds of the 8-thread test, then 32 runners at once; its output is docs/STRESS.md
-	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py
+stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every reference afresh (12 minutes)
+	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py tests/test_references.py
 
 clean: ## remove what was built; .venv and .cache stay
 	@cargo clean -q
