@@ -225,14 +225,15 @@ def test_a_draft_runner_initialises_nothing_and_lives_in_its_targets_scope(
 ) -> None:
     _, qwen = two
     (llama,) = fleet.members(cache, [("llama", "float32")])
-    before = [e for e in sglang_distguard.snapshot()["events"] if e["decision"] in ("lead", "join")]
+    last = sglang_distguard.snapshot()["events"][-1]["seq"]
 
     def build() -> Any:
         return sglang_distguard.build_runner(server_args(llama.model), name="draft", target=qwen)
 
     draft = in_thread(build)
-    after = [e for e in sglang_distguard.snapshot()["events"] if e["decision"] in ("lead", "join")]
-    assert after == before
+    # By number, not by list: the ring of events forgets the oldest.
+    since = [event for event in sglang_distguard.snapshot()["events"] if event["seq"] > last]
+    assert {event["decision"] for event in since} <= {"lease", "release"}
     with sglang_distguard.activate(draft):
         assert seen_model() == "qwen3_moe"
     expected = steps.generate(qwen, activate=sglang_distguard.activate)
