@@ -118,7 +118,7 @@ def assert_nothing_half_made() -> None:
     shared = _core.resource("groups")
     owned: list[Any] = []
     if world:
-        owned.append(_core.resource("world"))
+        owned.append(_core.resource("world").coordinator)
     if shared is not None:
         owned.extend(group for group in shared.values() if group is not None)
     known = {id(g) for c in owned for g in (c.device_group, c.cpu_group)}

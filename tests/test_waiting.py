@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
-from sglang_distguard import _core
-from sglang_distguard.errors import AcquireTimeout, DeadlockError, PoisonedState, SpecMismatch
-
-
-def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -> _core.Claim:
-    """One request for ``key``, of which nothing is there yet."""
-    arguments: dict[str, Any] = {"runner": None, "reuse": True, "reentrant": False, **options}
-    return _core.acquire(key, {"size": size}, timeout=timeout, observe=lambda: None, **arguments)
-
-
-@contextmanager
-def leader_of(key: str) -> Iterator[threading.Thread]:
-    """A thread that leads ``key`` and does not finish before the with block does."""
-    leading, finish = threading.Event(), threading.Event()
-
-    def lead() -> None:
-        claim = acquire(key, runner="slow one")
-        leading.set()
-        wait_in_the_initialiser(finish)
-        claim.fail("on purpose")
-
-    thread = threading.Thread(target=lead, name="the leader")
-    thread.start()
-    assert leading.wait(30)
-    try:
-        yield thread
-    finally:
-        finish.set()
-        thread.join()
-        _core.forget(key)
-
-
-def wait_in_the_initialiser(finish: threading.Event) -> None:
-    assert finish.wait(30)
+import sglang_distguard
+from registry_calls import acquire, leader_of, until, waits_for
+from sglang_distguard import _core, journal
+from sglang_distguard.errors import AcquireTimeout, PoisonedState, SpecMismatch
 
 
 def test_a_deadline_that_passes_tells_who_leads_where_and_since_when() -> None:
@@ -73,58 +42,93 @@ def test_an_unequal_request_is_refused_while_the_leader_is_still_at_it() -> None
         acquire("groups:unequal", size=2)
 
 
-def test_a_wait_ends_at_a_signal_whose_handler_raises() -> None:
-    class Interrupted(Exception):
-        pass
+def test_control_c_ends_a_wait_and_leaves_nothing_behind() -> None:
+    def interrupt_when_it_waits() -> None:
+        until(waits_for("groups:signal"))
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with leader_of("groups:signal"), pytest.raises(Interrupted):
-            acquire_interrupted("groups:signal")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def acquire_interrupted(key: str) -> None:
-    """Wait for ``key`` with a signal under way."""
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    acquire(key)
-
-
-def test_asking_again_for_what_one_initialises_is_a_deadlock_unless_expected() -> None:
-    claim = acquire("groups:again")
-    with pytest.raises(DeadlockError):
-        acquire("groups:again")
-    assert acquire("groups:again", reentrant=True).decision == "nested"
-    claim.fail("done")
-
-
-def test_two_threads_that_wait_for_each_other_are_told_at_once() -> None:
-    both = threading.Barrier(2)
-    results: list[str] = []
-
-    def work(first: str, second: str) -> None:
-        claim = acquire(first)
-        both.wait()
-        try:
-            acquire(second).fail("not needed")
-            results.append("went on")
-        except DeadlockError as error:
-            results.append(f"deadlock of {len(error.details['cycle'])}")
-        finally:
-            claim.fail("done")
-
-    pairs = (("groups:a", "groups:b"), ("groups:b", "groups:a"))
-    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
-    for thread in threads:
+    with leader_of("groups:signal"):
+        thread = threading.Thread(target=interrupt_when_it_waits)
         thread.start()
-    for thread in threads:
+        with pytest.raises(KeyboardInterrupt):
+            acquire("groups:signal")
         thread.join()
-    assert sorted(results) == ["deadlock of 2", "went on"]
+        assert not waits_for("groups:signal")()
+
+
+def test_an_interrupt_in_the_initialiser_undoes_it_and_one_after_the_publish_does_not() -> None:
+    from sglang_distguard.singleflight import run_once
+
+    undone: list[str] = []
+
+    def attempt(observe: object) -> None:
+        run_once(
+            "groups:interrupted",
+            {"size": 1},
+            observe=observe,  # type: ignore[arg-type]
+            initialise=lambda: "made",
+            adopt=lambda: ("adopted", {"size": 1}),
+            join=lambda found: found,
+            undo=lambda: undone.append("undone"),
+        )
+
+    looks: list[int] = []
+
+    def interrupted_at_the_second_look() -> None:
+        looks.append(1)
+        if len(looks) == 2:  # after the initialiser, before the publish
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(interrupted_at_the_second_look)
+    assert undone == ["undone"]
+
+    note, calls = _core.note_joined, []
+
+    def interrupted(key: str, generation: int) -> None:
+        calls.append(generation)
+        raise KeyboardInterrupt
+
+    _core.note_joined = interrupted  # what comes right after the publish
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attempt(lambda: None)
+    finally:
+        _core.note_joined = note
+    assert calls == [1]
+    assert undone == ["undone"]  # others may use it already
+    assert _core.is_ready("groups:interrupted")
+    _core.forget("groups:interrupted")
+
+
+def test_a_slow_leader_is_logged_once_with_its_stack(caplog: pytest.LogCaptureFixture) -> None:
+    journal.report()
+    with (
+        caplog.at_level(logging.WARNING, "sglang_distguard"),
+        leader_of("groups:slow") as leader,
+    ):
+        for _ in range(3):
+            with pytest.raises(AcquireTimeout):
+                acquire("groups:slow", timeout=0.1, slow_after=0.0)
+    (record,) = caplog.records
+    text = record.getMessage()
+    for fact in ("groups:slow", "slow by runner 'slow one'", leader.name, "in wait_in_the_init"):
+        assert fact in text
+
+
+def test_the_deadline_can_be_set_per_call_scope_process_and_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang_distguard import settings
+
+    assert settings.current().timeout == 300.0
+    monkeypatch.setenv("SGLANG_DISTGUARD_TIMEOUT", "7.5")
+    assert settings.timeout_from_environment() == 7.5
+    with sglang_distguard.runner_scope(timeout=5):
+        assert settings.current().timeout == 5.0
+        with sglang_distguard.runner_scope("inner"):
+            assert settings.current().timeout == 5.0
+    assert settings.current().timeout == 300.0
 
 
 def test_a_leader_that_ends_without_a_result_hands_over() -> None:

@@ -7,6 +7,13 @@
 See README.md; the design is in ARCHITECTURE.md.
 """
 
+# ruff: noqa: E402, I001 - what follows loads the native module
+
+from sglang_distguard.interpreter import require_main
+
+require_main()
+
+from sglang_distguard import lifecycle
 from sglang_distguard._core import __version__
 from sglang_distguard.build import BuildRequest, BuildResult, build_runner, build_runners
 from sglang_distguard.errors import (
@@ -14,15 +21,18 @@ from sglang_distguard.errors import (
     DeadlockError,
     DistGuardError,
     ForkedError,
+    LeaseBroken,
     NotSupported,
     PoisonedState,
     SpecMismatch,
     StateInUse,
+    SubinterpreterError,
 )
 from sglang_distguard.installation import install, is_installed, uninstall
-from sglang_distguard.runners import activate, close
+from sglang_distguard.runners import activate, close, closing
 from sglang_distguard.settings import runner_scope
 from sglang_distguard.status import Snapshot, reset, snapshot
+from sglang_distguard.teardowns import teardown
 
 __all__ = [
     "AcquireTimeout",
@@ -31,20 +41,26 @@ __all__ = [
     "DeadlockError",
     "DistGuardError",
     "ForkedError",
+    "LeaseBroken",
     "NotSupported",
     "PoisonedState",
     "Snapshot",
     "SpecMismatch",
     "StateInUse",
+    "SubinterpreterError",
     "__version__",
     "activate",
     "build_runner",
     "build_runners",
     "close",
+    "closing",
     "install",
     "is_installed",
     "reset",
     "runner_scope",
     "snapshot",
+    "teardown",
     "uninstall",
 ]
+
+lifecycle.watch()

@@ -6,30 +6,36 @@ from typing import Any, Literal, final
 
 __all__ = [
     "Claim",
+    "Request",
     "RunnerHandle",
     "Scope",
     "ScopedGlobal",
     "Teardown",
+    "Visit",
     "__version__",
     "abandon_scope",
-    "acquire",
     "adopt_scope",
+    "begin_exit",
     "begin_teardown",
     "choose_scope",
     "current_scope",
     "depth",
     "enter",
     "forget",
+    "inherit",
     "is_ready",
     "leave",
     "live_runners",
     "live_scopes",
     "new_scope",
+    "note_joined",
     "reset",
     "resource",
     "snapshot",
+    "start_afresh",
     "switch",
     "switch_back",
+    "take_events",
 ]
 
 __version__: str
@@ -85,7 +91,7 @@ class RunnerHandle:
         """Take one more lease."""
 
     def check(self) -> None:
-        """Raise DistGuardError when closed, ForkedError in a forked child."""
+        """Raise DistGuardError when closed, ForkedError in a forked child, LeaseBroken."""
 
     def enter(self) -> Token[Scope | None] | None:
         """Make the scope current for a method; give the result to ``leave``."""
@@ -101,13 +107,59 @@ class RunnerHandle:
         """Release everything; False when that was done before."""
 
 @final
+class Request:
+    """One caller's wish to have a key initialised, from the first try to the decision."""
+
+    def __new__(
+        cls,
+        key: str,
+        spec: dict[str, Any],
+        *,
+        runner: str | None,
+        reuse: bool,
+        reentrant: bool,
+        slow_after: float,
+    ) -> Request: ...
+    def try_acquire(self, identity: int | None, /) -> Claim | None:
+        """Decide; None means ``wait``, look at the process again and ask again.
+
+        ``identity`` is that of the live object, None when there is none.
+        Raises SpecMismatch, StateInUse, DeadlockError, PoisonedState or ForkedError.
+        """
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, detached from the interpreter, until the key changes or for ``seconds``."""
+
+    def timed_out(self) -> Exception:
+        """The AcquireTimeout of a caller that gives up."""
+
+@final
+class Visit:
+    """One visit to a room, in line or inside; ends with ``leave`` or when it is dropped.
+
+    Raises DeadlockError when waiting would never end, ValueError for an unknown room.
+    """
+
+    def __new__(cls, room: str, *, runner: str | None) -> Visit: ...
+    def try_enter(self) -> bool: ...
+    def wait(self, seconds: float) -> None: ...
+    def timed_out(self) -> Exception: ...
+    def leave(self) -> bool: ...
+
+@final
 class Claim:
-    """What ``acquire`` decided. A leader that drops it without a result has failed."""
+    """What was decided. A leader that drops it without a result has failed."""
 
     @property
     def decision(self) -> Literal["lead", "adopt", "join", "nested"]: ...
     @property
     def waited(self) -> float: ...
+    @property
+    def generation(self) -> int:
+        """Of what was joined or published; 0 before."""
+    @property
+    def pending(self) -> bool:
+        """Whether the caller leads and has not given a result yet."""
     @property
     def resource(self) -> Any: ...
     def publish(
@@ -125,24 +177,24 @@ class Teardown:
     @property
     def resource(self) -> Any: ...
     def end(self) -> None: ...
+    def cancel(self, reason: str) -> None:
+        """Give the state back as it was, leases and all."""
+
     def poison(self, reason: str) -> None: ...
 
-def acquire(
-    key: str,
-    spec: dict[str, Any],
-    *,
-    runner: str | None,
-    reuse: bool,
-    reentrant: bool,
-    timeout: float,
-    observe: Callable[[], int | None],
-) -> Claim:
-    """Lead, adopt, join or go on nested.
+def start_afresh() -> None:
+    """Begin without history; for a forked child, before anything else."""
 
-    Waits for another thread's initialisation detached from the interpreter, in slices of 50 ms
-    between which signals are handled.
+def inherit(key: str, identity: int) -> None:
+    """Refuse requests for ``key`` that see this object, which came over a fork."""
 
-    Raises SpecMismatch, StateInUse, AcquireTimeout, DeadlockError or PoisonedState.
+def take_events() -> list[dict[str, Any]]:
+    """Return the events that no earlier call returned."""
+
+def begin_exit(grace: float) -> int:
+    """Stop other threads at their next wait or runner's method; the calling one ends the process.
+
+    Waits up to ``grace`` seconds for threads inside a method; returns how many still are.
     """
 
 def is_ready(key: str) -> bool: ...
@@ -158,6 +210,9 @@ def switch_back(token: Token[Scope | None] | None, /) -> None: ...
 def enter(scope: Scope | None, /) -> Token[Scope | None] | None: ...
 def leave(token: Token[Scope | None] | None, /) -> int: ...
 def depth() -> int: ...
+def note_joined(key: str, generation: int) -> None:
+    """The current scope uses this generation of ``key`` from now on."""
+
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...
 def choose_scope(label: str, live_threads: list[int]) -> tuple[Scope | None, bool]: ...

@@ -23,7 +23,7 @@ class DistGuardError(RuntimeError):
         return _rebuild, (type(self), str(self), self.details)
 
 
-def _stack_of(thread: int | None) -> str:
+def stack_of(thread: int | None) -> str:
     """The current Python stack of a thread, innermost call last; empty when it has ended."""
     frame = sys._current_frames().get(thread) if thread is not None else None
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
@@ -47,7 +47,7 @@ class AcquireTimeout(DistGuardError, TimeoutError):
     """
 
     def __init__(self, message: str, **details: Any) -> None:
-        stack = details.get("stack") or _stack_of(details.get("leader_thread"))
+        stack = details.get("stack") or stack_of(details.get("leader_thread"))
         if stack and "stack" not in details:
             details["stack"] = stack
             message = f"{message}\nThat thread is now at:\n{stack}"
@@ -70,8 +70,15 @@ class DeadlockError(DistGuardError):
     """Waiting would never end. ``details``: ``cycle``, the threads and what each waits for."""
 
 
+class LeaseBroken(DistGuardError):
+    """What the runner was built on was torn down by force, or changed behind the guard's back.
+
+    ``details``: ``key``, ``by`` (who did it), ``how``.
+    """
+
+
 class ForkedError(DistGuardError):
-    """The runner was built in the parent process; a forked child cannot use it."""
+    """The runner, or the world, was made in the parent process; a forked child cannot use it."""
 
 
 class NotSupported(DistGuardError, NotImplementedError):
@@ -79,3 +86,7 @@ class NotSupported(DistGuardError, NotImplementedError):
 
     ``details``: ``sglang`` (installed version), ``missing`` (what was looked for), ``module``.
     """
+
+
+class SubinterpreterError(NotSupported, ImportError):
+    """The package was imported in a subinterpreter. ``details``: ``interpreter``, its number."""

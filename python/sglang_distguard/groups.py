@@ -8,9 +8,15 @@ from __future__ import annotations
 import sys
 from typing import Any, Optional
 
+from sglang_distguard import _core
+from sglang_distguard.errors import NotSupported
 from sglang_distguard.scoping import accessor
 
 MODULE = "sglang.srt.distributed.parallel_state"
+
+#: Registry keys of what the process shares.
+WORLD = "world"
+GROUPS = "groups"
 
 #: Module global -> ParallelContext field, as `initialize_model_parallel` (0.5.23) stamps them.
 FIELDS: dict[str, Optional[str]] = {
@@ -26,6 +32,9 @@ FIELDS: dict[str, Optional[str]] = {
     "_SELF_PP": None,
     "_PDMUX_PREFILL_TP_GROUP": None,
 }
+
+#: True while a draft worker's groups stand in for the shared ones.
+_PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
 
 Groups = dict[str, Any]
 
@@ -77,10 +86,28 @@ def widths(groups: Groups) -> dict[str, int]:
 
 def identity(groups: Groups) -> Optional[int]:
     """What tells these groups from others made later; None when they are gone or incomplete."""
-    tp, pp = groups["_TP"], groups["_PP"]
-    if tp is None or pp is None or not (_is_alive(tp) and _is_alive(pp)):
+    if groups["_TP"] is None or groups["_PP"] is None:
         return None
-    return id(tp)
+    coordinators = [groups[name] for name in FIELDS]
+    if not all(group is None or is_alive(group) for group in coordinators):
+        return None
+    return hash(tuple(map(id, coordinators))) & (2**64 - 1)
+
+
+def swapped(shared: Groups) -> Optional[Groups]:
+    """The groups of the default or the current scope if somebody put others there than ``shared``.
+
+    Not so a draft's own, which SGLang puts there for a with block and says so
+    (0.5.23: `patch_tensor_parallel_group`, `patch_pipeline_parallel_group`).
+    """
+    for scope in {None: None, _core.current_scope(): None}:
+        live = {name: accessor(MODULE, name).value_in(scope) for name in FIELDS}
+        patched = any(accessor(MODULE, name).value_in(scope) for name in _PATCHED)
+        if live["_TP"] is None or patched:
+            continue
+        if any(shared[name] is not None and live[name] is not shared[name] for name in FIELDS):
+            return live
+    return None
 
 
 def discard(groups: Groups) -> None:
@@ -93,6 +120,16 @@ def discard(groups: Groups) -> None:
     for coordinator in groups.values():
         if coordinator is not None:
             coordinator.destroy()
+
+
+def forget_dead_names() -> None:
+    """Drop what SGLang keeps of coordinators that are gone.
+
+    0.5.23: `_groups` has a weak reference to each one ever made, by name, and loses none.
+    """
+    known = vars(sys.modules[MODULE]).get("_groups", {})
+    for name in [name for name, coordinator in list(known.items()) if coordinator() is None]:
+        known.pop(name, None)
 
 
 def process_groups() -> list[Any]:
@@ -125,14 +162,38 @@ def default_process_group() -> Optional[Any]:
     return distributed.group.WORLD
 
 
-def _is_alive(coordinator: Any) -> bool:
+def world_identity() -> Optional[int]:
+    """Identity of torch's default process group."""
+    group = default_process_group()
+    return None if group is None else id(group)
+
+
+def shared_identity() -> Optional[int]:
+    """Identity of the groups that the process shares, or that somebody made without the guard."""
+    shared = _core.resource(GROUPS)
+    if shared is None:
+        return identity(find())
+    return identity(swapped(shared) or shared)
+
+
+def identities() -> dict[str, Optional[int]]:
+    """What is really there, by registry key, whatever the registry says."""
+    try:
+        groups = identity(find())
+    except NotSupported:  # SGLang is not patched: nothing of it is ours to know
+        groups = None
+    return {WORLD: world_identity(), GROUPS: groups}
+
+
+def parts(coordinator: Any) -> list[Any]:
+    """torch's process groups behind a GroupCoordinator; none after ``destroy``."""
+    both = (getattr(coordinator, "device_group", None), getattr(coordinator, "cpu_group", None))
+    return [group for group in both if group is not None]
+
+
+def is_alive(coordinator: Any) -> bool:
     """Whether torch still knows the coordinator's groups: `destroy_process_group` forgets them."""
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     known = c10d._world.pg_map
-    return all(
-        group is not None and group in known
-        for group in (
-            getattr(coordinator, "device_group", None),
-            getattr(coordinator, "cpu_group", None),
-        )
-    )
+    made = parts(coordinator)
+    return len(made) == 2 and all(group in known for group in made)

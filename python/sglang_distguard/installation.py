@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Optional
@@ -86,6 +87,24 @@ def uninstall() -> None:
             )
         installation, _installation = _installation, None
         _undo(installation)
+
+
+def before_fork() -> None:
+    """Let another thread's ``install`` or ``uninstall`` finish: a child has all hooks or none."""
+    # Not for ever: that thread may wait for an import that the forking thread is in.
+    _lock.acquire(timeout=10)
+
+
+def after_fork_in_parent() -> None:
+    """Undo ``before_fork``."""
+    with suppress(RuntimeError):  # it had given up
+        _lock.release()
+
+
+def after_fork_in_child() -> None:
+    """Undo ``before_fork`` in the child, where no other thread can be at it."""
+    global _lock
+    _lock = threading.RLock()
 
 
 def is_installed() -> bool:

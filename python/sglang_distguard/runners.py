@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import _core, settings
+from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.scoping import scope_active
 from sglang_distguard.targets.expert_location import experts_key
-from sglang_distguard.targets.parallel_state import GROUPS, WORLD
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -60,12 +60,27 @@ def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
     Raises:
         TypeError: ``runner`` was not built under the guard.
         DistGuardError: the runner was closed.
+        LeaseBroken: what it was built on was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
     handle = _handle_of(runner)
     handle.check()
     with scope_active(handle.scope):
         yield runner
+
+
+@contextmanager
+def closing(runner: ModelRunner) -> Iterator[ModelRunner]:
+    """``close(runner)`` at the end of a with block, however that ends; as ``contextlib.closing``.
+
+    Raises:
+        TypeError: ``runner`` was not built under the guard.
+    """
+    handle = _handle_of(runner)
+    try:
+        yield runner
+    finally:
+        handle.close()
 
 
 def close(runner: ModelRunner) -> bool:

@@ -13,6 +13,7 @@ from typing import Optional
 REUSE_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
+DEFAULT_SLOW_AFTER = 30.0
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
 _FALSE = frozenset({"", "0", "false", "no", "off", "n"})
 
@@ -25,11 +26,13 @@ class Settings:
         reuse: whether an equal request joins what exists.
         timeout: seconds that one wait may take; ``math.inf`` for no deadline.
         name: the name given to the runner that is being built, if any.
+        slow_after: seconds after which a leader that others wait for is logged as slow.
     """
 
     reuse: bool = True
     timeout: float = DEFAULT_TIMEOUT
     name: Optional[str] = None
+    slow_after: float = DEFAULT_SLOW_AFTER
 
 
 _installed = Settings()

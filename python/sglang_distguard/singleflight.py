@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
-from sglang_distguard import _core, settings
+from sglang_distguard import _core, journal, settings, waiting
 
 Observe = Callable[[], Optional[int]]
 
@@ -44,32 +43,47 @@ def run_once(
         AcquireTimeout, DeadlockError, PoisonedState: see ``errors``.
         Whatever ``initialise`` raised, to its own caller only: the next waiter leads.
     """
-    chosen = settings.current()
     while True:
-        claim = _core.acquire(
-            key,
-            dict(spec),
-            runner=chosen.name,
-            reuse=chosen.reuse,
-            reentrant=reentrant,
-            timeout=chosen.timeout,
-            observe=observe,
-        )
+        claim = _acquire(key, spec, observe=observe, reentrant=reentrant)
         if claim.decision == "nested":
             return initialise()
         if claim.decision == "join":
-            return join(claim.resource)
+            result = join(claim.resource)
+            _core.note_joined(key, claim.generation)
+            return result
         try:
             if claim.decision == "lead":
                 resource = initialise()
                 claim.publish(identity=observe() or 0, resource=resource)
+                _core.note_joined(key, claim.generation)
                 return resource
             resource, actual = adopt()
             claim.publish(identity=observe() or 0, resource=resource, spec=dict(actual))
         except BaseException as error:
-            _undo(claim, undo, error)
+            # An interrupt may come after the publish: then others may use it already.
+            if claim.pending:
+                _undo(claim, undo, error)
             raise
+        finally:
+            journal.report()
         # Adopted as what it really is: ask again, to join it or be told where it differs.
+
+
+def _acquire(
+    key: str, spec: Mapping[str, Any], *, observe: Observe, reentrant: bool
+) -> _core.Claim:
+    chosen = settings.current()
+    request = _core.Request(
+        key,
+        dict(spec),
+        runner=chosen.name,
+        reuse=chosen.reuse,
+        reentrant=reentrant,
+        slow_after=chosen.slow_after,
+    )
+    return waiting.until(
+        lambda: request.try_acquire(observe()), request, timeout=chosen.timeout, what=key
+    )
 
 
 def _undo(claim: _core.Claim, undo: Callable[[], None], error: BaseException) -> None:
@@ -79,19 +93,3 @@ def _undo(claim: _core.Claim, undo: Callable[[], None], error: BaseException) ->
         claim.poison(f"{error!r}, and undoing it failed: {second!r}")
         raise
     claim.fail(repr(error))
-
-
-@contextmanager
-def tearing_down(key: str) -> Iterator[_core.Teardown]:
-    """Close shared state to everybody else while the with block destroys it.
-
-    Raises:
-        StateInUse: runners hold it, or another thread is initialising it or tearing it down.
-    """
-    state = _core.begin_teardown(key, runner=settings.current().name, force=False)
-    try:
-        yield state
-    except BaseException as error:
-        state.poison(f"destroying it failed: {error!r}")
-        raise
-    state.end()

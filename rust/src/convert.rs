@@ -1,10 +1,12 @@
 //! Between the core's plain data and Python's.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::events::Event;
 use distguard_core::key::Key;
+use distguard_core::rooms::Visit;
 use distguard_core::slot::Origin;
 use distguard_core::snapshot::{SlotSnapshot, SlotState, Snapshot};
 use distguard_core::spec::{Spec, Value};
@@ -17,12 +19,23 @@ pub fn key(text: &str) -> PyResult<Key> {
     Key::from_str(text).map_err(PyValueError::new_err)
 }
 
+/// The calling thread's number, as `threading` knows it.
+pub fn thread_id(py: Python<'_>) -> PyResult<ThreadId> {
+    let threading = py.import("threading")?;
+    Ok(ThreadId(threading.call_method0("get_ident")?.extract()?))
+}
+
+/// Seconds that Python gave; an endless or absurd time is one that never passes.
+pub fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
 /// The calling thread, as `threading` knows it.
 pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
-    let threading = py.import("threading")?;
     Ok(Actor {
-        thread: ThreadId(threading.call_method0("get_ident")?.extract()?),
-        thread_name: threading
+        thread: thread_id(py)?,
+        thread_name: py
+            .import("threading")?
             .call_method0("current_thread")?
             .getattr("name")?
             .extract()?,
@@ -107,15 +120,30 @@ pub fn snapshot<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'py
         "slots",
         PyList::new(py, slots.collect::<PyResult<Vec<_>>>()?)?,
     )?;
-    let events = snapshot
-        .events
+    let visits = snapshot
+        .visits
         .iter()
-        .map(|event| event_to_python(py, event));
+        .map(|visit| visit_to_python(py, visit));
     out.set_item(
-        "events",
-        PyList::new(py, events.collect::<PyResult<Vec<_>>>()?)?,
+        "rooms",
+        PyList::new(py, visits.collect::<PyResult<Vec<_>>>()?)?,
     )?;
+    out.set_item("events", events(py, &snapshot.events)?)?;
     out.set_item("dropped_events", snapshot.dropped_events)?;
+    Ok(out)
+}
+
+pub fn events<'py>(py: Python<'py>, events: &[Event]) -> PyResult<Bound<'py, PyList>> {
+    let events = events.iter().map(|event| event_to_python(py, event));
+    PyList::new(py, events.collect::<PyResult<Vec<_>>>()?)
+}
+
+fn visit_to_python<'py>(py: Python<'py>, visit: &Visit) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("room", visit.room.to_string())?;
+    out.set_item("by", actor_to_python(py, &visit.actor)?)?;
+    out.set_item("inside", visit.inside)?;
+    out.set_item("since", visit.since.as_secs_f64())?;
     Ok(out)
 }
 
@@ -166,7 +194,7 @@ fn slot_to_python<'py>(py: Python<'py>, slot: &SlotSnapshot) -> PyResult<Bound<'
     };
     out.set_item("state", state)?;
     out.set_item("by", by.map(|by| actor_to_python(py, by)).transpose()?)?;
-    out.set_item("since", since.map(std::time::Duration::as_secs_f64))?;
+    out.set_item("since", since.map(Duration::as_secs_f64))?;
     out.set_item("spec", spec_to_python(py, spec)?)?;
     out.set_item("origin", made.map(origin))?;
     out.set_item("reason", reason)?;
@@ -178,7 +206,7 @@ fn event_to_python<'py>(py: Python<'py>, event: &Event) -> PyResult<Bound<'py, P
     let out = PyDict::new(py);
     out.set_item("seq", event.seq)?;
     out.set_item("at", event.at.as_secs_f64())?;
-    out.set_item("key", event.key.to_string())?;
+    out.set_item("key", event.subject.to_string())?;
     out.set_item("actor", actor_to_python(py, &event.actor)?)?;
     out.set_item("decision", event.decision.word())?;
     out.set_item("generation", event.generation)?;

@@ -59,6 +59,31 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             }
             "AcquireTimeout"
         }
+        Error::RoomTimeout {
+            room,
+            inside,
+            waited,
+        } => {
+            details.set_item("key", room.to_string())?;
+            details.set_item("waited", waited.as_secs_f64())?;
+            let names: Vec<_> = inside.iter().map(ToString::to_string).collect();
+            details.set_item("holders", names)?;
+            if let Some(first) = inside.first() {
+                details.set_item("leader_thread", first.thread.0)?;
+            }
+            "AcquireTimeout"
+        }
+        Error::Inherited { key } => {
+            details.set_item("key", key.to_string())?;
+            "ForkedError"
+        }
+        Error::LeaseBroken { key, by, how } => {
+            details.set_item("key", key.to_string())?;
+            details.set_item("by", by.as_ref().map(ToString::to_string))?;
+            details.set_item("how", how)?;
+            "LeaseBroken"
+        }
+        Error::VisitOver => "DistGuardError",
         Error::Poisoned { key, reason, by } => {
             details.set_item("key", key.to_string())?;
             details.set_item("reason", reason)?;
@@ -68,7 +93,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Deadlock { cycle } => {
             let edges = cycle
                 .iter()
-                .map(|edge| (edge.thread.0, edge.key.to_string()));
+                .map(|edge| (edge.thread.0, edge.subject.to_string()));
             details.set_item("cycle", PyList::new(py, edges.collect::<Vec<_>>())?)?;
             "DeadlockError"
         }

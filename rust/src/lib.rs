@@ -2,8 +2,10 @@
 
 mod convert;
 mod errors;
+mod exit;
 mod process;
 mod registry;
+mod room;
 mod runner;
 mod scope;
 mod scoped_global;
@@ -14,15 +16,20 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use crate::exit::begin_exit;
+    #[pymodule_export]
     use crate::registry::{
-        acquire, begin_teardown, forget, is_ready, reset, resource, snapshot, Claim, Teardown,
+        begin_teardown, forget, inherit, is_ready, reset, resource, snapshot, start_afresh,
+        take_events, Claim, Request, Teardown,
     };
+    #[pymodule_export]
+    use crate::room::Visit;
     #[pymodule_export]
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
         abandon_scope, adopt_scope, choose_scope, current_scope, depth, enter, leave, live_runners,
-        live_scopes, new_scope, switch, switch_back, Scope,
+        live_scopes, new_scope, note_joined, switch, switch_back, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

@@ -1,31 +1,34 @@
-//! The registry as Python functions: converts, waits detached from the interpreter, raises.
+//! The registry as Python objects and functions: converts, waits detached, raises.
+//! The loop around `try_acquire` and `wait` is Python's: a thread that CPython ends at exit while
+//! it runs Python must have no frame of ours below it (see `exit`).
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use distguard_core::key::Key;
 use distguard_core::policy::Policy;
-use distguard_core::registry::{Observed, Request, Step};
+use distguard_core::registry::{Observed, Request as Wish, Step};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::spec::Spec;
 use distguard_core::teardown::Teardown as Begun;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyList};
 
 use crate::convert;
 use crate::errors::to_python;
+use crate::exit::wait_detached;
 use crate::process::{self, registry};
 
-/// How long a wait goes without looking for signals: what Ctrl-C may take at worst.
-const SLICE: Duration = Duration::from_millis(50);
-
-/// What `acquire` decided, and for a leader the duty to publish, fail or poison.
+/// What was decided, and for a leader the duty to publish, fail or poison.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Claim {
     key: Key,
     spec: Spec,
     decision: &'static str,
     waited: Duration,
+    /// Of what was joined or published; 0 before.
+    generation: AtomicU64,
     /// Taken by whichever of publish, fail, poison and drop comes first.
     ticket: Mutex<Option<Ticket>>,
 }
@@ -47,6 +50,18 @@ impl Claim {
     #[getter]
     fn waited(&self) -> f64 {
         self.waited.as_secs_f64()
+    }
+
+    #[getter]
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Whether the caller leads and has not given a result yet.
+    #[getter]
+    fn pending(&self) -> bool {
+        let ticket = self.ticket.lock().unwrap_or_else(PoisonError::into_inner);
+        ticket.is_some()
     }
 
     #[getter]
@@ -76,10 +91,10 @@ impl Claim {
         };
         // Before the state can be joined: a joiner reads it at once.
         process::set_resource(&self.key, Some(resource));
-        match registry().publish(ticket, spec, origin, identity) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(to_python(py, &error)),
-        }
+        let published = registry().publish(ticket, spec, origin, identity);
+        let generation = published.map_err(|error| to_python(py, &error))?;
+        self.generation.store(generation, Ordering::Relaxed);
+        Ok(())
     }
 
     fn fail(&self, reason: &str) {
@@ -103,65 +118,102 @@ impl Drop for Claim {
     }
 }
 
-fn observed(py: Python<'_>, observe: &Py<PyAny>) -> PyResult<Observed> {
-    let identity: Option<u64> = observe.call0(py)?.extract(py)?;
-    Ok(identity.map_or(Observed::Absent, Observed::Present))
+/// One caller's wish to have a key initialised, from the first try to the decision.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Request {
+    /// Locked only for as long as a copy takes.
+    wish: Mutex<Wish>,
+    /// What the next wait compares with.
+    epoch: AtomicU64,
+    start: Duration,
 }
 
-/// Leads, adopts, joins or goes on nested; waits for another leader; raises when refused.
-#[pyfunction]
-#[pyo3(signature = (key, spec, *, runner, reuse, reentrant, timeout, observe))]
-#[allow(clippy::too_many_arguments)]
-pub fn acquire(
-    py: Python<'_>,
-    key: &str,
-    spec: &Bound<'_, PyDict>,
-    runner: Option<String>,
-    reuse: bool,
-    reentrant: bool,
-    timeout: f64,
-    observe: Py<PyAny>,
-) -> PyResult<Claim> {
-    let start = registry().now();
-    // An endless or absurd timeout is one that never passes.
-    let deadline = Duration::try_from_secs_f64(timeout).unwrap_or(Duration::MAX);
-    let mut request = Request {
-        key: convert::key(key)?,
-        spec: convert::spec(spec)?,
-        policy: Policy { reuse, reentrant },
-        actor: convert::actor(py, runner)?,
-        observed: Observed::Unknown,
-        waited: Duration::ZERO,
-    };
-    loop {
-        request.observed = observed(py, &observe)?;
-        let step = registry().try_acquire(&request);
-        let (decision, ticket) = match step.map_err(|error| to_python(py, &error))? {
-            Step::Lead(ticket) => ("lead", Some(ticket)),
-            Step::Adopt(ticket) => ("adopt", Some(ticket)),
-            Step::Join { .. } => ("join", None),
-            Step::Nested => ("nested", None),
+impl Request {
+    fn wish(&self) -> MutexGuard<'_, Wish> {
+        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The wish as it is now.
+    fn now(&self) -> Wish {
+        let mut wish = self.wish();
+        if !wish.waited.is_zero() {
+            wish.waited = registry().now().saturating_sub(self.start);
+        }
+        wish.clone()
+    }
+}
+
+#[pymethods]
+impl Request {
+    #[new]
+    #[pyo3(signature = (key, spec, *, runner, reuse, reentrant, slow_after))]
+    fn new(
+        py: Python<'_>,
+        key: &str,
+        spec: &Bound<'_, PyDict>,
+        runner: Option<String>,
+        reuse: bool,
+        reentrant: bool,
+        slow_after: f64,
+    ) -> PyResult<Self> {
+        let wish = Wish {
+            key: convert::key(key)?,
+            spec: convert::spec(spec)?,
+            policy: Policy { reuse, reentrant },
+            actor: convert::actor(py, runner)?,
+            observed: Observed::Unknown,
+            waited: Duration::ZERO,
+            slow_after: convert::seconds(slow_after),
+        };
+        Ok(Self {
+            wish: Mutex::new(wish),
+            epoch: AtomicU64::new(0),
+            start: registry().now(),
+        })
+    }
+
+    /// The decision; None: `wait`, look at the process again, and ask again.
+    #[pyo3(signature = (identity, /))]
+    fn try_acquire(&self, py: Python<'_>, identity: Option<u64>) -> PyResult<Option<Claim>> {
+        self.wish().observed = identity.map_or(Observed::Absent, Observed::Present);
+        let wish = self.now();
+        let step = registry().try_acquire(&wish);
+        let (decision, ticket, generation) = match step.map_err(|error| to_python(py, &error))? {
+            Step::Lead(ticket) => ("lead", Some(ticket), 0),
+            Step::Adopt(ticket) => ("adopt", Some(ticket), 0),
+            Step::Join { generation } => ("join", None, generation),
+            Step::Nested => ("nested", None, 0),
             Step::Wait { epoch, .. } => {
-                request.waited = registry().now().saturating_sub(start);
-                let Some(left) = deadline
-                    .checked_sub(request.waited)
-                    .filter(|d| !d.is_zero())
-                else {
-                    return Err(to_python(py, &registry().timed_out(&request)));
-                };
-                py.detach(|| registry().wait(&request, epoch, SLICE.min(left)));
-                py.check_signals()?;
-                request.waited = registry().now().saturating_sub(start);
-                continue;
+                self.epoch.store(epoch, Ordering::Relaxed);
+                return Ok(None);
             }
         };
-        return Ok(Claim {
-            key: request.key,
-            spec: request.spec,
+        Ok(Some(Claim {
+            key: wish.key,
+            spec: wish.spec,
             decision,
-            waited: request.waited,
+            waited: wish.waited,
+            generation: AtomicU64::new(generation),
             ticket: Mutex::new(ticket),
-        });
+        }))
+    }
+
+    /// Sleeps, detached from the interpreter, until the key changes or for so many seconds.
+    fn wait(&self, py: Python<'_>, seconds: f64) {
+        let slice = convert::seconds(seconds);
+        let wish = self.now();
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        wait_detached(py, || registry().wait(&wish, epoch, slice));
+        // From here on it has waited, be it for no time at all.
+        let waited = registry().now().saturating_sub(self.start);
+        self.wish().waited = waited.max(Duration::from_nanos(1));
+    }
+
+    /// The error of a caller that gives up.
+    fn timed_out(&self, py: Python<'_>) -> PyErr {
+        let mut wish = self.now();
+        wish.waited = registry().now().saturating_sub(self.start);
+        to_python(py, &registry().timed_out(&wish))
     }
 }
 
@@ -219,6 +271,13 @@ impl Teardown {
         }
     }
 
+    /// Nothing was destroyed: the state is as it was, its leases too.
+    fn cancel(&self, reason: &str) {
+        if let Some(ticket) = self.take() {
+            registry().fail(ticket, reason);
+        }
+    }
+
     fn poison(&self, reason: &str) {
         if let Some(ticket) = self.take() {
             process::set_resource(&self.key, None);
@@ -270,6 +329,25 @@ pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
         .map_err(|error| to_python(py, &error))?;
     process::clear_resources();
     Ok(())
+}
+
+/// A forked child begins without history; call it there before anything else.
+#[pyfunction]
+pub fn start_afresh() {
+    process::start_afresh();
+}
+
+/// The object `identity` of `key` came over a fork: requests that see it are refused.
+#[pyfunction]
+pub fn inherit(key: &str, identity: u64) -> PyResult<()> {
+    registry().inherit(&convert::key(key)?, identity);
+    Ok(())
+}
+
+/// The events that no earlier call returned, oldest first; what the ring dropped is lost.
+#[pyfunction]
+pub fn take_events(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
+    convert::events(py, &process::take_events())
 }
 
 /// The registry as plain data.

@@ -1,9 +1,10 @@
 //! What one runner holds: its scope and its leases, until it is closed or collected.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use distguard_core::actor::Actor;
+use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
@@ -12,7 +13,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::convert;
 use crate::errors::{make, to_python};
-use crate::process::{registry, scopes};
+use crate::process::{forks, registry, scopes};
 use crate::scope::{self, Scope};
 
 /// Ties a runner to a scope and to the shared state it uses.
@@ -22,19 +23,21 @@ pub struct RunnerHandle {
     /// None is SGLang's default scope.
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
-    leases: Mutex<Vec<LeaseId>>,
+    leases: Mutex<Vec<(Key, LeaseId)>>,
     /// Who is inside a forward, and how many deep. Another thread's would mix with it.
     forwarding: Mutex<Option<(Actor, usize)>>,
     closed: AtomicBool,
+    /// Which process built it, for people, and by `process::forks` for us.
     pid: u32,
+    forks: u32,
 }
 
 impl RunnerHandle {
-    fn leases(&self) -> std::sync::MutexGuard<'_, Vec<LeaseId>> {
+    fn leases(&self) -> MutexGuard<'_, Vec<(Key, LeaseId)>> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn forwarding(&self) -> std::sync::MutexGuard<'_, Option<(Actor, usize)>> {
+    fn forwarding(&self) -> MutexGuard<'_, Option<(Actor, usize)>> {
         self.forwarding
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -46,14 +49,45 @@ impl RunnerHandle {
             return false;
         }
         // A child's registry is not the one that gave the leases.
-        if self.pid == std::process::id() {
-            for lease in std::mem::take(&mut *self.leases()) {
+        if self.forks == forks() {
+            for (_, lease) in std::mem::take(&mut *self.leases()) {
                 registry().release(lease);
             }
             scopes().with(|ledger| ledger.unbind_runner(self.scope_id));
         }
         true
     }
+}
+
+/// Leases `keys` and all that the scope has joined, each at the generation that it joined: what was
+/// torn down since, or made anew for others, is refused.
+fn lease(
+    py: Python<'_>,
+    scope: ScopeId,
+    keys: Vec<Key>,
+    name: &str,
+) -> PyResult<Vec<(Key, LeaseId)>> {
+    let actor = convert::actor(py, Some(name.to_owned()))?;
+    let joined = scopes().with(|ledger| ledger.joined(scope));
+    let (at, now): (Vec<_>, Vec<_>) = keys
+        .into_iter()
+        .map(|key| (joined.iter().find(|(it, _)| *it == key).cloned(), key))
+        .partition(|(joined, _)| joined.is_some());
+    let at: Vec<_> = at.into_iter().filter_map(|(joined, _)| joined).collect();
+    let now: Vec<_> = now.into_iter().map(|(_, key)| key).collect();
+    let leased = registry().lease_at(&at, name, &actor);
+    let mut ids = leased.map_err(|error| to_python(py, &error))?;
+    match registry().lease(&now, name, &actor) {
+        Ok(more) => ids.extend(more),
+        Err(error) => {
+            for id in ids {
+                registry().release(id);
+            }
+            return Err(to_python(py, &error));
+        }
+    }
+    let keys = at.into_iter().map(|(key, _)| key).chain(now);
+    Ok(keys.zip(ids).collect())
 }
 
 #[pymethods]
@@ -71,13 +105,10 @@ impl RunnerHandle {
             .iter()
             .map(|key| convert::key(key))
             .collect::<PyResult<_>>()?;
-        let actor = convert::actor(py, Some(name.clone()))?;
-        let leases = registry()
-            .lease(&keys, &name, &actor)
-            .map_err(|error| to_python(py, &error))?;
         let scope_id = scope
             .as_ref()
             .map_or(DEFAULT, |scope| scope.get().scope_id());
+        let leases = lease(py, scope_id, keys, &name)?;
         scopes().with(|ledger| ledger.bind_runner(scope_id));
         Ok(Self {
             name,
@@ -87,6 +118,7 @@ impl RunnerHandle {
             forwarding: Mutex::new(None),
             closed: AtomicBool::new(false),
             pid: std::process::id(),
+            forks: forks(),
         })
     }
 
@@ -107,17 +139,14 @@ impl RunnerHandle {
 
     /// Takes one more lease.
     fn hold(&self, py: Python<'_>, key: &str) -> PyResult<()> {
-        let actor = convert::actor(py, Some(self.name.clone()))?;
-        let taken = registry()
-            .lease(&[convert::key(key)?], &self.name, &actor)
-            .map_err(|error| to_python(py, &error))?;
+        let taken = lease(py, self.scope_id, vec![convert::key(key)?], &self.name)?;
         self.leases().extend(taken);
         Ok(())
     }
 
-    /// Raises when the runner was closed or belongs to another process.
+    /// Raises when the runner was closed, belongs to another process or lost what it held.
     fn check(&self, py: Python<'_>) -> PyResult<()> {
-        let (class, message) = if self.pid != std::process::id() {
+        let (class, message) = if self.forks != forks() {
             let (pid, here) = (self.pid, std::process::id());
             (
                 "ForkedError",
@@ -133,7 +162,8 @@ impl RunnerHandle {
                 format!("runner '{}' is closed; build a new one", self.name),
             )
         } else {
-            return Ok(());
+            let good = registry().check_leases(&self.leases());
+            return good.map_err(|error| to_python(py, &error));
         };
         let details = PyDict::new(py);
         details.set_item("runner", &self.name)?;

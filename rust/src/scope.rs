@@ -6,7 +6,6 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use distguard_core::actor::ThreadId;
 use distguard_core::key::Key;
 use distguard_core::scopes::{Publish, ScopeId, ScopeLedger, DEFAULT};
 use pyo3::exceptions::PyRuntimeError;
@@ -15,6 +14,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{intern, PyTraverseError, PyVisit};
 
+use crate::convert;
+use crate::exit;
 use crate::process;
 
 /// One runner's own values of SGLang's module globals.
@@ -215,7 +216,16 @@ pub fn switch_back(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (scope, /))]
 pub fn enter(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<Option<Py<PyAny>>> {
-    let token = switch(py, scope)?;
+    exit::going_in(py, depth() == 0);
+    let token = match switch(py, scope) {
+        Ok(token) => token,
+        Err(error) => {
+            if depth() == 0 {
+                exit::came_out();
+            }
+            return Err(error);
+        }
+    };
     DEPTH.with(|depth| depth.set(depth.get() + 1));
     Ok(token)
 }
@@ -234,6 +244,9 @@ pub fn leave(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<usize> {
             "leave() without a matching enter()",
         ));
     };
+    if depth == 0 {
+        exit::came_out();
+    }
     switch_back(py, token)?;
     Ok(depth)
 }
@@ -292,11 +305,6 @@ fn current_id(py: Python<'_>) -> PyResult<ScopeId> {
     Ok(current(py)?.map_or(DEFAULT, |scope| scope.get().id))
 }
 
-fn thread_id(py: Python<'_>) -> PyResult<ThreadId> {
-    let threading = py.import("threading")?;
-    Ok(ThreadId(threading.call_method0("get_ident")?.extract()?))
-}
-
 /// Which scope a `publish` of the calling thread configures, and whether that is a fresh one.
 #[pyfunction]
 pub fn choose_scope(
@@ -304,7 +312,7 @@ pub fn choose_scope(
     label: String,
     live_threads: Vec<u64>,
 ) -> PyResult<(Option<Bound<'_, Scope>>, bool)> {
-    let (now, thread) = (current_id(py)?, thread_id(py)?);
+    let (now, thread) = (current_id(py)?, convert::thread_id(py)?);
     let choice = process::scopes()
         .with(|ledger| ledger.publish(now, thread, |other| live_threads.contains(&other.0)));
     match choice {
@@ -318,8 +326,16 @@ pub fn choose_scope(
 #[pyo3(signature = (scope, /))]
 pub fn abandon_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<()> {
     let id = scope.map_or(DEFAULT, |scope| scope.get().id);
-    let thread = thread_id(py)?;
+    let thread = convert::thread_id(py)?;
     process::scopes().with(|ledger| ledger.abandon(id, thread));
+    Ok(())
+}
+
+/// The current scope uses this generation of `key` from now on.
+#[pyfunction]
+pub fn note_joined(py: Python<'_>, key: &str, generation: u64) -> PyResult<()> {
+    let (key, scope) = (convert::key(key)?, current_id(py)?);
+    process::scopes().with(|ledger| ledger.join(scope, key, generation));
     Ok(())
 }
 

@@ -10,6 +10,7 @@ from sglang_distguard.targets import (
     model_loader,
     model_runner,
     parallel_state,
+    process_groups,
     runtime_context,
     threads,
     torch_dtype,
@@ -18,6 +19,7 @@ from sglang_distguard.targets import (
 _TARGETS = (
     runtime_context,
     parallel_state,
+    process_groups,
     bootstrap,
     expert_location,
     model_runner,

@@ -7,16 +7,14 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Optional
+from typing import Any
 
-from sglang_distguard import _core, groups
-from sglang_distguard.groups import MODULE
+from sglang_distguard import groups, world
+from sglang_distguard.groups import GROUPS, MODULE, WORLD
 from sglang_distguard.patching import Around, Needs
 from sglang_distguard.scoping import accessor
-from sglang_distguard.singleflight import run_once, tearing_down
-
-WORLD = "world"
-GROUPS = "groups"
+from sglang_distguard.singleflight import run_once
+from sglang_distguard.teardowns import tearing_down
 
 #: Read from the ParallelContext (0.5.23, docstring of `initialize_model_parallel`).
 _WIDTHS = (
@@ -37,18 +35,6 @@ _FLAGS = (
     "_ENABLE_TORCH_SYMM_MEM_ALL_REDUCE",
     "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
 )
-
-
-def world_identity() -> Optional[int]:
-    """Identity of torch's default process group."""
-    group = groups.default_process_group()
-    return None if group is None else id(group)
-
-
-def groups_identity() -> Optional[int]:
-    """Identity of the groups that the process shares, or that somebody made without the guard."""
-    shared = _core.resource(GROUPS)
-    return groups.identity(groups.find() if shared is None else shared)
 
 
 def world_spec(call: dict[str, Any]) -> dict[str, Any]:
@@ -101,14 +87,14 @@ def process_switches() -> dict[str, Any]:
 
 
 def _undo_world(
-    namespace: dict[str, Any], *, world: Any, coordinator: Any, made: list[Any]
+    namespace: dict[str, Any], *, default: Any, coordinator: Any, made: list[Any]
 ) -> None:
     """Destroy what was made since the arguments were looked at."""
     if coordinator is None and namespace["_WORLD"] is not None:
         namespace["_WORLD"].destroy()
         namespace["_WORLD"] = None
     groups.discard_process_groups(keep=made)
-    if world is None and groups.default_process_group() is not None:
+    if default is None and groups.default_process_group() is not None:
         namespace["_MODEL_PARALLEL_GROUP_TIMEOUT"] = None
         namespace["torch"].distributed.destroy_process_group()
 
@@ -130,27 +116,35 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
         requested = world_spec(call.arguments)
         undoing = ExitStack()
 
-        def initialise() -> Any:
+        def initialise() -> world.World:
             # Looked at by the leader only: what there was before it began is not its to undo.
             undoing.callback(
                 _undo_world,
                 namespace,
-                world=groups.default_process_group(),
+                default=groups.default_process_group(),
                 coordinator=namespace["_WORLD"],
                 made=groups.process_groups(),
             )
-            original(*args, **kwargs)
-            return namespace["_WORLD"]
+            if namespace["_WORLD"] is not None and not groups.is_alive(namespace["_WORLD"]):
+                namespace["_WORLD"] = None  # left by a world destroyed elsewhere
+
+            def make() -> Any:
+                original(*args, **kwargs)
+                return namespace["_WORLD"]
+
+            return world.make(make)
 
         def adopt() -> tuple[Any, dict[str, Any]]:
             actual = adopted_world_spec(namespace["torch"].distributed, requested)
             # SGLang's own coordinator of it, unless this caller is about to be refused.
-            return (initialise() if actual == requested else None), actual
+            return (
+                initialise() if actual == requested else world.make(lambda: namespace["_WORLD"])
+            ), actual
 
         run_once(
             WORLD,
             requested,
-            observe=world_identity,
+            observe=groups.world_identity,
             initialise=initialise,
             adopt=adopt,
             join=lambda _world: original(*args, **kwargs),  # stamps the world into this scope
@@ -175,6 +169,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             undoing.callback(
                 _undo_groups, parallel, stamp=dict(parallel._stamp), made=groups.process_groups()
             )
+            groups.forget_dead_names()
             if groups.identity(groups.read()) is None:
                 groups.write(dict.fromkeys(groups.FIELDS))  # left by groups destroyed elsewhere
             original(*args, **kwargs)
@@ -187,7 +182,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         run_once(
             GROUPS,
             requested,
-            observe=groups_identity,
+            observe=groups.shared_identity,
             initialise=initialise,
             adopt=adopt,
             join=groups.stamp,
@@ -200,7 +195,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
 def _destroy_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel() -> None:
-        with tearing_down(GROUPS) as state:
+        with tearing_down(GROUPS) as (state,):
             shared = state.resource
             if shared is not None:
                 groups.write(shared)  # the scope that tears down need not be the one that built
@@ -219,7 +214,7 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(original)
     def destroy_distributed_environment() -> None:
-        with tearing_down(WORLD) as state:
+        with tearing_down(GROUPS, WORLD) as (_groups, state):  # torch destroys all with the world
             if state.origin == "adopted":
                 namespace["_WORLD"] = None
                 return

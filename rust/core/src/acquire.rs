@@ -5,17 +5,13 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::events::Event;
-use crate::key::Key;
 use crate::policy::Decision;
 use crate::registry::{Inner, Registry};
-use crate::request::{Observed, Request, Step};
+use crate::request::{Request, Step};
 use crate::rules::{judge, owner, Verdict};
 use crate::slot::{Task, Ticket};
 use crate::sync;
 use crate::waitgraph::Edge;
-
-/// How long `acquire_blocking` sleeps at a time.
-const SLICE: Duration = Duration::from_millis(50);
 
 impl Registry {
     /// Decides about `request` without waiting.
@@ -46,11 +42,17 @@ impl Registry {
             .get(&request.key)
             .is_some_and(|it| it.changed <= epoch && it.slot.running().is_some());
         // Two threads that were both told to wait may close a cycle only here.
-        if !unchanged || inner.cycle(request).is_some() {
+        let edge = Edge::new(&request.actor, &request.key);
+        if !unchanged || inner.cycle(edge).is_some() {
             return;
         }
-        let (actor, key) = (request.actor.clone(), request.key.clone());
-        inner.waits.begin(actor, key);
+        let (actor, key, now) = (request.actor.clone(), request.key.clone(), inner.epoch);
+        inner.waits.begin(actor, key, now);
+        if inner.rooms.is_anybody_queued() {
+            // Whoever waits for this thread may now overtake whom it waits for.
+            inner.touch_rooms();
+            self.moved.notify_all();
+        }
         inner = sync::wait_timeout(&self.changed, inner, slice);
         inner.waits.end(request.actor.thread);
     }
@@ -67,40 +69,6 @@ impl Registry {
             error
         })
     }
-
-    /// Repeats `try_acquire` and `wait` until there is a step to take, or an error.
-    ///
-    /// `observe` looks at the real process before every try. At `deadline`, a time on the
-    /// registry's clock, the error is `Timeout`; one that has passed means a single try. `on_slice`
-    /// runs after every wait; when it says false, the last `Step::Wait` is returned. Both run
-    /// unlocked, and a panic in them leaves nothing behind.
-    pub fn acquire_blocking(
-        &self,
-        mut request: Request,
-        deadline: Option<Duration>,
-        mut observe: impl FnMut() -> Observed,
-        mut on_slice: impl FnMut() -> bool,
-    ) -> Result<Step, Error> {
-        let start = self.now();
-        loop {
-            request.observed = observe();
-            let step = self.try_acquire(&request)?;
-            let Step::Wait { epoch, .. } = step else {
-                return Ok(step);
-            };
-            let now = self.now();
-            request.waited = now.saturating_sub(start);
-            let left = deadline.map_or(SLICE, |deadline| deadline.saturating_sub(now));
-            if left.is_zero() {
-                return Err(self.timed_out(&request));
-            }
-            self.wait(&request, epoch, left.min(SLICE));
-            if !on_slice() {
-                return Ok(step);
-            }
-            request.waited = self.now().saturating_sub(start);
-        }
-    }
 }
 
 impl Inner {
@@ -115,6 +83,7 @@ impl Inner {
                     leader: by,
                     since,
                     epoch: self.epoch,
+                    slow: false,
                 });
             }
             self.forget_changed(request, now);
@@ -140,7 +109,7 @@ impl Inner {
                 Ok(Step::Nested)
             }
             Verdict::Wait { leader, since } => {
-                if let Some(cycle) = self.cycle(request) {
+                if let Some(cycle) = self.cycle(Edge::new(&request.actor, &request.key)) {
                     let error = Error::Deadlock { cycle };
                     self.note(request, Decision::Deadlock, error.to_string(), now);
                     return Err(error);
@@ -149,10 +118,19 @@ impl Inner {
                 if request.waited.is_zero() {
                     self.note(request, Decision::Wait, format!("for {leader}"), now);
                 }
+                let took = now.saturating_sub(since);
+                let slow = took >= request.slow_after && self.slot_mut(&request.key).call_slow();
+                if slow {
+                    let waiter = &request.actor;
+                    let detail = format!("for {:.1} s, {waiter} waits", took.as_secs_f64());
+                    let event = Event::new(now, &request.key, &leader, Decision::Slow);
+                    self.record(event.waited(request.waited).detail(detail));
+                }
                 Ok(Step::Wait {
                     leader,
                     since,
                     epoch: self.epoch,
+                    slow,
                 })
             }
             Verdict::Refuse(error) => {
@@ -179,18 +157,14 @@ impl Inner {
         let holders = slot.holders();
         slot.clear();
         self.touch(&request.key);
+        let how = "found it destroyed or replaced outside of sglang_distguard";
+        self.break_leases(&request.key, &request.actor, how);
         let mut detail = "changed outside the registry".to_owned();
         if !holders.is_empty() {
             detail += " while held by ";
             detail += &crate::error::join(&holders, ", ");
         }
         self.note(request, Decision::OutOfBand, detail, now);
-    }
-
-    fn cycle(&self, request: &Request) -> Option<Vec<Edge>> {
-        let leader_of = |key: &Key| Some(self.slot(key)?.running()?.leader.thread);
-        self.waits
-            .would_deadlock(&request.actor, &request.key, leader_of)
     }
 
     fn note(&mut self, request: &Request, decision: Decision, detail: String, now: Duration) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::actor::Actor;
 use crate::key::Key;
 use crate::lease::Holder;
+use crate::rooms::Room;
 use crate::slot::Purpose;
 use crate::spec::FieldDiff;
 use crate::waitgraph::Edge;
@@ -52,6 +53,31 @@ pub enum Error {
         /// How long the caller waited.
         waited: Duration,
     },
+    /// The deadline passed in line for a room.
+    RoomTimeout {
+        /// Which room.
+        room: Room,
+        /// Who is inside and in the way; empty when others were first in line.
+        inside: Vec<Actor>,
+        /// How long the caller waited.
+        waited: Duration,
+    },
+    /// The visit to a room has ended, or was made before a fork.
+    VisitOver,
+    /// The state is there, but belongs to the process that this one was forked from.
+    Inherited {
+        /// What was asked for.
+        key: Key,
+    },
+    /// The state that a lease was on is gone, or going, although it was held.
+    LeaseBroken {
+        /// What was held.
+        key: Key,
+        /// Who did it; None when the holder itself gave the lease back.
+        by: Option<Actor>,
+        /// What that was.
+        how: String,
+    },
     /// A leader failed and could not undo what it had done.
     Poisoned {
         /// What was asked for.
@@ -63,8 +89,8 @@ pub enum Error {
     },
     /// Waiting would never end.
     Deadlock {
-        /// Each thread and what it waits for, the caller first; the last one's key is led by the
-        /// caller. Never empty.
+        /// Each thread and what it waits for, the caller first; what the last one waits for, the
+        /// caller has. Never empty.
         cycle: Vec<Edge>,
     },
     /// The state is held.
@@ -123,6 +149,38 @@ impl fmt::Display for Error {
                      runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.",
                 )
             }
+            Self::RoomTimeout {
+                room,
+                inside,
+                waited,
+            } => write!(
+                f,
+                "Gave up after waiting {} for {room}: {}. Nothing was changed. Look at what that \
+                 thread does, or allow more time: runner_scope(timeout=…), install(timeout=…) or \
+                 SGLANG_DISTGUARD_TIMEOUT.",
+                seconds(*waited),
+                if inside.is_empty() {
+                    "others were first in line".to_owned()
+                } else {
+                    format!("{} in the way", join(inside, ", "))
+                }
+            ),
+            Self::VisitOver => f.write_str(
+                "This visit to a room has ended, or was made before a fork. Enter the room again.",
+            ),
+            Self::Inherited { key } => write!(
+                f,
+                "{key} was initialised by the process that this one was forked from, and does not \
+                 survive a fork: its threads are gone and its sockets are the parent's. Start \
+                 processes that build runners with spawn, or fork before anything is initialised."
+            ),
+            Self::LeaseBroken { key, by, how } => {
+                write!(f, "{key} can no longer be used by its holder: ")?;
+                if let Some(by) = by {
+                    write!(f, "{by} ")?;
+                }
+                write!(f, "{how}. Build a new runner; close() this one.")
+            }
             Self::Poisoned { key, reason, by } => write!(
                 f,
                 "{key} is half-made: {by} failed and could not undo what it had done ({reason}). \
@@ -131,7 +189,7 @@ impl fmt::Display for Error {
             Self::Deadlock { cycle } => {
                 f.write_str("Waiting would never end: ")?;
                 for edge in cycle {
-                    write!(f, "{} waits for {}, led by ", edge.name, edge.key)?;
+                    write!(f, "{} waits for {}, had by ", edge.name, edge.subject)?;
                 }
                 f.write_str(
                     "the first. An initialiser must not ask again for what it is initialising; \
@@ -141,7 +199,7 @@ impl fmt::Display for Error {
             Self::InUse { key, holders } => write!(
                 f,
                 "{key} cannot be torn down: it is held by {}. close() those runners first, or \
-                 force it.",
+                 use sglang_distguard.teardown(force=True), which breaks what they hold.",
                 join(holders, ", ")
             ),
             Self::Busy { key, leader } => write!(
@@ -279,17 +337,17 @@ mod tests {
 
     #[test]
     fn a_deadlock_names_every_thread_of_the_cycle() {
-        let edge = |thread, name: &str, key| Edge {
+        let edge = |thread, name: &str, subject| Edge {
             thread: ThreadId(thread),
             name: name.into(),
-            key,
+            subject,
         };
         let cycle = vec![
-            edge(1, "thread T1", Key::World),
-            edge(2, "thread T2", Key::Groups("g".into())),
+            edge(1, "thread T1", (&Key::World).into()),
+            edge(2, "thread T2", (&Room::Capture).into()),
         ];
-        let text = "thread T1 waits for world, led by thread T2 waits for groups:g, led by the \
-                    first.";
+        let text = "thread T1 waits for world, had by thread T2 waits for room:capture, had by \
+                    the first.";
         assert_says(&Error::Deadlock { cycle }, &[text]);
     }
 

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::actor::Actor;
-use crate::key::Key;
 use crate::policy::Decision;
+use crate::waitgraph::Subject;
 
 /// How many events a registry keeps.
 pub const CAPACITY: usize = 1024;
@@ -19,12 +19,12 @@ pub struct Event {
     /// When, on the registry's clock.
     pub at: Duration,
     /// About what.
-    pub key: Key,
+    pub subject: Subject,
     /// About whom.
     pub actor: Actor,
     /// What was decided.
     pub decision: Decision,
-    /// The key's generation then; 0 if it was never published.
+    /// The key's generation then; 0 if it was never published, and for rooms.
     pub generation: u64,
     /// How long the actor had waited for the decision.
     pub waited: Duration,
@@ -34,11 +34,16 @@ pub struct Event {
 
 impl Event {
     /// An event that was not waited for; the ring numbers it.
-    pub fn new(at: Duration, key: &Key, actor: &Actor, decision: Decision) -> Self {
+    pub fn new(
+        at: Duration,
+        subject: impl Into<Subject>,
+        actor: &Actor,
+        decision: Decision,
+    ) -> Self {
         Self {
             seq: 0,
             at,
-            key: key.clone(),
+            subject: subject.into(),
             actor: actor.clone(),
             decision,
             generation: 0,
@@ -118,6 +123,7 @@ impl EventRing {
 mod tests {
     use super::*;
     use crate::actor::ThreadId;
+    use crate::key::Key;
 
     fn ring(capacity: usize, pushed: u64) -> EventRing {
         let mut ring = EventRing::new(capacity);

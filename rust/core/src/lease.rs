@@ -28,5 +28,13 @@ impl fmt::Display for Holder {
     }
 }
 
+/// How a lease ended without being given back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Broken {
+    pub by: Actor,
+    /// In words: what that actor did to the state.
+    pub how: String,
+}
+
 /// The leases of one generation of one slot.
 pub(crate) type Leases = BTreeMap<LeaseId, Holder>;

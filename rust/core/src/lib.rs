@@ -7,14 +7,17 @@
 mod acquire;
 pub mod actor;
 pub mod clock;
+pub mod enter;
 pub mod error;
 pub mod events;
 pub mod guard;
 pub mod key;
 pub mod lease;
+mod leases;
 pub mod policy;
 pub mod registry;
 pub mod request;
+pub mod rooms;
 mod rules;
 pub mod scopes;
 pub mod slot;

@@ -20,6 +20,8 @@ pub enum Decision {
     Join,
     /// The actor waits for the leader; recorded once, when the wait begins.
     Wait,
+    /// The leader is slower than the waiter finds normal; recorded once per lead.
+    Slow,
     /// The actor called again from inside its own lead.
     Nested,
     /// The actor was refused: other values, no reuse, in use, busy, poisoned or not ready.
@@ -58,6 +60,7 @@ impl Decision {
             Self::Adopt => "adopt",
             Self::Join => "join",
             Self::Wait => "wait",
+            Self::Slow => "slow",
             Self::Nested => "nested",
             Self::Refuse => "refuse",
             Self::Deadlock => "deadlock",

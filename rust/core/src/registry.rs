@@ -1,4 +1,5 @@
-//! All slots behind one lock: tickets, leases, events, snapshots; `acquire` and `teardown` go on.
+//! All slots and rooms behind one lock: tickets, events, snapshots. What is done with them goes on
+//! in `acquire`, `teardown`, `leases` and `enter`.
 //! The lock is a leaf: nothing foreign runs while it is held, and every wait gives it up.
 
 use std::collections::BTreeMap;
@@ -10,32 +11,43 @@ use crate::clock::Clock;
 use crate::error::Error;
 use crate::events::{self, Event, EventRing};
 use crate::key::Key;
-use crate::lease::{Holder, LeaseId};
+use crate::lease::{Broken, LeaseId};
 use crate::policy::Decision;
+use crate::rooms::Rooms;
 use crate::slot::{Origin, Slot, Ticket};
 use crate::snapshot::{SlotSnapshot, Snapshot};
 use crate::spec::Spec;
 use crate::sync::{lock, Condvar, Mutex, MutexGuard};
-use crate::waitgraph::WaitGraph;
+use crate::waitgraph::{Subject, WaitGraph};
 
 pub use crate::request::{Observed, Request, Step};
 
 /// Every shared piece of a process's state, and who makes, uses or waits for it.
 ///
-/// Any thread may call any method. Only `wait` and `acquire_blocking` block.
+/// Any thread may call any method. Only `wait` and `wait_to_enter` block.
 pub struct Registry {
     clock: Arc<dyn Clock>,
     pub(crate) inner: Mutex<Inner>,
     /// Notified after every change of a slot.
     pub(crate) changed: Condvar,
+    /// Notified whenever anybody in line for a room may have got on. Not the same as `changed`:
+    /// threads that begin to wait for slots notify it, and would wake each other for ever.
+    pub(crate) moved: Condvar,
 }
 
 pub(crate) struct Inner {
     pub slots: BTreeMap<Key, Tracked>,
     pub waits: WaitGraph,
+    pub rooms: Rooms,
+    /// The epoch of the last change of any slot.
+    pub slots_changed: u64,
+    /// The epoch at which anybody in line for a room may have got on.
+    pub rooms_changed: u64,
+    /// Leases whose state is gone, until their holders give them back.
+    pub broken: BTreeMap<LeaseId, Broken>,
     /// Threads whose last answer was to look again, and the state that they doubted then.
     pub doubts: BTreeMap<ThreadId, (Key, u64)>,
-    /// Counts changes of any slot.
+    /// Counts changes of any slot or room.
     pub epoch: u64,
     events: EventRing,
     next_id: u64,
@@ -64,6 +76,10 @@ impl Registry {
             inner: Mutex::new(Inner {
                 slots: BTreeMap::new(),
                 waits: WaitGraph::default(),
+                rooms: Rooms::default(),
+                slots_changed: 0,
+                rooms_changed: 0,
+                broken: BTreeMap::new(),
                 doubts: BTreeMap::new(),
                 epoch: 0,
                 events: EventRing::new(events::CAPACITY),
@@ -71,6 +87,7 @@ impl Registry {
                 generation_floor: 0,
             }),
             changed: Condvar::new(),
+            moved: Condvar::new(),
         }
     }
 
@@ -138,74 +155,16 @@ impl Registry {
             let leader = transition(slot, now)?;
             let generation = slot.generation();
             inner.touch(&ticket.key);
+            inner.break_leases(&ticket.key, &leader, "tore it down by force");
             inner.record(Event::new(now, &ticket.key, &leader, decision).detail(detail));
             Some(generation)
         })
     }
 
-    /// Takes a lease on each of `keys` as it is now, or on none.
-    pub fn lease(&self, keys: &[Key], name: &str, actor: &Actor) -> Result<Vec<LeaseId>, Error> {
-        let keys: Vec<_> = keys.iter().map(|key| (key, None)).collect();
-        self.lease_each(&keys, name, actor)
-    }
-
-    /// As `lease`, of the generations that were joined or published: what was torn down and made
-    /// anew in between, perhaps for other values, is refused.
-    pub fn lease_at(
-        &self,
-        keys: &[(Key, u64)],
-        name: &str,
-        actor: &Actor,
-    ) -> Result<Vec<LeaseId>, Error> {
-        let keys: Vec<_> = keys.iter().map(|(key, at)| (key, Some(*at))).collect();
-        self.lease_each(&keys, name, actor)
-    }
-
-    fn lease_each(
-        &self,
-        keys: &[(&Key, Option<u64>)],
-        name: &str,
-        actor: &Actor,
-    ) -> Result<Vec<LeaseId>, Error> {
-        self.update(|inner, now| {
-            let missing = keys.iter().find(|(key, at)| {
-                let ready = inner.slot(key).filter(|slot| slot.ready().is_some());
-                ready.is_none_or(|slot| at.is_some_and(|at| at != slot.generation()))
-            });
-            if let Some((key, _)) = missing {
-                let error = Error::NotReady {
-                    key: (*key).clone(),
-                };
-                return Err(inner.refuse(key, actor, error, now));
-            }
-            let holder = Holder {
-                name: name.to_owned(),
-                actor: actor.clone(),
-                since: now,
-            };
-            let mut taken = Vec::with_capacity(keys.len());
-            for (key, _) in keys {
-                let id = LeaseId(inner.fresh_id());
-                inner.slot_mut(key).lease(id, holder.clone());
-                inner.record(Event::new(now, key, actor, Decision::Lease).detail(name));
-                taken.push(id);
-            }
-            Ok(taken)
-        })
-    }
-
-    /// Gives a lease back. False when it was given back before, or its state is gone.
-    pub fn release(&self, id: LeaseId) -> bool {
-        self.update(|inner, now| {
-            let mut slots = inner.slots.iter_mut();
-            let released = slots.find_map(|(key, it)| Some((key.clone(), it.slot.release(id)?)));
-            let Some((key, holder)) = released else {
-                return false;
-            };
-            let event = Event::new(now, &key, &holder.actor, Decision::Release);
-            inner.record(event.detail(holder.name));
-            true
-        })
+    /// A forked process sees the object `identity` of its parent, and cannot use it: whoever asks
+    /// for `key` while it is there is refused.
+    pub fn inherit(&self, key: &Key, identity: u64) {
+        self.update(|inner, _| inner.slot_mut(key).inherit(identity));
     }
 
     /// Whether the key can be joined.
@@ -225,6 +184,7 @@ impl Registry {
                 .iter()
                 .map(|(key, it)| SlotSnapshot::new(key, &it.slot, inner.waits.waiters(key)))
                 .collect(),
+            visits: inner.rooms.iter().cloned().collect(),
             events: inner.events.iter().cloned().collect(),
             dropped_events: inner.events.dropped(),
         }
@@ -235,20 +195,29 @@ impl Registry {
         self.lock().events.since(seq).cloned().collect()
     }
 
+    /// Wakes whoever waits; each looks again and, if nothing changed, waits on.
+    pub fn wake_all(&self) {
+        self.changed.notify_all();
+        self.moved.notify_all();
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         lock(&self.inner)
     }
 
-    /// The one way to change anything; wakes whoever waits if a slot changed.
+    /// The one way to change anything; wakes whoever waits for what changed.
     pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Inner, Duration) -> T) -> T {
         let mut inner = self.lock();
         let epoch = inner.epoch;
         let now = self.now();
         let result = change(&mut inner, now);
-        let changed = inner.epoch != epoch;
+        let (changed, moved) = (inner.slots_changed > epoch, inner.rooms_changed > epoch);
         drop(inner);
         if changed {
             self.changed.notify_all();
+        }
+        if moved {
+            self.moved.notify_all();
         }
         result
     }
@@ -275,6 +244,7 @@ impl Inner {
     pub fn touch(&mut self, key: &Key) {
         self.epoch += 1;
         let epoch = self.epoch;
+        self.slots_changed = epoch;
         self.tracked(key).changed = epoch;
     }
 
@@ -282,6 +252,7 @@ impl Inner {
     pub fn remove(&mut self, key: &Key) {
         if let Some(removed) = self.slots.remove(key) {
             self.epoch += 1;
+            self.slots_changed = self.epoch;
             self.generation_floor = self.generation_floor.max(removed.slot.generation());
         }
     }
@@ -295,7 +266,10 @@ impl Inner {
 
     /// Records an event, with the generation that its key has now.
     pub fn record(&mut self, event: Event) {
-        let generation = self.slot(&event.key).map_or(0, Slot::generation);
+        let generation = match &event.subject {
+            Subject::Key(key) => self.slot(key).map_or(0, Slot::generation),
+            Subject::Room(_) => 0,
+        };
         self.events.push(event.generation(generation));
     }
 

@@ -35,6 +35,8 @@ pub struct Request {
     pub observed: Observed,
     /// How long the caller has waited so far; zero until it was first told to wait.
     pub waited: Duration,
+    /// How long a leader may take before one waiter is told that it is slow.
+    pub slow_after: Duration,
 }
 
 /// What a caller is to do.
@@ -60,5 +62,7 @@ pub enum Step {
         since: Duration,
         /// What `wait` compares with.
         epoch: u64,
+        /// The leader has taken longer than `slow_after`; true for one waiter, once per lead.
+        slow: bool,
     },
 }

@@ -32,6 +32,11 @@ pub(crate) enum Verdict {
 pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
     match slot.phase() {
         Phase::Idle => match request.observed {
+            Observed::Present(identity) if slot.inherited() == Some(identity) => {
+                Verdict::Refuse(Error::Inherited {
+                    key: request.key.clone(),
+                })
+            }
             Observed::Present(_) => Verdict::Adopt,
             Observed::Absent | Observed::Unknown => Verdict::Lead,
         },

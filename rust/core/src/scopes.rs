@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::actor::ThreadId;
+use crate::key::Key;
 use crate::sync::{lock, Mutex};
 
 /// Names a scope. 0 is SGLang's default one.
@@ -34,6 +35,8 @@ struct Builder {
 struct Entry {
     builder: Option<Builder>,
     runners: usize,
+    /// The generation of each shared piece of state that the scope built or joined last.
+    joined: BTreeMap<Key, u64>,
 }
 
 /// Builders and live runners of every scope. Pure.
@@ -85,7 +88,7 @@ impl ScopeLedger {
             scope,
             Entry {
                 builder,
-                runners: 0,
+                ..Entry::default()
             },
         );
         Publish::New(scope)
@@ -122,6 +125,20 @@ impl ScopeLedger {
         if let Some(entry) = self.entries.get_mut(&scope) {
             entry.runners = entry.runners.saturating_sub(1);
         }
+    }
+
+    /// The scope uses this generation of `key` from now on.
+    pub fn join(&mut self, scope: ScopeId, key: Key, generation: u64) {
+        let entry = self.entries.entry(scope).or_default();
+        entry.joined.insert(key, generation);
+    }
+
+    /// What the scope uses, by key: what its runners take leases on, at that generation or not at
+    /// all. It stays when the state is torn down: what a scope still refers to is then stale.
+    pub fn joined(&self, scope: ScopeId) -> Vec<(Key, u64)> {
+        let entry = self.entries.get(&scope);
+        let joined = entry.into_iter().flat_map(|entry| &entry.joined);
+        joined.map(|(key, at)| (key.clone(), *at)).collect()
     }
 
     /// How many runners live in the scope.
@@ -301,6 +318,16 @@ mod tests {
         assert_eq!(ledger.builder(scope), None);
         let publish = ledger.publish(scope, TWO, everyone);
         assert_eq!(publish, Publish::Replace(scope));
+    }
+
+    #[test]
+    fn a_scope_knows_which_generation_it_joined_last() {
+        let mut ledger = ScopeLedger::default();
+        let scope = ledger.create();
+        ledger.join(scope, Key::World, 1);
+        ledger.join(scope, Key::World, 2);
+        assert_eq!(ledger.joined(scope), [(Key::World, 2)]);
+        assert!(ledger.joined(DEFAULT).is_empty());
     }
 
     #[test]

@@ -20,7 +20,8 @@
 //!   then only `clear` helps.
 //! - `generation` counts published states of the key; it never goes back, also over `clear`.
 //! - Leases exist only in a Ready state, also while that is torn down, and go with it, so that one
-//!   kept over a change of state frees nothing that is not its own.
+//!   kept over a change of state frees nothing that is not its own. Those that were not given back
+//!   are broken: kept aside until their holder asks.
 //! - Waiters are not part of the slot: they look again whenever it changes.
 //!
 //! Lock order: none here. The registry's one mutex covers all slots and is a leaf: nothing else is
@@ -95,6 +96,8 @@ pub(crate) struct Running {
     pub task: Task,
     pub leader: Actor,
     pub since: Duration,
+    /// Some waiter was told that this takes long.
+    pub called_slow: bool,
 }
 
 impl Running {
@@ -134,6 +137,10 @@ pub(crate) struct Slot {
     generation: u64,
     failures: u64,
     last_failure: Option<String>,
+    /// Leases that went with their state and were not given back; the registry collects them.
+    orphans: Leases,
+    /// What a forked process got from its parent and cannot use; see `Registry::inherit`.
+    inherited: Option<u64>,
 }
 
 impl Slot {
@@ -161,6 +168,43 @@ impl Slot {
     /// Why the last one failed, unless one has succeeded since.
     pub fn last_failure(&self) -> Option<&str> {
         self.last_failure.as_deref()
+    }
+
+    /// The identity of an object that came over a fork.
+    pub fn inherited(&self) -> Option<u64> {
+        self.inherited
+    }
+
+    pub fn inherit(&mut self, identity: u64) {
+        self.inherited = Some(identity);
+    }
+
+    /// The leases that the last transition broke; each is handed out once.
+    pub fn take_orphans(&mut self) -> Leases {
+        std::mem::take(&mut self.orphans)
+    }
+
+    /// True for the first caller during a lead.
+    pub fn call_slow(&mut self) -> bool {
+        match &mut self.phase {
+            Phase::Running(running) => !std::mem::replace(&mut running.called_slow, true),
+            _ => false,
+        }
+    }
+
+    /// Whether the lease is good: held, and on state that is not being torn down.
+    pub fn holds(&self, id: LeaseId) -> bool {
+        self.ready()
+            .is_some_and(|ready| ready.leases.contains_key(&id))
+    }
+
+    /// Who tears down, by force, the state that the lease is on.
+    pub fn breaks(&self, id: LeaseId) -> Option<&Actor> {
+        match &self.running()?.task {
+            Task::Teardown(ready) => ready.leases.contains_key(&id),
+            Task::Build(_) | Task::Adopt(_) => false,
+        }
+        .then_some(&self.running()?.leader)
     }
 
     pub fn running(&self) -> Option<&Running> {
@@ -200,6 +244,7 @@ impl Slot {
                 task,
                 leader,
                 since: now,
+                called_slow: false,
             });
         }
         idle
@@ -259,6 +304,7 @@ impl Slot {
         let running = self.take_running(ticket)?;
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
+        self.orphan(running.task);
         self.phase = Phase::Poisoned {
             reason: reason.to_owned(),
             by: running.leader.clone(),
@@ -269,17 +315,23 @@ impl Slot {
 
     /// Running becomes Idle: nothing is there any more.
     pub fn end(&mut self, ticket: u64) -> Option<Actor> {
-        Some(self.take_running(ticket)?.leader)
+        let running = self.take_running(ticket)?;
+        self.orphan(running.task);
+        Some(running.leader)
     }
 
     /// Ready or Poisoned becomes Idle; leases go with it. False, and nothing changed, otherwise.
     pub fn clear(&mut self) -> bool {
-        let filled = matches!(self.phase, Phase::Ready(_) | Phase::Poisoned { .. });
-        if filled {
-            self.phase = Phase::Idle;
-            self.last_failure = None;
+        match std::mem::take(&mut self.phase) {
+            Phase::Ready(ready) => self.orphans.extend(ready.leases),
+            Phase::Poisoned { .. } => {}
+            other => {
+                self.phase = other;
+                return false;
+            }
         }
-        filled
+        self.last_failure = None;
+        true
     }
 
     /// False, and nothing changed, unless Ready.
@@ -299,6 +351,12 @@ impl Slot {
                 ..
             }) => ready.leases.remove(&id),
             _ => None,
+        }
+    }
+
+    fn orphan(&mut self, task: Task) {
+        if let Task::Teardown(ready) = task {
+            self.orphans.extend(ready.leases);
         }
     }
 

@@ -7,6 +7,7 @@ use crate::actor::Actor;
 use crate::events::Event;
 use crate::key::Key;
 use crate::lease::Holder;
+use crate::rooms::Visit;
 use crate::slot::{Origin, Phase, Purpose, Slot};
 use crate::spec::Spec;
 
@@ -78,6 +79,8 @@ pub struct Snapshot {
     pub at: Duration,
     /// The slots, by key.
     pub slots: Vec<SlotSnapshot>,
+    /// Who is in a room or in line for one, by arrival.
+    pub visits: Vec<Visit>,
     /// The last events, oldest first.
     pub events: Vec<Event>,
     /// How many events are no longer kept.

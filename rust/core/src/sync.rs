@@ -1,15 +1,14 @@
-//! Chooses std's or loom's locks; the only file that names a lock type.
+//! Chooses std's, loom's or shuttle's locks; the only file that names a lock type.
 //! Must never let a panic in one thread wedge the others: lock poisoning is ignored.
-
-// Cargo does not know loom's cfg.
-#![allow(unexpected_cfgs)]
 
 use std::sync::PoisonError;
 use std::time::Duration;
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
 
 /// Locks although another thread panicked: every transition leaves the state whole before it can
@@ -18,12 +17,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Unlocks, sleeps until notified or for `slice` (for ever under loom), locks again.
+/// Unlocks, sleeps until notified or for `slice`, locks again. The model checkers know no time:
+/// there it sleeps until notified, so that a wake-up that is lost is a deadlock they report.
 pub(crate) fn wait_timeout<'a, T>(
     condvar: &Condvar,
     guard: MutexGuard<'a, T>,
     slice: Duration,
 ) -> MutexGuard<'a, T> {
+    if cfg!(any(loom, shuttle)) {
+        return condvar.wait(guard).unwrap_or_else(PoisonError::into_inner);
+    }
     condvar
         .wait_timeout(guard, slice)
         .unwrap_or_else(PoisonError::into_inner)

@@ -132,6 +132,7 @@ impl Registry {
             for key in keys {
                 if inner.slot_mut(&key).clear() {
                     inner.touch(&key);
+                    inner.break_leases(&key, actor, "reset the registry by force");
                     inner.record(Event::new(now, &key, actor, Decision::Reset));
                 }
             }

@@ -1,12 +1,44 @@
-//! Which thread waits for which key, and whether one more wait would never end.
-//! Who leads a key is asked, not stored: the slots are the only truth about that.
+//! Which thread waits for what, and whether one more wait would never end.
+//! Who is in the way is asked, not stored: slots and rooms are the only truth about that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use crate::actor::{Actor, ThreadId};
 use crate::key::Key;
+use crate::rooms::Room;
 
-/// One step of a cycle: `thread` waits for `key`, which the next step's thread leads.
+/// What events, waits and errors are about.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Subject {
+    /// A shared piece of state.
+    Key(Key),
+    /// A room.
+    Room(Room),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(key) => key.fmt(f),
+            Self::Room(room) => room.fmt(f),
+        }
+    }
+}
+
+impl From<&Key> for Subject {
+    fn from(key: &Key) -> Self {
+        Self::Key(key.clone())
+    }
+}
+
+impl From<&Room> for Subject {
+    fn from(room: &Room) -> Self {
+        Self::Room(*room)
+    }
+}
+
+/// One step of a cycle: `thread` waits for `subject`, which the next step's thread has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edge {
     /// The waiting thread.
@@ -14,22 +46,43 @@ pub struct Edge {
     /// That thread and its runner, by name.
     pub name: String,
     /// What it waits for.
-    pub key: Key,
+    pub subject: Subject,
 }
 
-/// The waits of all threads. A thread waits for at most one key and may lead several.
+impl Edge {
+    pub(crate) fn new(actor: &Actor, subject: impl Into<Subject>) -> Self {
+        Self {
+            thread: actor.thread,
+            name: actor.to_string(),
+            subject: subject.into(),
+        }
+    }
+}
+
+/// A thread asleep until a slot changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wait {
+    /// Who.
+    pub actor: Actor,
+    /// For which slot.
+    pub key: Key,
+    /// The registry's epoch when the wait began.
+    pub epoch: u64,
+}
+
+/// The waits of all threads for slots. A thread may lead several while it waits for one.
 ///
 /// Invariant: no cycle. A thread that waits cannot begin to lead, so only a new wait can close
 /// one, and every wait is checked before it is added.
 #[derive(Debug, Default)]
 pub struct WaitGraph {
-    waits: BTreeMap<ThreadId, (Actor, Key)>,
+    waits: BTreeMap<ThreadId, Wait>,
 }
 
 impl WaitGraph {
     /// `actor` waits for `key` from now on, and for nothing else.
-    pub fn begin(&mut self, actor: Actor, key: Key) {
-        self.waits.insert(actor.thread, (actor, key));
+    pub fn begin(&mut self, actor: Actor, key: Key, epoch: u64) {
+        self.waits.insert(actor.thread, Wait { actor, key, epoch });
     }
 
     /// `thread` waits no more.
@@ -37,41 +90,63 @@ impl WaitGraph {
         self.waits.remove(&thread);
     }
 
+    /// What `thread` waits for.
+    pub fn wait_of(&self, thread: ThreadId) -> Option<&Wait> {
+        self.waits.get(&thread)
+    }
+
     /// Who waits for `key`, by thread.
     pub fn waiters(&self, key: &Key) -> Vec<Actor> {
         self.waits
             .values()
-            .filter(|(_, waited_for)| waited_for == key)
-            .map(|(actor, _)| actor.clone())
+            .filter(|wait| wait.key == *key)
+            .map(|wait| wait.actor.clone())
             .collect()
     }
+}
 
-    /// The cycle that `waiter` would close by waiting for `key`; it starts with that wait.
-    pub fn would_deadlock<'a>(
-        &'a self,
-        waiter: &'a Actor,
-        key: &'a Key,
-        leader_of: impl Fn(&Key) -> Option<ThreadId>,
-    ) -> Option<Vec<Edge>> {
-        let mut path = Vec::new();
-        let (mut from, mut via) = (waiter, key);
-        // Every thread has at most one way on, so a path longer than the graph runs in a cycle
-        // that the invariant excludes; the bound keeps even that from looping.
-        for _ in 0..=self.waits.len() {
-            path.push(Edge {
-                thread: from.thread,
-                name: from.to_string(),
-                key: via.clone(),
-            });
-            let leader = leader_of(via)?;
-            if leader == waiter.thread {
-                return Some(path);
-            }
-            let (next, waited_for) = self.waits.get(&leader)?;
-            (from, via) = (next, waited_for);
+/// The cycle that the thread of `first` would close by beginning that wait; it starts with it.
+///
+/// `holders` says who is in the way of an edge, `waits` what a thread waits for already. Depth
+/// first; every thread is looked at once, so this ends also if there is a cycle elsewhere.
+pub(crate) fn find_cycle(
+    first: Edge,
+    holders: &impl Fn(&Edge) -> Vec<ThreadId>,
+    waits: &impl Fn(ThreadId) -> Vec<Edge>,
+) -> Option<Vec<Edge>> {
+    let origin = first.thread;
+    let mut path = vec![first];
+    let found = close(origin, &mut path, &mut BTreeSet::new(), holders, waits);
+    found.then_some(path)
+}
+
+/// Extends `path` until it comes back to `origin`; leaves it as it was when it cannot.
+fn close(
+    origin: ThreadId,
+    path: &mut Vec<Edge>,
+    seen: &mut BTreeSet<ThreadId>,
+    holders: &impl Fn(&Edge) -> Vec<ThreadId>,
+    waits: &impl Fn(ThreadId) -> Vec<Edge>,
+) -> bool {
+    let Some(last) = path.last() else {
+        return false;
+    };
+    for holder in holders(last) {
+        if holder == origin {
+            return true;
         }
-        None
+        if !seen.insert(holder) {
+            continue;
+        }
+        for edge in waits(holder) {
+            path.push(edge);
+            if close(origin, path, seen, holders, waits) {
+                return true;
+            }
+            path.pop();
+        }
     }
+    false
 }
 
 #[cfg(test)]
@@ -93,7 +168,7 @@ mod tests {
     fn graph(waits: &[(u64, &str)]) -> WaitGraph {
         let mut graph = WaitGraph::default();
         for (thread, name) in waits {
-            graph.begin(actor(*thread), key(name));
+            graph.begin(actor(*thread), key(name), 0);
         }
         graph
     }
@@ -106,12 +181,18 @@ mod tests {
     ) -> Option<String> {
         let leads: BTreeMap<_, _> = leads.iter().map(|(k, t)| (key(k), ThreadId(*t))).collect();
         let graph = graph(waits);
-        let edges =
-            graph.would_deadlock(&actor(waiter), &key(name), |key| leads.get(key).copied())?;
-        let names: Vec<_> = edges
-            .iter()
-            .map(|edge| format!("{}>{}", edge.name, edge.key))
-            .collect();
+        let holders = |edge: &Edge| match &edge.subject {
+            Subject::Key(key) => leads.get(key).copied().into_iter().collect(),
+            Subject::Room(_) => vec![],
+        };
+        let found = find_cycle(Edge::new(&actor(waiter), &key(name)), &holders, &|thread| {
+            let wait = graph.wait_of(thread);
+            wait.map(|wait| Edge::new(&wait.actor, &wait.key))
+                .into_iter()
+                .collect()
+        });
+        let names = |edge: &Edge| format!("{}>{}", edge.name, edge.subject);
+        let names: Vec<_> = found?.iter().map(names).collect();
         Some(names.join(" "))
     }
 
@@ -156,14 +237,31 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_stopped_waiting_is_on_no_path() {
+    fn a_thread_that_stopped_waiting_is_not_a_waiter() {
         let mut graph = graph(&[(2, "b"), (3, "b")]);
         assert_eq!(graph.waiters(&key("b")).len(), 2);
         graph.end(ThreadId(2));
-        let waiters = graph.waiters(&key("b"));
-        assert_eq!(waiters, [actor(3)]);
-        let leader_of = |name: &Key| Some(ThreadId(if *name == key("a") { 2 } else { 1 }));
-        let found = graph.would_deadlock(&actor(1), &key("a"), leader_of);
-        assert_eq!(found, None);
+        assert_eq!(graph.waiters(&key("b")), [actor(3)]);
+        assert_eq!(graph.wait_of(ThreadId(2)), None);
+    }
+
+    #[test]
+    fn a_cycle_is_found_through_any_of_several_holders_and_waits() {
+        let room = |thread| Edge::new(&actor(thread), &Room::Capture);
+        let holders = |edge: &Edge| match edge.thread.0 {
+            1 => vec![ThreadId(2), ThreadId(3)],
+            3 => vec![ThreadId(4)],
+            5 => vec![ThreadId(1)],
+            _ => vec![],
+        };
+        let waits = |thread: ThreadId| match thread.0 {
+            2 => vec![room(2)],
+            3 => vec![room(6), room(3)],
+            4 => vec![room(5)],
+            _ => vec![],
+        };
+        let found = find_cycle(room(1), &holders, &waits).unwrap();
+        let threads: Vec<_> = found.iter().map(|edge| edge.thread.0).collect();
+        assert_eq!(threads, [1, 3, 5]);
     }
 }

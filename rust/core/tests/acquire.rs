@@ -100,7 +100,10 @@ fn a_leader_that_asks_again_goes_on_only_if_it_is_reentrant() {
         panic!("a thread that waits for itself");
     };
     assert_eq!(cycle.len(), 1);
-    assert_eq!((cycle[0].thread, &cycle[0].key), (actor(1).thread, &W));
+    assert_eq!(
+        (cycle[0].thread, &cycle[0].subject),
+        (actor(1).thread, &(&W).into())
+    );
 }
 
 #[test]

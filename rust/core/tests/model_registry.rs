@@ -113,7 +113,7 @@ fn refused(error: &Error) -> Outcome {
         Error::InUse { holders, .. } => Outcome::InUse(holders.len()),
         Error::Busy { leader, .. } => Outcome::Busy(leader.thread.0),
         Error::NotReady { .. } => Outcome::NotReady,
-        Error::Timeout { .. } | Error::StaleTicket { .. } => panic!("{error}"),
+        _ => panic!("{error}"),
     }
 }
 
@@ -174,6 +174,7 @@ impl Both {
             actor: actor(ask.thread),
             observed: ask.observed,
             waited: std::time::Duration::ZERO,
+            slow_after: common::FOREVER,
         };
         let expected = self.model.acquire(ask);
         let real = match self.real.try_acquire(&request) {

@@ -23,17 +23,7 @@ const W: Key = Key::World;
 const THREADS: u64 = 8;
 
 fn blocking(registry: &Registry, request: Request) -> Result<Step, Error> {
-    registry.acquire_blocking(request, None, || Observed::Unknown, || true)
-}
-
-/// Sleeps for as long as it takes: only a wake-up brings it on.
-fn without_slices(registry: &Registry, request: &Request) -> Step {
-    loop {
-        match registry.try_acquire(request) {
-            Ok(Step::Wait { epoch, .. }) => registry.wait(request, epoch, FOREVER),
-            step => return step.unwrap(),
-        }
-    }
+    acquire(registry, request, || Observed::Unknown)
 }
 
 fn waiters(registry: &Registry, key: &Key) -> usize {
@@ -56,7 +46,7 @@ fn of_many_equal_callers_one_leads_and_all_others_join() {
                 let (registry, start, joined) = (&registry, &start, &joined);
                 scope.spawn(move || {
                     start.wait();
-                    match without_slices(registry, &request(thread, 1)) {
+                    match blocking(registry, request(thread, 1)).unwrap() {
                         Step::Lead(ticket) => {
                             let _ = registry.publish(ticket, spec(1), Origin::Created, 7);
                         }
@@ -81,7 +71,7 @@ fn every_waiter_is_woken_by_the_publish() {
         for thread in 1..THREADS {
             let registry = &registry;
             scope.spawn(move || {
-                let step = without_slices(registry, &request(thread, 1));
+                let step = blocking(registry, request(thread, 1)).unwrap();
                 assert_eq!(step, Step::Join { generation: 1 });
             });
         }
@@ -102,7 +92,7 @@ fn a_failing_leader_hands_over_to_exactly_one_waiter() {
         for thread in 1..THREADS {
             let (registry, leading) = (&registry, &leading);
             scope.spawn(move || {
-                let Step::Lead(ticket) = without_slices(registry, &request(thread, 1)) else {
+                let Ok(Step::Lead(ticket)) = blocking(registry, request(thread, 1)) else {
                     return;
                 };
                 assert_eq!(leading.fetch_add(1, Ordering::SeqCst), 0);
@@ -151,7 +141,7 @@ fn a_leader_that_panics_hands_over() {
             resume_unwind(Box::new("the initialiser panicked"));
         });
         started.wait();
-        let step = without_slices(&registry, &request(1, 1));
+        let step = blocking(&registry, request(1, 1)).unwrap();
         assert!(dying.join().is_err());
         let Step::Lead(ticket) = step else {
             panic!("{step:?}");
@@ -213,10 +203,10 @@ fn two_threads_that_want_each_others_keys_do_not_both_wait() {
             .unwrap();
         let mut named: Vec<_> = cycle
             .iter()
-            .map(|it| (it.thread.0, it.key.clone()))
+            .map(|it| (it.thread.0, it.subject.clone()))
             .collect();
         named.sort();
-        assert_eq!(named, [(1, b.clone()), (2, a.clone())]);
+        assert_eq!(named, [(1, (&b).into()), (2, (&a).into())]);
     }
 }
 
@@ -251,75 +241,58 @@ fn a_wait_that_would_close_a_cycle_does_not_sleep() {
 }
 
 #[test]
-fn a_deadline_that_passes_names_the_leader_and_for_how_long_it_leads() {
+fn a_deadline_that_has_passed_names_the_leader_and_for_how_long_it_leads() {
     let clock = Arc::new(ManualClock::new());
     let registry = Registry::new(clock.clone());
-    let _ticket = lead(&registry, &request(0, 1));
-    clock.advance(Duration::from_secs(10));
-    let deadline = Some(Duration::from_secs(13));
-    let tick = || {
-        clock.advance(Duration::from_secs(1));
-        true
+    let ticket = lead(&registry, &request(0, 1));
+    clock.advance(Duration::from_secs(13));
+    let waited = Duration::from_secs(3);
+    let late = Request {
+        waited,
+        ..request(1, 1)
     };
-    let error = registry.acquire_blocking(request(1, 1), deadline, || Observed::Absent, tick);
-    let Err(Error::Timeout { owner, waited, .. }) = error else {
-        panic!("{error:?}");
+    let Error::Timeout {
+        owner: Some(owner),
+        waited: said,
+        ..
+    } = registry.timed_out(&late)
+    else {
+        panic!("somebody leads");
     };
-    let owner = owner.unwrap();
     assert_eq!(
         (owner.leader, owner.purpose),
         (actor(0), Some(Purpose::Build))
     );
-    assert_eq!(owner.age, Duration::from_secs(13));
-    assert_eq!(waited, Duration::from_secs(3));
-    assert_eq!(count(&registry, Decision::Timeout), 1);
-    assert_eq!(waiters(&registry, &W), 0);
+    assert_eq!((owner.age, said), (Duration::from_secs(13), waited));
+    let event = registry.snapshot().events.pop().unwrap();
+    assert_eq!((event.decision, event.waited), (Decision::Timeout, waited));
+    registry.fail(ticket, "done");
+    let free = registry.timed_out(&late);
+    assert!(matches!(free, Error::Timeout { owner: None, .. }));
 }
 
 #[test]
-fn what_a_waiter_gets_says_how_long_it_waited() {
+fn a_slow_leader_is_told_to_one_waiter_once_per_lead() {
     let clock = Arc::new(ManualClock::new());
     let registry = Registry::new(clock.clone());
-    let mut ticket = Some(lead(&registry, &request(0, 1)));
-    let publish = || {
-        clock.advance(Duration::from_secs(2));
-        let ticket = ticket.take().unwrap();
-        registry.publish(ticket, spec(1), Origin::Created, 7) == Ok(1)
+    let patient = |thread| Request {
+        slow_after: Duration::from_secs(30),
+        ..request(thread, 1)
     };
-    let step = registry.acquire_blocking(request(1, 1), None, || Observed::Unknown, publish);
-    assert_eq!(step, Ok(Step::Join { generation: 1 }));
-    let joined = registry.snapshot().events.pop().unwrap();
-    assert_eq!(
-        (joined.decision, joined.waited),
-        (Decision::Join, Duration::from_secs(2))
-    );
-}
-
-#[test]
-fn a_deadline_that_has_passed_means_a_single_try() {
-    let registry = registry();
-    let now = Some(Duration::ZERO);
-    let ask = |thread| {
-        let never = || panic!("no slice is waited for");
-        registry.acquire_blocking(request(thread, 1), now, || Observed::Absent, never)
+    let slow = |thread| match registry.try_acquire(&patient(thread)) {
+        Ok(Step::Wait { slow, .. }) => slow,
+        other => panic!("{other:?}"),
     };
-    let first = ask(0);
-    assert!(matches!(first, Ok(Step::Lead(_))));
-    assert!(matches!(ask(1), Err(Error::Timeout { .. })));
-}
-
-#[test]
-fn a_caller_may_stop_waiting_and_its_closures_may_use_the_registry() {
-    let registry = registry();
-    let _ticket = lead(&registry, &request(0, 1));
-    let observe = || {
-        assert!(!registry.is_ready(&W));
-        Observed::Unknown
-    };
-    let interrupted = || registry.snapshot().slots.is_empty();
-    let step = registry.acquire_blocking(request(1, 1), None, observe, interrupted);
-    assert!(is_wait(&step));
-    assert_eq!(waiters(&registry, &W), 0);
+    for _ in 0..2 {
+        let ticket = lead(&registry, &patient(0));
+        clock.advance(Duration::from_secs(29));
+        assert!(!slow(1) && !slow(2));
+        clock.advance(Duration::from_secs(1));
+        assert!(slow(2));
+        assert!(!slow(2) && !slow(1));
+        registry.fail(ticket, "done");
+    }
+    assert_eq!(count(&registry, Decision::Slow), 2);
 }
 
 #[test]
@@ -339,7 +312,7 @@ fn late_observers_never_make_state_twice() {
                     };
                     start.wait();
                     let request = request(thread, 1);
-                    match registry.acquire_blocking(request, None, observe, || true) {
+                    match acquire(registry, request, observe) {
                         Ok(Step::Lead(ticket)) => {
                             made.fetch_add(1, Ordering::SeqCst);
                             live.store(7, Ordering::SeqCst);

@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::clock::ManualClock;
+use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::policy::{Decision, Policy};
 use distguard_core::registry::{Observed, Registry, Request, Step};
+use distguard_core::rooms::{Room, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotSnapshot;
 use distguard_core::spec::Spec;
@@ -53,6 +55,7 @@ pub fn request(thread: u64, tp: i64) -> Request {
         actor: actor(thread),
         observed: Observed::Unknown,
         waited: Duration::ZERO,
+        slow_after: FOREVER,
     }
 }
 
@@ -75,6 +78,47 @@ pub fn lead(registry: &Registry, request: &Request) -> Ticket {
     match registry.try_acquire(request) {
         Ok(Step::Lead(ticket)) => ticket,
         other => panic!("should lead, but: {other:?}"),
+    }
+}
+
+/// Waits for as long as it takes: only a wake-up brings it on.
+pub fn acquire(
+    registry: &Registry,
+    mut request: Request,
+    observe: impl Fn() -> Observed,
+) -> Result<Step, Error> {
+    loop {
+        request.observed = observe();
+        match registry.try_acquire(&request) {
+            Ok(Step::Wait { epoch, .. }) => registry.wait(&request, epoch, FOREVER),
+            step => return step,
+        }
+    }
+}
+
+/// Lines up and waits for as long as it takes: only a wake-up brings it on.
+pub fn enter(registry: &Registry, room: Room, thread: u64) -> Result<VisitId, Error> {
+    let (visit, mut entry) = registry.arrive(room, &actor(thread))?;
+    while let Entry::Wait { epoch, .. } = entry {
+        registry.wait_to_enter(visit, epoch, FOREVER);
+        entry = registry.try_enter(visit)?;
+    }
+    Ok(visit)
+}
+
+/// Enters at once.
+pub fn inside(registry: &Registry, room: Room, thread: u64) -> VisitId {
+    match registry.arrive(room, &actor(thread)) {
+        Ok((visit, Entry::Inside)) => visit,
+        other => panic!("should be inside, but: {other:?}"),
+    }
+}
+
+/// Lines up and must wait.
+pub fn in_line(registry: &Registry, room: Room, thread: u64) -> VisitId {
+    match registry.arrive(room, &actor(thread)) {
+        Ok((visit, Entry::Wait { .. })) => visit,
+        other => panic!("should be in line, but: {other:?}"),
     }
 }
 

@@ -1,0 +1,34 @@
+"""What becomes of the guard when its process forks, and when its interpreter exits."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+from sglang_distguard import _core, groups, installation
+
+#: Seconds that the exit waits for daemon threads that are inside a runner's method.
+EXIT_GRACE = 5.0
+
+
+def _in_child() -> None:
+    """A forked child has one thread, and of its parent's world only the memory.
+
+    What is there now is named to the fresh registry, so that nobody adopts it: gloo's threads did
+    not come along, and its sockets are the parent's.
+    """
+    _core.start_afresh()
+    installation.after_fork_in_child()
+    for key, group in groups.identities().items():
+        if group is not None:
+            _core.inherit(key, group)
+
+
+def watch() -> None:
+    """Register for forks and for the interpreter's exit; once per process, at import."""
+    os.register_at_fork(
+        before=installation.before_fork,
+        after_in_parent=installation.after_fork_in_parent,
+        after_in_child=_in_child,
+    )
+    atexit.register(_core.begin_exit, EXIT_GRACE)

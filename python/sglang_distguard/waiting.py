@@ -1,0 +1,72 @@
+"""The one loop in which threads wait for each other: deadline, Ctrl-C, the interpreter's exit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Optional, Protocol, TypeVar
+
+from sglang_distguard import journal
+from sglang_distguard.errors import DistGuardError
+
+#: Seconds that a wait goes without handling signals: what Ctrl-C may take at worst.
+SLICE = 0.05
+
+Result = TypeVar("Result")
+
+
+class Waits(Protocol):
+    """What is waited with: a `_core.Request` or a `_core.Visit`."""
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, detached from the interpreter, until something changed or for ``seconds``."""
+        ...
+
+    def timed_out(self) -> Exception:
+        """The error of a caller that gives up."""
+        ...
+
+
+def until(
+    attempt: Callable[[], Optional[Result]], waits: Waits, *, timeout: float, what: str
+) -> Result:
+    """Repeat ``attempt`` until it returns something else than None.
+
+    Args:
+        attempt: looks and asks; what it raises ends the wait.
+        waits: sleeps between attempts.
+        timeout: seconds; ``math.inf`` for no deadline.
+        what: what is waited for, for messages.
+
+    Raises:
+        AcquireTimeout: ``timeout`` seconds have passed.
+        DistGuardError: the interpreter is exiting; only in threads that it waits for.
+        Whatever a signal handler raises (KeyboardInterrupt), within two slices.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        result = attempt()
+        journal.report()
+        if result is not None:
+            return result
+        left = deadline - time.monotonic()
+        if left <= 0:
+            error = waits.timed_out()
+            journal.report()
+            raise error
+        if _is_exiting():
+            raise DistGuardError(f"gave up waiting for {what}: the interpreter is exiting")
+        waits.wait(min(SLICE, left))
+
+
+def _is_exiting() -> bool:
+    """Whether the interpreter waits for this thread to end, so that it may exit.
+
+    `threading._shutdown` (CPython 3.11 to 3.14) sets the flag before it joins the threads of
+    executors; without it we notice when the main thread is done. Daemon threads are not waited
+    for: they stop where they are (rust/src/exit.rs).
+    """
+    if threading.current_thread().daemon:
+        return False
+    return getattr(threading, "_SHUTTING_DOWN", False) or not threading.main_thread().is_alive()

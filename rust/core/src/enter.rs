@@ -1,0 +1,208 @@
+//! Entering a room: who may go in now, who waits, which waits would never end.
+//! Nothing foreign runs under the lock; the rules of the line are in `rooms`.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::actor::{Actor, ThreadId};
+use crate::error::Error;
+use crate::events::Event;
+use crate::key::Key;
+use crate::policy::Decision;
+use crate::registry::{Inner, Registry};
+use crate::rooms::{Room, VisitId};
+use crate::sync;
+use crate::waitgraph::{find_cycle, Edge, Subject, Wait};
+
+/// What became of a try to enter.
+#[derive(Debug, Clone, PartialEq)]
+#[must_use]
+pub enum Entry {
+    /// Go on; `leave` when done.
+    Inside,
+    /// `wait_to_enter`, then `try_enter` again, or `leave`.
+    Wait {
+        /// Who is inside and in the way; empty when only the line is.
+        inside: Vec<Actor>,
+        /// What `wait_to_enter` compares with.
+        epoch: u64,
+    },
+}
+
+impl Registry {
+    /// Lines up for `room` and enters if nothing is in the way. The visit ends with `leave`, on
+    /// every path; a refused one has ended already.
+    pub fn arrive(&self, room: Room, actor: &Actor) -> Result<(VisitId, Entry), Error> {
+        self.update(|inner, now| {
+            let id = VisitId(inner.fresh_id());
+            inner.rooms.arrive(id, room, actor.clone(), now);
+            let entry = inner.enter(id, now)?;
+            if let Entry::Wait { inside, .. } = &entry {
+                let detail = if inside.is_empty() {
+                    "in line".to_owned()
+                } else {
+                    format!("for {}", crate::error::join(inside, ", "))
+                };
+                let event = Event::new(now, &room, actor, Decision::Wait);
+                inner.record(event.detail(detail));
+                // Whoever waits for this thread may now overtake whom it waits for.
+                inner.touch_rooms();
+            }
+            Ok((id, entry))
+        })
+    }
+
+    /// Enters if nothing is in the way now. A refused visit, and one that has ended, is over.
+    pub fn try_enter(&self, visit: VisitId) -> Result<Entry, Error> {
+        self.update(|inner, now| inner.enter(visit, now))
+    }
+
+    /// Waits until anybody may have got out of the way after `epoch`; at most `slice`.
+    ///
+    /// May return early. No wake-up is lost: `epoch` is compared under the lock that every change
+    /// takes.
+    pub fn wait_to_enter(&self, visit: VisitId, epoch: u64, slice: Duration) {
+        let inner = self.lock();
+        let queued = inner.rooms.get(visit).is_some_and(|visit| !visit.inside);
+        if queued && inner.rooms_changed <= epoch {
+            drop(sync::wait_timeout(&self.moved, inner, slice));
+        }
+    }
+
+    /// Ends a visit, inside or in line. False when it has ended before.
+    pub fn leave(&self, visit: VisitId) -> bool {
+        self.update(|inner, _| inner.leave(visit))
+    }
+
+    /// Ends a visit whose deadline has passed in line, and says why.
+    pub fn room_timed_out(&self, visit: VisitId, waited: Duration) -> Error {
+        self.update(|inner, now| {
+            let Some(it) = inner.rooms.get(visit).cloned() else {
+                return Error::VisitOver;
+            };
+            let inside = inner.in_the_way(it.room, it.actor.thread);
+            inner.leave(visit);
+            let error = Error::RoomTimeout {
+                room: it.room,
+                inside,
+                waited,
+            };
+            let event = Event::new(now, &it.room, &it.actor, Decision::Timeout);
+            inner.record(event.waited(waited).detail(error.to_string()));
+            error
+        })
+    }
+}
+
+impl Inner {
+    fn enter(&mut self, id: VisitId, now: Duration) -> Result<Entry, Error> {
+        let Some(visit) = self.rooms.get(id).cloned() else {
+            return Err(Error::VisitOver);
+        };
+        let inside = self.in_the_way(visit.room, visit.actor.thread);
+        if inside.is_empty() {
+            if !visit.inside && self.is_its_turn(id, visit.actor.thread) {
+                self.rooms.enter(id, now);
+            }
+        } else if let Some(cycle) = self.cycle(Edge::new(&visit.actor, &visit.room)) {
+            self.leave(id);
+            let error = Error::Deadlock { cycle };
+            let event = Event::new(now, &visit.room, &visit.actor, Decision::Deadlock);
+            self.record(event.detail(error.to_string()));
+            return Err(error);
+        }
+        if self.rooms.get(id).is_some_and(|visit| visit.inside) {
+            return Ok(Entry::Inside);
+        }
+        Ok(Entry::Wait {
+            inside,
+            epoch: self.epoch,
+        })
+    }
+
+    fn leave(&mut self, id: VisitId) -> bool {
+        let left = self.rooms.leave(id).is_some();
+        if left {
+            self.touch_rooms();
+        }
+        left
+    }
+
+    /// Somebody left, or began to wait: whoever is in line looks again.
+    pub fn touch_rooms(&mut self) {
+        self.epoch += 1;
+        self.rooms_changed = self.epoch;
+    }
+
+    fn in_the_way(&self, room: Room, thread: ThreadId) -> Vec<Actor> {
+        let occupants = self.rooms.occupants(room, thread);
+        occupants.map(|visit| visit.actor.clone()).collect()
+    }
+
+    /// Nobody is ahead in line, but who waits for this very thread.
+    fn is_its_turn(&self, id: VisitId, thread: ThreadId) -> bool {
+        self.rooms
+            .ahead(id)
+            .all(|ahead| self.waits_through(ahead.actor.thread, thread))
+    }
+
+    /// Whether `from` waits for `to`, itself or through others, also by standing in line.
+    fn waits_through(&self, from: ThreadId, to: ThreadId) -> bool {
+        let (mut seen, mut open) = (BTreeSet::from([from]), vec![from]);
+        while let Some(thread) = open.pop() {
+            for next in self.waits_for(thread) {
+                if next == to {
+                    return true;
+                }
+                if seen.insert(next) {
+                    open.push(next);
+                }
+            }
+        }
+        false
+    }
+
+    fn waits_for(&self, thread: ThreadId) -> Vec<ThreadId> {
+        let mut found = Vec::new();
+        if let Some(wait) = self.wait_of(thread) {
+            found.extend(self.leader_of(&wait.key));
+        }
+        for (id, visit) in self.rooms.queued(thread) {
+            let inside = self.rooms.occupants(visit.room, thread);
+            let ahead = self.rooms.ahead(id);
+            found.extend(inside.chain(ahead).map(|visit| visit.actor.thread));
+        }
+        found
+    }
+
+    /// The cycle that this wait would close. Standing in line is not counted: see `rooms`.
+    pub fn cycle(&self, wait: Edge) -> Option<Vec<Edge>> {
+        let holders = |edge: &Edge| match &edge.subject {
+            Subject::Key(key) => self.leader_of(key).into_iter().collect(),
+            Subject::Room(room) => self
+                .rooms
+                .occupants(*room, edge.thread)
+                .map(|visit| visit.actor.thread)
+                .collect(),
+        };
+        let waits = |thread| {
+            let slot = self.wait_of(thread);
+            let slot = slot.map(|wait| Edge::new(&wait.actor, &wait.key));
+            let rooms = self.rooms.queued(thread);
+            let rooms = rooms.map(|(_, visit)| Edge::new(&visit.actor, &visit.room));
+            slot.into_iter().chain(rooms).collect()
+        };
+        find_cycle(wait, &holders, &waits)
+    }
+
+    /// What `thread` waits for, unless that has changed: then it is about to look again, and may be
+    /// told something else than to wait.
+    fn wait_of(&self, thread: ThreadId) -> Option<&Wait> {
+        let wait = self.waits.wait_of(thread)?;
+        (self.slots.get(&wait.key)?.changed <= wait.epoch).then_some(wait)
+    }
+
+    fn leader_of(&self, key: &Key) -> Option<ThreadId> {
+        Some(self.slot(key)?.running()?.leader.thread)
+    }
+}

@@ -1,0 +1,81 @@
+//! The interpreter's exit: daemon threads are kept from touching Python once it has begun.
+//!
+//! A thread that takes the GIL of an interpreter that is being finalised is ended by CPython (up to
+//! 3.13) with `pthread_exit`, which unwinds the native frames below it; in Rust and in torch that
+//! aborts the process. So from the moment our `atexit` handler runs, whoever comes back from a wait
+//! or enters a runner's method stops here for good, detached, and the handler gives those who are
+//! inside a method some time to come out.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::OnceLock;
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+
+use crate::process::registry;
+
+/// Set once: the thread that ends the interpreter, which alone goes on.
+static EXITING: OnceLock<ThreadId> = OnceLock::new();
+
+/// How many threads are inside a runner's method.
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
+
+/// How long the handler sleeps between looks at `INSIDE`.
+const LOOK: Duration = Duration::from_millis(5);
+
+fn must_stop() -> bool {
+    EXITING
+        .get()
+        .is_some_and(|exiting| *exiting != thread::current().id())
+}
+
+fn stop_for_good() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+/// Runs `wait` detached from the interpreter; comes back only if that still makes sense.
+pub fn wait_detached(py: Python<'_>, wait: impl FnOnce() + Send) {
+    py.detach(|| {
+        wait();
+        if must_stop() {
+            stop_for_good();
+        }
+    });
+}
+
+/// A thread goes into a runner's method, from outside of all if `outermost`.
+pub fn going_in(py: Python<'_>, outermost: bool) {
+    if must_stop() {
+        if !outermost {
+            INSIDE.fetch_sub(1, Ordering::AcqRel);
+        }
+        py.detach(|| stop_for_good());
+    }
+    if outermost {
+        INSIDE.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// A thread came out of all runners' methods.
+pub fn came_out() {
+    INSIDE.fetch_sub(1, Ordering::AcqRel);
+}
+
+/// The calling thread ends the interpreter: stop all others at their next wait or method, and wait
+/// up to `grace` seconds for those inside a method. Returns how many still are.
+#[pyfunction]
+pub fn begin_exit(py: Python<'_>, grace: f64) -> usize {
+    let _ = EXITING.set(thread::current().id());
+    registry().wake_all();
+    let until = Duration::try_from_secs_f64(grace).unwrap_or(Duration::ZERO);
+    let start = Instant::now();
+    py.detach(|| {
+        while INSIDE.load(Ordering::Acquire) > 0 && start.elapsed() < until {
+            thread::sleep(LOOK);
+        }
+    });
+    INSIDE.load(Ordering::Acquire)
+}

@@ -1,0 +1,68 @@
+"""Short ways for tests to ask the registry directly, without SGLang."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang_distguard import _core, waiting
+
+
+def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -> _core.Claim:
+    """One request for ``key``, of which nothing is there yet."""
+    arguments: dict[str, Any] = {
+        "runner": None,
+        "reuse": True,
+        "reentrant": False,
+        "slow_after": 30.0,
+        **options,
+    }
+    request = _core.Request(key, {"size": size}, **arguments)
+    return waiting.until(lambda: request.try_acquire(None), request, timeout=timeout, what=key)
+
+
+def state_of(key: str) -> dict[str, Any]:
+    """The slot of ``key`` in a snapshot; empty before it was asked for."""
+    slots = _core.snapshot()["slots"]
+    return next((slot for slot in slots if slot["key"] == key), {})
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Give other threads their turn until they have brought ``condition`` about."""
+    nothing = threading.Event()
+    while not condition():
+        nothing.wait(0.001)
+
+
+def waits_for(key: str) -> Callable[[], bool]:
+    """Whether any thread waits for ``key`` now."""
+    return lambda: state_of(key).get("waiters", 0) > 0
+
+
+@contextmanager
+def leader_of(key: str) -> Iterator[threading.Thread]:
+    """A thread that leads ``key`` and does not finish before the with block does."""
+    leading, finish = threading.Event(), threading.Event()
+
+    def lead() -> None:
+        claim = acquire(key, runner="slow one")
+        leading.set()
+        wait_in_the_initialiser(finish)
+        claim.fail("on purpose")
+
+    thread = threading.Thread(target=lead, name="the leader")
+    thread.start()
+    assert leading.wait(30)
+    try:
+        yield thread
+    finally:
+        finish.set()
+        thread.join()
+        _core.forget(key)
+
+
+def wait_in_the_initialiser(finish: threading.Event) -> None:
+    """Where the leader is; tests look for the name in stacks."""
+    assert finish.wait(60)
