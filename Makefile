@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-python lint format stress clean
+.PHONY: help setup demo test test-rust test-models test-python lint format stress verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,14 +34,24 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard
 	@$(BIN)/python -m sglang_distguard demo
 
-test: test-rust test-python ## every test, Rust and Python
+test: test-rust test-models test-python ## every test, Rust and Python
 
 test-rust: setup
-	@echo "test 1/2: Rust core"
+	@echo "test 1/3: Rust core"
 	@cargo test -q -p distguard-core
 
+# Builds of their own: the model checkers replace the locks. `make verify` has the long form.
+LOOM := RUSTFLAGS="--cfg loom" cargo test -q --release -p distguard-core --target-dir target/loom --test loom
+SHUTTLE := RUSTFLAGS="--cfg shuttle" cargo test -q --release -p distguard-core --target-dir target/shuttle --test shuttle
+
+test-models: setup
+	@echo "test 2/3: model checkers in short form, and one planted bug for each of them"
+	@DISTGUARD_SHORT=1 $(LOOM)
+	@$(SHUTTLE)
+	@$(BIN)/python verify/mutations.py --short
+
 test-python: setup
-	@echo "test 2/2: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
+	@echo "test 3/3: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
 	@$(BIN)/python -m pytest -m "not slow"
 
 lint: setup ## rustfmt, clippy, ruff, pyright, stubtest
@@ -59,6 +69,9 @@ format: setup ## format and fix what can be fixed
 
 stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every reference afresh (12 minutes)
 	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py tests/test_references.py
+
+verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
+	@$(BIN)/python verify/verify.py
 
 clean: ## remove what was built; .venv and .cache stay
 	@cargo clean -q

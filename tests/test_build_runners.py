@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sglang_distguard
-from sglang_distguard import BuildRequest
+from sglang_distguard import BuildRequest, NotSupported, _core
+from sglang_distguard.groups import default_process_group
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 
 Model = Callable[..., Path]
@@ -36,6 +40,121 @@ def test_results_come_in_order_and_a_failure_is_reported_with_its_name(
         assert bit_equal(generated.logits, member.alone.logits)
         sglang_distguard.close(result.unwrap())
     del results
+
+
+def test_a_wrong_request_is_refused_before_any_is_built_and_the_error_says_which(
+    guard: None, model: Model
+) -> None:
+    good = server_args(model("gpt2"))
+    with pytest.raises(TypeError, match="gpu_id must be an int, not '0'") as caught:
+        sglang_distguard.build_runners([good, BuildRequest(good, gpu_id="0")])  # type: ignore[arg-type]
+    assert "requests[1]" in caught.value.__notes__[0]
+    assert default_process_group() is None
+
+
+def test_an_unknown_option_is_refused_with_the_one_that_may_be_meant(
+    guard: None, model: Model
+) -> None:
+    with pytest.raises(TypeError, match=r"'draft_model_index' .* did you mean draft_model_idx"):
+        sglang_distguard.build_runner(server_args(model("gpt2")), draft_model_index=1)
+
+
+def test_several_ranks_are_refused_where_nobody_would_start_the_others(
+    guard: None, model: Model
+) -> None:
+    with pytest.raises(NotSupported, match="Use tp_size=1") as caught:
+        sglang_distguard.build_runner(server_args(model("gpt2"), tp_size=2))
+    assert caught.value.details == {"tp_size": 2, "pp_size": 1, "world_size": None}
+    runner = sglang_distguard.build_runner(server_args(model("gpt2")))
+    with pytest.raises(NotSupported, match=r"torch\.distributed has 1 ") as caught:
+        sglang_distguard.build_runner(server_args(model("gpt2"), pp_size=2))
+    assert caught.value.details["world_size"] == 1
+    sglang_distguard.close(runner)
+
+
+def test_a_draft_of_what_is_no_open_runner_is_refused(guard: None, model: Model) -> None:
+    runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="target")
+    with pytest.raises(ValueError, match="is_draft_worker must be True"):
+        sglang_distguard.build_runner(
+            server_args(model("gpt2")), target=runner, is_draft_worker=False
+        )
+    sglang_distguard.close(runner)
+    with pytest.raises(sglang_distguard.DistGuardError, match="'target' is closed"):
+        sglang_distguard.build_runner(server_args(model("gpt2")), target=runner)
+    thing: Any = object()
+    with pytest.raises(TypeError, match="target must be a ModelRunner that was built under"):
+        sglang_distguard.build_runner(server_args(model("gpt2")), target=thing)
+
+
+def test_what_sglang_refuses_leaves_no_runner_scope_or_lease(guard: None, model: Model) -> None:
+    from sglang.srt.runtime_context import snapshot_context
+
+    path = model("gpt2")
+
+    def refused(gpu_id: int = 0, **overrides: Any) -> None:
+        with pytest.raises(Exception, match=r"\w"):  # SGLang's own, of any kind
+            sglang_distguard.build_runner(server_args(path, **overrides), gpu_id=gpu_id)
+        assert (sglang_distguard.snapshot()["scopes"], _core.live_runners(None)) == ([], 0)
+        assert _core.current_scope() is None
+
+    context = snapshot_context()
+    stamp = dict(context["__parallel__"]["_stamp"])
+    refused(dtype="nonsense")
+    refused(device="nonsense")
+    refused(dist_init_addr="nonsense")
+    refused(gpu_id=10**6)
+    assert default_process_group() is None
+    now = snapshot_context()
+    assert now["_server_args"] is context["_server_args"]
+    # reported: a `publish` that fails half-way (ep_size=3) leaves a part of its stamp
+    assert now["__parallel__"]["_stamp"] == stamp
+    # After the world and the groups were made: they are good, and stay for others.
+    refused(load_format="nonsense")
+    slots = {slot["key"]: slot for slot in sglang_distguard.snapshot()["slots"]}
+    for key in ("world", "groups"):
+        assert (slots[key]["state"], slots[key]["holders"]) == ("ready", [])
+    sglang_distguard.close(sglang_distguard.build_runner(server_args(path)))
+
+
+@contextmanager
+def somebody_makes_the_world() -> Iterator[None]:
+    """Another thread leads the world, for the values of a runner on the CPU, until the end."""
+    leading, finish = threading.Event(), threading.Event()
+    spec = {"world_size": 1, "rank": 0, "local_rank": 0, "backend": "gloo"}
+
+    def lead() -> None:
+        request = _core.Request(
+            "world", spec, runner="slow", reuse=True, reentrant=False, slow_after=30.0
+        )
+        claim = request.try_acquire(None)
+        assert claim is not None
+        leading.set()
+        assert finish.wait(60)
+        claim.fail("on purpose")
+
+    thread = threading.Thread(target=lead)
+    thread.start()
+    assert leading.wait(30)
+    try:
+        yield
+    finally:
+        finish.set()
+        thread.join()
+
+
+def test_the_deadline_can_be_set_per_build_request_and_around_them(
+    guard: None, model: Model
+) -> None:
+    path = model("gpt2")
+    with somebody_makes_the_world():
+        with pytest.raises(sglang_distguard.AcquireTimeout, match="'slow'"):
+            sglang_distguard.build_runner(server_args(path), timeout=0.1)
+        requests = [BuildRequest(server_args(path), timeout=0.1)]
+        (result,) = sglang_distguard.build_runners(requests, progress=False)
+        assert isinstance(result.error, sglang_distguard.AcquireTimeout)
+        with sglang_distguard.runner_scope(timeout=0.1):
+            (result,) = sglang_distguard.build_runners([server_args(path)], progress=False)
+        assert isinstance(result.error, sglang_distguard.AcquireTimeout)
 
 
 def test_nothing_to_build_is_an_empty_list(guard: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,25 @@ def test_a_closed_runner_raises_and_closing_twice_is_harmless(guard: None, model
     assert sglang_distguard.close(runner) is False
     with pytest.raises(sglang_distguard.DistGuardError, match="'short-lived' is closed"):
         runner.forward(forward_batch=None)  # type: ignore[arg-type]
+
+
+def test_of_many_threads_that_close_a_runner_one_gives_its_leases_back(
+    guard: None, model: Model
+) -> None:
+    runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="closed by many")
+    start, firsts = threading.Barrier(8), []
+
+    def close() -> None:
+        start.wait()
+        firsts.append(sglang_distguard.close(runner))
+
+    threads = [threading.Thread(target=close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(firsts) == [False] * 7 + [True]
+    assert all(slot["holders"] == [] for slot in sglang_distguard.snapshot()["slots"])
 
 
 def test_a_collected_runner_gives_its_leases_back(guard: None, model: Model) -> None:

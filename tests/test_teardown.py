@@ -146,6 +146,8 @@ def test_leaving_a_closing_block_gives_the_leases_back_also_on_an_error(
 def test_after_a_teardown_another_world_is_adopted_and_never_destroyed(
     guard: None, model: Model
 ) -> None:
+    from sglang.srt.distributed import parallel_state
+
     sglang_distguard.close(build(model, "on our own world"))
     sglang_distguard.teardown()
     torch.distributed.init_process_group(
@@ -162,15 +164,19 @@ def test_after_a_teardown_another_world_is_adopted_and_never_destroyed(
     with pytest.raises(StateInUse):  # theirs, but in use
         torch.distributed.destroy_process_group()
     sglang_distguard.close(runner)
+    for let_go in (sglang_distguard.teardown, parallel_state.cleanup_dist_env_and_memory):
+        let_go()
+        assert torch.distributed.group.WORLD is theirs
+        sglang_distguard.close(build(model, "on their world again"))
+        assert slot("world")["origin"] == "adopted"
     sglang_distguard.teardown()
-    assert torch.distributed.group.WORLD is theirs
     torch.distributed.destroy_process_group()
     sglang_distguard.close(build(model, "on our own again"))
     assert slot("world")["origin"] == "created"
 
 
 def test_a_world_that_does_not_match_is_refused_and_left_alone(guard: None, model: Model) -> None:
-    store = torch.distributed.distributed_c10d.HashStore()  # type: ignore[attr-defined]
+    store: Any = vars(torch.distributed)["HashStore"]()  # a re-export that type checkers do not see
     torch.distributed.init_process_group("fake", store=store, rank=0, world_size=4)
     try:
         with pytest.raises(DistGuardError, match="world_size"):

@@ -7,7 +7,7 @@
 See README.md; the design is in ARCHITECTURE.md.
 """
 
-# ruff: noqa: E402, I001 - what follows loads the native module
+# ruff: noqa: E402 - what follows loads the native module
 
 from sglang_distguard.interpreter import require_main
 

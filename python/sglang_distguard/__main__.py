@@ -59,7 +59,7 @@ def _status(*, as_json: bool) -> int:
         supported, reason = False, str(error)
     try:
         reuse = settings.reuse_from_environment()
-        timeout = settings.timeout_from_environment() or settings.DEFAULT_TIMEOUT
+        chosen = settings.choose(None, None, None, again=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +68,8 @@ def _status(*, as_json: bool) -> int:
         "supported": supported,
         "detail": reason,
         settings.REUSE_VARIABLE: reuse,
-        settings.TIMEOUT_VARIABLE: timeout,
+        settings.TIMEOUT_VARIABLE: chosen.timeout,
+        settings.SLOW_VARIABLE: chosen.slow_after,
         "installed by SGLang's own processes": bool(reuse),
     }
     if as_json:

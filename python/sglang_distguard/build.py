@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import _core, settings
+from sglang_distguard.arguments import check, check_ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.installation import is_installed
 from sglang_distguard.runners import activate, find_handle
+from sglang_distguard.settings import check_flag, check_whole, shown
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -20,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One runner for ``build_runners``; fields as the arguments of ``build_runner``."""
+    """One runner for ``build_runners``; fields as the arguments of ``build_runner``.
+
+    The fields are checked when they are used, by ``build_runners``.
+    """
 
     server_args: ServerArgs
     name: Optional[str] = None
     gpu_id: int = 0
     target: Optional[ModelRunner] = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    timeout: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def build_runner(
     gpu_id: int = 0,
     nccl_port: Optional[int] = None,
     target: Optional[ModelRunner] = None,
+    timeout: Optional[float] = None,
     **options: Any,
 ) -> ModelRunner:
     """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
@@ -67,21 +75,40 @@ def build_runner(
 
     Args:
         server_args: SGLang's settings of this runner.
-        name: name in errors, events and ``snapshot()``; default: from the model's path.
+        name: name in errors, events and ``snapshot()``, which need not be the only one of its
+            kind; default: from the model's path.
         gpu_id: index of the device (also on CPU, where it is the NUMA node).
-        nccl_port: TCP port of a world that has to be initialised; default: a free one.
+        nccl_port: TCP port of a world that has to be initialised, 1 to 65535; default: a free one.
         target: build a draft runner (``is_draft_worker=True``) of this one: nothing is
             initialised, and it lives in the target's scope.
+        timeout: seconds that one wait of this build may take; None keeps the setting in force.
         **options: passed to ``ModelRunner``.
 
     Raises:
-        DistGuardError: ``install()`` was not called, or one of its subclasses (see ``errors``).
-        Whatever SGLang raises for settings or files it cannot use; nothing is left half-done.
+        TypeError: an argument is of the wrong type, ``target`` was not built under the guard, or
+            an option is no parameter of ``ModelRunner``.
+        ValueError: an argument, or a size in ``server_args``, is out of range.
+        NotSupported: ``server_args`` asks for several ranks (``tp_size`` times ``pp_size``), and
+            torch.distributed is not initialised with as many.
+        DistGuardError: ``install()`` was not called or ``target`` is closed, or one of its
+            subclasses (see ``errors``).
+        Whatever SGLang raises for settings or files it cannot use. No runner, scope or lease is
+        left then; the world and the groups, if they were made by then, stay for others to reuse.
     """
+    check(
+        server_args,
+        name=name,
+        gpu_id=gpu_id,
+        nccl_port=nccl_port,
+        target=target,
+        timeout=timeout,
+        options=options,
+    )
     if not is_installed():
         raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
+    check_ranks(server_args)
     chosen = settings.current()
-    with settings.runner_scope(name if name is not None else chosen.name):
+    with settings.runner_scope(name if name is not None else chosen.name, timeout=timeout):
         # The caller's own scope stays as it is: what is published here is the runner's.
         before = _core.current_scope()
         try:
@@ -106,25 +133,31 @@ def build_runners(
 
     Args:
         requests: what to build; a bare ``ServerArgs`` is a request with defaults.
-        max_workers: threads; default one per request, at most 32.
+        max_workers: threads, at least 1; default one per request, at most 32.
         progress: show a progress bar on stderr (only when that is a terminal).
 
     Returns:
         One result per request, in order. A failure is in its result and does not lose the others.
 
     Raises:
-        ValueError: ``max_workers`` is not positive.
+        TypeError, ValueError: an argument is of the wrong type or out of range, also a field of a
+            request; a note of the error says of which one. Nothing was built.
+        DistGuardError: the ``target`` of a request is closed. Nothing was built.
     """
-    wanted = [
-        request if isinstance(request, BuildRequest) else BuildRequest(request)
-        for request in requests
-    ]
+    check_flag("progress", progress)
+    if max_workers is not None:
+        check_whole("max_workers", max_workers, least=1)
+    wanted = _checked_requests(requests)
     if not wanted:
         return []
     workers = max_workers if max_workers is not None else min(len(wanted), 32)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="distguard-build")
     try:
-        futures = [pool.submit(_attempt, request, index) for index, request in enumerate(wanted)]
+        # A thread does not inherit the caller's runner_scope by itself.
+        futures = [
+            pool.submit(copy_context().run, _attempt, request, index)
+            for index, request in enumerate(wanted)
+        ]
         _show_progress(futures, progress)
         return [future.result() for future in futures]
     finally:
@@ -135,10 +168,7 @@ def build_runners(
 def _attempt(request: BuildRequest, index: int) -> BuildResult:
     import time
 
-    name = (
-        request.name
-        or f"{os.path.basename(str(getattr(request.server_args, 'model_path', 'runner')))}-{index}"
-    )
+    name = request.name or f"{_name_of_model(request.server_args)}-{index}"
     start = time.perf_counter()
     runner, failure = None, None
     try:
@@ -147,12 +177,46 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             name=name,
             gpu_id=request.gpu_id,
             target=request.target,
+            timeout=request.timeout,
             **request.options,
         )
     except BaseException as error:
         error.add_note(f"while building runner {name!r}")
         failure = error
     return BuildResult(name, runner, failure, time.perf_counter() - start)
+
+
+def _name_of_model(server_args: object) -> str:
+    """The last part of the model's path as it may stand in a runner's name."""
+    path = str(getattr(server_args, "model_path", "")).rstrip("/")
+    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
+    return name.strip()[: settings.MAX_NAME // 2] or "runner"
+
+
+def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[BuildRequest]:
+    """All of ``requests``, each with arguments that ``build_runner`` will accept."""
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"requests must be BuildRequests or ServerArgs, not {shown(requests)}")
+    wanted = []
+    for index, given in enumerate(requests):
+        request = given if isinstance(given, BuildRequest) else BuildRequest(given)
+        try:
+            if not isinstance(request.options, Mapping):
+                raise TypeError(f"options must be a mapping, not {shown(request.options)}")
+            check(
+                request.server_args,
+                name=request.name,
+                gpu_id=request.gpu_id,
+                nccl_port=None,
+                target=request.target,
+                timeout=request.timeout,
+                options=request.options,
+            )
+        except (TypeError, ValueError, DistGuardError) as error:
+            error.add_note(f"in requests[{index}]; nothing was built")
+            raise
+        wanted.append(request)
+    return wanted
 
 
 def _show_progress(futures: Sequence[Any], progress: bool) -> None:
@@ -171,15 +235,33 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
     """Publish and bring up what a process needs before its first ModelRunner (0.5.23 `one_batch`)."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
-    from sglang.srt.runtime_context import SpawnRanks, get_device, publish
-
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
-    for configure in _process_configurations():
-        configure()
-    bootstrap.init_parallel_runtime(
-        server_args=server_args, device=get_device().device, dist_port=nccl_port or _free_port()
+    from sglang.srt.runtime_context import (
+        SpawnRanks,
+        get_device,
+        publish,
+        restore_context,
+        snapshot_context,
     )
-    bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
+
+    before, context = _core.current_scope(), snapshot_context()
+    # 0.5.23 keeps the stamp itself, not a copy, and writes into it.
+    context["__parallel__"]["_stamp"] = dict(context["__parallel__"]["_stamp"])
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+    scope = _core.current_scope()
+    try:
+        for configure in _process_configurations():
+            configure()
+        bootstrap.init_parallel_runtime(
+            server_args=server_args, device=get_device().device, dist_port=nccl_port or _free_port()
+        )
+        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
+    except BaseException:
+        # The scope is this thread's alone until a runner is constructed in it, so that what is put
+        # back cannot be another's. Later it may be: then SGLang's next publish replaces it.
+        if scope is before:
+            restore_context(context)
+        _core.abandon_scope(scope)
+        raise
 
 
 def _process_configurations() -> list[Callable[[], None]]:

@@ -47,10 +47,11 @@ class AcquireTimeout(DistGuardError, TimeoutError):
     """
 
     def __init__(self, message: str, **details: Any) -> None:
-        stack = details.get("stack") or stack_of(details.get("leader_thread"))
-        if stack and "stack" not in details:
-            details["stack"] = stack
-            message = f"{message}\nThat thread is now at:\n{stack}"
+        # Looked up once: where the error is unpickled, the number may be another thread's.
+        if "leader_thread" in details and "stack" not in details:
+            details["stack"] = stack_of(details["leader_thread"])
+            if details["stack"]:
+                message = f"{message}\nThat thread is now at:\n{details['stack']}"
         super().__init__(message, **details)
 
     def __str__(self) -> str:

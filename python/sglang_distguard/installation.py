@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Optional
@@ -12,7 +13,7 @@ from typing import Optional
 import wrapt
 
 from sglang_distguard import _core, adapters, settings
-from sglang_distguard.errors import StateInUse
+from sglang_distguard.errors import AcquireTimeout, StateInUse
 from sglang_distguard.patching import ModulePlan
 from sglang_distguard.patching.live import functions_by_module
 
@@ -25,11 +26,18 @@ class _Installation:
 # Lock order: this lock is outermost. It is never held while a hook runs, and reentrant because
 # planning or applying may import a module that is to be patched.
 _lock = threading.RLock()
+#: Seconds; planning and applying take two.
+_DEADLINE = 300.0
 _installation: Optional[_Installation] = None
 _watched: set[str] = set()
 
 
-def install(*, reuse: Optional[bool] = None, timeout: Optional[float] = None) -> None:
+def install(
+    *,
+    reuse: Optional[bool] = None,
+    timeout: Optional[float] = None,
+    slow_after: Optional[float] = None,
+) -> None:
     """Make SGLang's ModelRunners safe to build and run together in this process.
 
     Works before or after sglang is imported (modules imported later are patched as they come),
@@ -40,6 +48,9 @@ def install(*, reuse: Optional[bool] = None, timeout: Optional[float] = None) ->
             environment variable ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` when set, else True.
         timeout: seconds that one wait for another thread's initialisation may take. Default: the
             environment variable ``SGLANG_DISTGUARD_TIMEOUT`` when set, else 300.
+        slow_after: seconds after which an initialisation that others wait for is logged, once, as
+            a warning with its thread's stack. Default: the environment variable
+            ``SGLANG_DISTGUARD_SLOW_AFTER`` when set, else 30.
 
     Raises:
         NotSupported: the installed SGLang lacks something the guard rests on.
@@ -47,8 +58,8 @@ def install(*, reuse: Optional[bool] = None, timeout: Optional[float] = None) ->
         TypeError, ValueError: an argument or environment variable is not usable.
     """
     global _installation
-    with _lock:
-        chosen = _settings(reuse, timeout, again=_installation is not None)
+    with _locked():
+        chosen = settings.choose(reuse, timeout, slow_after, again=_installation is not None)
         if _installation is None:
             plans = adapters.choose()
             installation = _Installation({plan.module: plan for plan in plans})
@@ -74,7 +85,7 @@ def uninstall() -> None:
             another's configuration. ``close()`` them first.
     """
     global _installation
-    with _lock:
+    with _locked():
         if _installation is None:
             return
         held = [scope.label for scope in _core.live_scopes() if _core.live_runners(scope) > 0]
@@ -87,6 +98,20 @@ def uninstall() -> None:
             )
         installation, _installation = _installation, None
         _undo(installation)
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    lock = _lock  # a fork inside the with block gives the child another one
+    if not lock.acquire(timeout=_DEADLINE):
+        raise AcquireTimeout(
+            f"another thread has been in install(), uninstall() or the import of a patched module for "
+            f"{_DEADLINE:.0f} s. Look at what it does (py-spy dump); nothing was changed"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def before_fork() -> None:
@@ -110,19 +135,6 @@ def after_fork_in_child() -> None:
 def is_installed() -> bool:
     """Whether the hooks are in."""
     return _installation is not None
-
-
-def _settings(reuse: Optional[bool], timeout: Optional[float], *, again: bool) -> settings.Settings:
-    base = settings.installed() if again else settings.Settings()
-    if reuse is None:
-        from_environment = None if again else settings.reuse_from_environment()
-        reuse = base.reuse if from_environment is None else from_environment
-    if timeout is None:
-        from_environment = None if again else settings.timeout_from_environment()
-        timeout = base.timeout if from_environment is None else from_environment
-    return settings.Settings(
-        reuse=settings.check_flag("reuse", reuse), timeout=settings.check_timeout(timeout)
-    )
 
 
 def _apply(plans: list[ModulePlan]) -> None:
@@ -151,12 +163,12 @@ def _watch(name: str) -> None:
 def _on_import(module: ModuleType) -> None:
     """Called by wrapt for each watched module, now if it is imported already."""
     global _installation
-    with _lock:
+    with _locked():
         _watched.discard(module.__name__)
         if _installation is None:
             return
         plan = _installation.plans.get(module.__name__)
-        if plan is None or plan.is_applied:
+        if plan is None or plan.applied_to is not None:
             return
         try:
             plan.apply(module)

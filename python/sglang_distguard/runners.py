@@ -63,7 +63,7 @@ def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
         LeaseBroken: what it was built on was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
-    handle = _handle_of(runner)
+    handle = handle_of(runner)
     handle.check()
     with scope_active(handle.scope):
         yield runner
@@ -76,7 +76,7 @@ def closing(runner: ModelRunner) -> Iterator[ModelRunner]:
     Raises:
         TypeError: ``runner`` was not built under the guard.
     """
-    handle = _handle_of(runner)
+    handle = handle_of(runner)
     try:
         yield runner
     finally:
@@ -94,15 +94,23 @@ def close(runner: ModelRunner) -> bool:
     Raises:
         TypeError: ``runner`` was not built under the guard.
     """
-    return _handle_of(runner).close()
+    return handle_of(runner).close()
 
 
-def _handle_of(runner: object) -> _core.RunnerHandle:
-    handle = find_handle(runner)
-    if handle is None:
+def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
+    """The handle of what a caller gave as ``argument``.
+
+    Raises:
+        TypeError: it was not built under the guard.
+    """
+    try:
+        handle = find_handle(runner)
+    except AttributeError:  # its ``__dict__`` is no dict
+        handle = None
+    if not isinstance(handle, _core.RunnerHandle):
         raise TypeError(
-            f"{type(runner).__name__} object was not built under sglang_distguard; call "
-            "sglang_distguard.install() before constructing the ModelRunner"
+            f"{argument} must be a ModelRunner that was built under sglang_distguard, not a "
+            f"{type(runner).__name__}; call sglang_distguard.install() before constructing it"
         )
     return handle
 

@@ -20,7 +20,7 @@ def accessor(module: str, name: str) -> _core.ScopedGlobal:
     Raises:
         NotSupported: the module is not imported or not patched.
     """
-    namespace = vars(sys.modules.get(module, sys))
+    namespace = getattr(sys.modules.get(module), "__dict__", {})
     found = namespace.get(accessor_name(name))
     if found is None:
         raise NotSupported(

@@ -12,8 +12,10 @@ from typing import Optional
 
 REUSE_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
+SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_SLOW_AFTER = 30.0
+MAX_NAME = 200
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
 _FALSE = frozenset({"", "0", "false", "no", "off", "n"})
 
@@ -71,48 +73,105 @@ def reuse_from_environment() -> Optional[bool]:
     raise ValueError(f"{REUSE_VARIABLE}={text!r} is neither true nor false")
 
 
-def timeout_from_environment() -> Optional[float]:
-    """``SGLANG_DISTGUARD_TIMEOUT`` in seconds, None when unset.
+def seconds_from_environment(variable: str) -> Optional[float]:
+    """An environment variable in seconds, None when unset or empty.
 
     Raises:
         ValueError: it is set to something that is not a positive number of seconds.
     """
-    text = os.environ.get(TIMEOUT_VARIABLE)
+    text = os.environ.get(variable)
     if text is None or not text.strip():
         return None
     try:
-        return check_timeout(float(text))
+        return check_seconds(variable, float(text))
     except ValueError as error:
-        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: {error}") from None
+        raise ValueError(f"{variable}={text!r}: {error}") from None
 
 
-def check_timeout(timeout: object) -> float:
-    """Return ``timeout`` in seconds.
+def choose(
+    reuse: Optional[bool], timeout: Optional[float], slow_after: Optional[float], *, again: bool
+) -> Settings:
+    """What ``install`` sets: its arguments, else what is set already, else the environment.
+
+    Raises:
+        TypeError, ValueError: an argument or environment variable is not usable.
+    """
+    base = _installed if again else Settings()
+    if not again:
+        from_environment = {
+            "reuse": reuse_from_environment(),
+            "timeout": seconds_from_environment(TIMEOUT_VARIABLE),
+            "slow_after": seconds_from_environment(SLOW_VARIABLE),
+        }
+        base = replace(base, **{k: v for k, v in from_environment.items() if v is not None})
+    if reuse is not None:
+        base = replace(base, reuse=check_flag("reuse", reuse))
+    if timeout is not None:
+        base = replace(base, timeout=check_seconds("timeout", timeout))
+    if slow_after is not None:
+        base = replace(base, slow_after=check_seconds("slow_after", slow_after))
+    return base
+
+
+def shown(value: object) -> str:
+    """``value`` for a message: what it prints, shortened, and its type. Never raises."""
+    try:
+        text = " ".join(repr(value).splitlines())
+    except Exception:  # a wrong argument may be anything, also an object that cannot print itself
+        text = object.__repr__(value)
+    if len(text) > 80:
+        text = text[:79] + "…"
+    return f"{text} ({type(value).__name__})"
+
+
+def check_seconds(name: str, value: object) -> float:
+    """Return ``value`` in seconds.
 
     Raises:
         TypeError: not a number.
-        ValueError: zero, negative or not a number at all.
+        ValueError: zero, negative, not a number at all, or too large for a float.
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be seconds as int or float, not {type(timeout).__name__}")
-    if math.isnan(timeout) or timeout <= 0:
-        raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
-    return float(timeout)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be seconds as int or float, not {shown(value)}")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.nan
+    if math.isnan(seconds) or seconds <= 0:
+        raise ValueError(
+            f"{name} must be more than 0 seconds (math.inf for no limit), not {shown(value)}"
+        )
+    return seconds
 
 
 def check_flag(name: str, value: object) -> bool:
     """Return ``value``, which must be a bool (TypeError otherwise)."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True, False or None, not {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
+def check_whole(name: str, value: object, *, least: int, most: Optional[int] = None) -> int:
+    """Return ``value``, an int from ``least`` to ``most``.
+
+    Raises:
+        TypeError: not an int, or a bool.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {shown(value)}")
+    if value < least or (most is not None and value > most):
+        wanted = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
     return value
 
 
 def check_name(name: object) -> str:
     """Return ``name``, a non-empty string of at most 200 characters (TypeError, ValueError)."""
     if not isinstance(name, str):
-        raise TypeError(f"name must be a string, not {type(name).__name__}")
-    if not name.strip() or len(name) > 200 or not name.isprintable():
-        raise ValueError(f"name must be 1 to 200 printable characters, not {name[:40]!r}")
+        raise TypeError(f"name must be a string, not {shown(name)}")
+    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+        raise ValueError(f"name must be 1 to {MAX_NAME} printable characters, not {shown(name)}")
     return name
 
 
@@ -140,7 +199,7 @@ def runner_scope(
     if reuse is not None:
         chosen = replace(chosen, reuse=check_flag("reuse", reuse))
     if timeout is not None:
-        chosen = replace(chosen, timeout=check_timeout(timeout))
+        chosen = replace(chosen, timeout=check_seconds("timeout", timeout))
     token = _scope.set(chosen)
     try:
         yield chosen

@@ -53,6 +53,15 @@ class EventInfo(TypedDict):
     detail: str
 
 
+class VisitInfo(TypedDict):
+    """A thread inside a room, or in line for it since ``since``."""
+
+    room: str
+    by: ActorInfo
+    inside: bool
+    since: float
+
+
 class RunnerScopeInfo(TypedDict):
     """One scope that a runner has for itself."""
 
@@ -68,7 +77,9 @@ class Snapshot(TypedDict):
     installed: bool
     reuse: bool
     timeout: float
+    slow_after: float
     slots: list[SlotInfo]
+    rooms: list[VisitInfo]
     scopes: list[RunnerScopeInfo]
     events: list[EventInfo]
     dropped_events: int
@@ -94,6 +105,7 @@ def snapshot() -> Snapshot:
             "installed": is_installed(),
             "reuse": chosen.reuse,
             "timeout": chosen.timeout,
+            "slow_after": chosen.slow_after,
             "scopes": scopes,
         },
     )
@@ -105,7 +117,7 @@ def reset(*, force: bool = False) -> None:
     Nothing is destroyed: a world or groups that still exist are adopted at the next request.
 
     Args:
-        force: also while runners hold leases; their leases are then gone.
+        force: also while runners hold leases. Those runners raise LeaseBroken at their next use.
 
     Raises:
         StateInUse: runners hold state (without ``force``), or a thread is initialising some.

@@ -54,6 +54,12 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
         state.end()
 
 
+def lets_go(key: str) -> bool:
+    """Whether the running code takes down what somebody else made: that is not destroyed."""
+    state = _active.get().get(key)
+    return state is not None and state.origin == "adopted"
+
+
 def teardown(*, force: bool = False) -> None:
     """Destroy SGLang's groups and world, so that others can be built in this process.
 

@@ -11,7 +11,7 @@ from sglang_distguard import journal
 from sglang_distguard.errors import DistGuardError
 
 #: Seconds that a wait goes without handling signals: what Ctrl-C may take at worst.
-SLICE = 0.05
+SLICE = 0.02
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ def until(
     Raises:
         AcquireTimeout: ``timeout`` seconds have passed.
         DistGuardError: the interpreter is exiting; only in threads that it waits for.
-        Whatever a signal handler raises (KeyboardInterrupt), within two slices.
+        Whatever a signal handler raises (KeyboardInterrupt), within two slices and what the GIL takes.
     """
     deadline = time.monotonic() + timeout
     while True:

@@ -10,7 +10,7 @@ use distguard_core::rooms::Visit;
 use distguard_core::slot::Origin;
 use distguard_core::snapshot::{SlotSnapshot, SlotState, Snapshot};
 use distguard_core::spec::{Spec, Value};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use pyo3::IntoPyObjectExt;
@@ -38,20 +38,53 @@ pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
             .import("threading")?
             .call_method0("current_thread")?
             .getattr("name")?
-            .extract()?,
+            .str()?
+            .to_string_lossy()
+            .into_owned(),
         runner,
     })
 }
 
+/// What tells a live object from others.
+pub fn identity(identity: &Bound<'_, PyInt>) -> PyResult<u64> {
+    let found = identity.extract();
+    found.map_err(|_| PyValueError::new_err("identity must be an integer from 0 to 2**64 - 1"))
+}
+
+/// How deep lists may be nested in a field: one that holds itself has no end.
+const DEPTH: usize = 16;
+
 pub fn spec(fields: &Bound<'_, PyDict>) -> PyResult<Spec> {
-    fields
-        .iter()
-        .map(|(field, value)| Ok((field.extract::<String>()?, value_from_python(&value)?)))
-        .collect()
+    let field = |(field, value): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+        let Ok(name) = field.extract::<String>() else {
+            let text = format!(
+                "spec: the name of a field must be text, not {}",
+                shown(&field)
+            );
+            return Err(PyTypeError::new_err(text));
+        };
+        let value = value_from_python(&value, DEPTH).map_err(|error| {
+            let text = format!("spec: field {name:?}: {error}");
+            let named = PyValueError::new_err(text);
+            named.set_cause(value.py(), Some(error));
+            named
+        })?;
+        Ok((name, value))
+    };
+    fields.iter().map(field).collect()
+}
+
+fn shown(value: &Bound<'_, PyAny>) -> String {
+    let text = value.repr().map(|text| text.to_string_lossy().into_owned());
+    text.unwrap_or_else(|_| "what cannot be printed".to_owned())
 }
 
 /// Whatever is no plain value is compared by what it prints: devices, dtypes, enums.
-fn value_from_python(value: &Bound<'_, PyAny>) -> PyResult<Value> {
+fn value_from_python(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
+    if depth == 0 {
+        let text = format!("lists are nested more than {DEPTH} deep");
+        return Err(PyValueError::new_err(text));
+    }
     if value.is_none() {
         Ok(Value::Null)
     } else if value.is_instance_of::<PyBool>() {
@@ -67,7 +100,7 @@ fn value_from_python(value: &Bound<'_, PyAny>) -> PyResult<Value> {
         Ok(Value::Str(value.extract()?))
     } else if value.is_instance_of::<PyList>() || value.is_instance_of::<PyTuple>() {
         let items = value.try_iter()?;
-        let items = items.map(|item| value_from_python(&item?));
+        let items = items.map(|item| value_from_python(&item?, depth - 1));
         Ok(Value::List(items.collect::<PyResult<_>>()?))
     } else {
         Ok(Value::Str(value.str()?.to_string()))

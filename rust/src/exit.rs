@@ -6,17 +6,22 @@
 //! or enters a runner's method stops here for good, detached, and the handler gives those who are
 //! inside a method some time to come out.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::OnceLock;
-use std::thread::{self, ThreadId};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
 use crate::process::registry;
 
-/// Set once: the thread that ends the interpreter, which alone goes on.
-static EXITING: OnceLock<ThreadId> = OnceLock::new();
+/// The thread that ends the interpreter, which alone goes on, by `ME`; 0 while nobody does.
+static EXITING: AtomicU64 = AtomicU64::new(0);
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    static ME: u64 = NEXT.fetch_add(1, Ordering::Relaxed);
+}
 
 /// How many threads are inside a runner's method.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
@@ -25,9 +30,8 @@ static INSIDE: AtomicUsize = AtomicUsize::new(0);
 const LOOK: Duration = Duration::from_millis(5);
 
 fn must_stop() -> bool {
-    EXITING
-        .get()
-        .is_some_and(|exiting| *exiting != thread::current().id())
+    let exiting = EXITING.load(Ordering::Acquire);
+    exiting != 0 && ME.with(|me| *me != exiting)
 }
 
 fn stop_for_good() -> ! {
@@ -64,11 +68,17 @@ pub fn came_out() {
     INSIDE.fetch_sub(1, Ordering::AcqRel);
 }
 
+/// A forked child has only the forking thread, which is inside a method or not.
+pub fn start_afresh(inside: bool) {
+    EXITING.store(0, Ordering::Release);
+    INSIDE.store(usize::from(inside), Ordering::Release);
+}
+
 /// The calling thread ends the interpreter: stop all others at their next wait or method, and wait
 /// up to `grace` seconds for those inside a method. Returns how many still are.
 #[pyfunction]
 pub fn begin_exit(py: Python<'_>, grace: f64) -> usize {
-    let _ = EXITING.set(thread::current().id());
+    EXITING.store(ME.with(|me| *me), Ordering::Release);
     registry().wake_all();
     let until = Duration::try_from_secs_f64(grace).unwrap_or(Duration::ZERO);
     let start = Instant::now();

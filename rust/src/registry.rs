@@ -13,12 +13,13 @@ use distguard_core::slot::{Origin, Ticket};
 use distguard_core::spec::Spec;
 use distguard_core::teardown::Teardown as Begun;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyInt, PyList};
 
 use crate::convert;
 use crate::errors::to_python;
-use crate::exit::wait_detached;
+use crate::exit::{self, wait_detached};
 use crate::process::{self, registry};
+use crate::scope;
 
 /// What was decided, and for a leader the duty to publish, fail or poison.
 #[pyclass(frozen, module = "sglang_distguard._core")]
@@ -73,10 +74,11 @@ impl Claim {
     fn publish(
         &self,
         py: Python<'_>,
-        identity: u64,
+        identity: &Bound<'_, PyInt>,
         resource: Py<PyAny>,
         spec: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
+        let identity = convert::identity(identity)?;
         let spec = match spec {
             Some(fields) => convert::spec(fields)?,
             None => self.spec.clone(),
@@ -174,7 +176,12 @@ impl Request {
 
     /// The decision; None: `wait`, look at the process again, and ask again.
     #[pyo3(signature = (identity, /))]
-    fn try_acquire(&self, py: Python<'_>, identity: Option<u64>) -> PyResult<Option<Claim>> {
+    fn try_acquire(
+        &self,
+        py: Python<'_>,
+        identity: Option<&Bound<'_, PyInt>>,
+    ) -> PyResult<Option<Claim>> {
+        let identity = identity.map(convert::identity).transpose()?;
         self.wish().observed = identity.map_or(Observed::Absent, Observed::Present);
         let wish = self.now();
         let step = registry().try_acquire(&wish);
@@ -335,12 +342,13 @@ pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
 #[pyfunction]
 pub fn start_afresh() {
     process::start_afresh();
+    exit::start_afresh(scope::depth() > 0);
 }
 
 /// The object `identity` of `key` came over a fork: requests that see it are refused.
 #[pyfunction]
-pub fn inherit(key: &str, identity: u64) -> PyResult<()> {
-    registry().inherit(&convert::key(key)?, identity);
+pub fn inherit(key: &str, identity: &Bound<'_, PyInt>) -> PyResult<()> {
+    registry().inherit(&convert::key(key)?, convert::identity(identity)?);
     Ok(())
 }
 

@@ -43,6 +43,13 @@ impl RunnerHandle {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn release_leases(&self) {
+        let leases = std::mem::take(&mut *self.leases());
+        for (_, lease) in leases {
+            registry().release(lease);
+        }
+    }
+
     /// Runs no Python: it is what the destructor does.
     fn release(&self) -> bool {
         if self.closed.swap(true, Ordering::AcqRel) {
@@ -50,9 +57,7 @@ impl RunnerHandle {
         }
         // A child's registry is not the one that gave the leases.
         if self.forks == forks() {
-            for (_, lease) in std::mem::take(&mut *self.leases()) {
-                registry().release(lease);
-            }
+            self.release_leases();
             scopes().with(|ledger| ledger.unbind_runner(self.scope_id));
         }
         true
@@ -139,8 +144,14 @@ impl RunnerHandle {
 
     /// Takes one more lease.
     fn hold(&self, py: Python<'_>, key: &str) -> PyResult<()> {
-        let taken = lease(py, self.scope_id, vec![convert::key(key)?], &self.name)?;
+        let key = convert::key(key)?;
+        self.check(py)?;
+        let taken = lease(py, self.scope_id, vec![key], &self.name)?;
         self.leases().extend(taken);
+        if self.closed() {
+            // By another thread, which may have released the leases before these were among them.
+            self.release_leases();
+        }
         Ok(())
     }
 

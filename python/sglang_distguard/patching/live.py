@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from sglang_distguard.errors import NotSupported
-
-Hook = Callable[..., Any]
 
 
 def functions_of(module: ModuleType) -> list[FunctionType]:

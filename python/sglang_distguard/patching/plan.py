@@ -175,10 +175,6 @@ class ModulePlan:
         """The module that is changed now."""
         return None if self._applied is None else self._applied.module
 
-    @property
-    def is_applied(self) -> bool:
-        return self._applied is not None
-
     def _apply_rewrite(self, applied: _Applied, functions: Sequence[FunctionType]) -> None:
         plan = self._rewrite
         namespace = vars(applied.module)

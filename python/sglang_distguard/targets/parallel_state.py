@@ -223,10 +223,22 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
     return destroy_distributed_environment
 
 
+def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """All or nothing, also where SGLang itself would destroy the groups and then fail (0.5.23)."""
+
+    @functools.wraps(original)
+    def cleanup_dist_env_and_memory(*args: Any, **kwargs: Any) -> None:
+        with tearing_down(GROUPS, WORLD):
+            original(*args, **kwargs)
+
+    return cleanup_dist_env_and_memory
+
+
 CHANGES = (
     Needs(MODULE, "GroupCoordinator"),
     Around(MODULE, "init_distributed_environment", _init_distributed_environment),
     Around(MODULE, "initialize_model_parallel", _initialize_model_parallel),
     Around(MODULE, "destroy_model_parallel", _destroy_model_parallel),
     Around(MODULE, "destroy_distributed_environment", _destroy_distributed_environment),
+    Around(MODULE, "cleanup_dist_env_and_memory", _cleanup_dist_env_and_memory),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from sglang_distguard import _core, groups
 from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.patching import Around
-from sglang_distguard.teardowns import tearing_down
+from sglang_distguard.teardowns import lets_go, tearing_down
 from sglang_distguard.world import World
 
 MODULE = "torch.distributed.distributed_c10d"
@@ -30,7 +30,10 @@ def _concerned(group: Any) -> tuple[str, ...]:
 def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_process_group(group: Any = None) -> None:
-        with tearing_down(*_concerned(group)) as states:
+        concerned = _concerned(group)
+        if any(lets_go(key) for key in concerned):
+            return  # 0.5.23: `cleanup_dist_env_and_memory` destroys once more, whoever made it
+        with tearing_down(*concerned) as states:
             original(group)
             for state in states:
                 if isinstance(state.resource, World):

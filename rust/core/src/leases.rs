@@ -1,5 +1,5 @@
 //! Taking leases, giving them back, and telling a holder that its lease is broken.
-//! A lease that its holder cannot trust is never silently good again.
+//! A lease whose state went while it was held is never good again.
 
 use crate::actor::Actor;
 use crate::error::Error;

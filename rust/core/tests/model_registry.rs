@@ -3,13 +3,20 @@
 mod common;
 #[path = "common/model.rs"]
 mod model;
+#[path = "common/model_rooms.rs"]
+mod model_rooms;
+
+use std::time::Duration;
 
 use common::{actor, groups, registry, spec};
+use distguard_core::actor::Actor;
+use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::policy::Policy;
 use distguard_core::registry::{Observed, Registry, Request, Step};
+use distguard_core::rooms::{Room, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotState;
 use distguard_core::teardown::Teardown;
@@ -38,7 +45,13 @@ enum Call {
     BeginTeardown { key: Key, thread: u64, force: bool },
     Forget { key: Key },
     Remove { key: Key },
-    Reset { force: bool },
+    Reset { thread: u64, force: bool },
+    CheckLeases { picks: Vec<usize> },
+    Inherit { key: Key, identity: u64 },
+    Arrive { room: Room, thread: u64 },
+    TryEnter { pick: usize },
+    Leave { pick: usize },
+    GiveUp { pick: usize },
 }
 
 fn key() -> impl Strategy<Value = Key> {
@@ -82,6 +95,8 @@ fn call() -> impl Strategy<Value = Call> {
         2 => Just(Resolve::End),
     ];
     let leased = prop::collection::vec(key(), 1..3);
+    let picks = prop::collection::vec(any::<usize>(), 1..4);
+    let room = prop::sample::select(&Room::ALL[..]);
     prop_oneof![
         8 => ask().prop_map(Call::Acquire),
         6 => (any::<usize>(), how).prop_map(|(pick, how)| Call::Resolve { pick, how }),
@@ -92,7 +107,13 @@ fn call() -> impl Strategy<Value = Call> {
             .prop_map(|(key, thread, force)| Call::BeginTeardown { key, thread, force }),
         1 => key().prop_map(|key| Call::Forget { key }),
         1 => key().prop_map(|key| Call::Remove { key }),
-        1 => any::<bool>().prop_map(|force| Call::Reset { force }),
+        1 => (0..3u64, any::<bool>()).prop_map(|(thread, force)| Call::Reset { thread, force }),
+        2 => picks.prop_map(|picks| Call::CheckLeases { picks }),
+        1 => (key(), 1..3u64).prop_map(|(key, identity)| Call::Inherit { key, identity }),
+        8 => (room, 0..4u64).prop_map(|(room, thread)| Call::Arrive { room, thread }),
+        4 => any::<usize>().prop_map(|pick| Call::TryEnter { pick }),
+        6 => any::<usize>().prop_map(|pick| Call::Leave { pick }),
+        1 => any::<usize>().prop_map(|pick| Call::GiveUp { pick }),
     ]
 }
 
@@ -101,7 +122,8 @@ struct Both {
     real: Registry,
     model: Model,
     tickets: Vec<Ticket>,
-    leases: Vec<LeaseId>,
+    leases: Vec<(Key, LeaseId)>,
+    visits: Vec<VisitId>,
 }
 
 fn refused(error: &Error) -> Outcome {
@@ -113,7 +135,23 @@ fn refused(error: &Error) -> Outcome {
         Error::InUse { holders, .. } => Outcome::InUse(holders.len()),
         Error::Busy { leader, .. } => Outcome::Busy(leader.thread.0),
         Error::NotReady { .. } => Outcome::NotReady,
+        Error::Inherited { .. } => Outcome::Inherited,
+        Error::LeaseBroken { by, .. } => Outcome::Broken(by.as_ref().map(|by| by.thread.0)),
+        Error::RoomTimeout { inside, .. } => Outcome::GaveUp(threads(inside)),
+        Error::VisitOver => Outcome::VisitOver,
         _ => panic!("{error}"),
+    }
+}
+
+fn threads(actors: &[Actor]) -> Vec<u64> {
+    actors.iter().map(|it| it.thread.0).collect()
+}
+
+fn entered(entry: Result<Entry, Error>) -> Outcome {
+    match entry {
+        Ok(Entry::Inside) => Outcome::Inside,
+        Ok(Entry::Wait { inside, .. }) => Outcome::InLine(threads(&inside)),
+        Err(error) => refused(&error),
     }
 }
 
@@ -137,7 +175,7 @@ impl Both {
                     return (Outcome::Done, Outcome::Done);
                 }
                 // Released leases stay in the list: they are released again and again.
-                let id = self.leases[pick % self.leases.len()];
+                let id = self.leases[pick % self.leases.len()].1;
                 (said(self.real.release(id)), self.model.release(id))
             }
             Call::BeginTeardown { key, thread, force } => {
@@ -153,14 +191,56 @@ impl Both {
             }
             Call::Forget { key } => (said(self.real.forget(key)), self.model.forget(key)),
             Call::Remove { key } => (said(self.real.remove(key)), self.model.remove(key)),
-            Call::Reset { force } => {
-                let real = match self.real.reset(&actor(0), *force) {
+            Call::Reset { thread, force } => {
+                let real = match self.real.reset(&actor(*thread), *force) {
                     Ok(()) => Outcome::Done,
                     Err(error) => refused(&error),
                 };
-                (real, self.model.reset(*force))
+                (real, self.model.reset(*thread, *force))
             }
+            Call::CheckLeases { picks } if !self.leases.is_empty() => {
+                let leases = picks.iter().map(|it| &self.leases[it % self.leases.len()]);
+                self.check(&leases.cloned().collect::<Vec<_>>())
+            }
+            Call::Inherit { key, identity } => {
+                self.real.inherit(key, *identity);
+                self.model.inherit(key, *identity);
+                (Outcome::Done, Outcome::Done)
+            }
+            Call::Arrive { room, thread } => self.arrive(*room, *thread),
+            Call::TryEnter { pick } if !self.visits.is_empty() => {
+                let id = self.visits[pick % self.visits.len()];
+                (entered(self.real.try_enter(id)), self.model.try_enter(id))
+            }
+            Call::Leave { pick } if !self.visits.is_empty() => {
+                let id = self.visits[pick % self.visits.len()];
+                (said(self.real.leave(id)), self.model.leave(id))
+            }
+            Call::GiveUp { pick } if !self.visits.is_empty() => {
+                let id = self.visits[pick % self.visits.len()];
+                let real = self.real.room_timed_out(id, Duration::ZERO);
+                (refused(&real), self.model.give_up(id))
+            }
+            _ => (Outcome::Done, Outcome::Done),
         }
+    }
+
+    fn check(&self, leases: &[(Key, LeaseId)]) -> (Outcome, Outcome) {
+        let real = match self.real.check_leases(leases) {
+            Ok(()) => Outcome::Yes,
+            Err(error) => refused(&error),
+        };
+        (real, self.model.check(leases))
+    }
+
+    fn arrive(&mut self, room: Room, thread: u64) -> (Outcome, Outcome) {
+        let (id, real) = match self.real.arrive(room, &actor(thread)) {
+            Ok((id, entry)) => (id, entered(Ok(entry))),
+            // The refused visit is over, under a number that nobody was told.
+            Err(error) => (VisitId(0), refused(&error)),
+        };
+        self.visits.push(id);
+        (real, self.model.arrive(id, room, thread))
     }
 
     fn acquire(&mut self, ask: &Ask) -> (Outcome, Outcome) {
@@ -173,7 +253,7 @@ impl Both {
             },
             actor: actor(ask.thread),
             observed: ask.observed,
-            waited: std::time::Duration::ZERO,
+            waited: Duration::ZERO,
             slow_after: common::FOREVER,
         };
         let expected = self.model.acquire(ask);
@@ -251,7 +331,7 @@ impl Both {
                 for (key, id) in keys.iter().zip(&ids) {
                     self.model.leased(key, *id);
                 }
-                self.leases.extend(ids);
+                self.leases.extend(keys.iter().cloned().zip(ids));
                 Outcome::Yes
             }
             Err(error) => refused(&error),
@@ -299,6 +379,14 @@ impl Both {
             let running = matches!(slot.state, SlotState::Running { .. });
             assert_eq!(led.count(), usize::from(running));
         }
+        for lease in &self.leases {
+            let (real, model) = self.check(std::slice::from_ref(lease));
+            assert_eq!(real, model, "{lease:?}");
+        }
+        let visits = snapshot.visits.iter();
+        let visits = visits.map(|it| (it.actor.thread.0, it.room, it.inside));
+        let expected = self.model.visits.iter();
+        assert!(visits.eq(expected.map(|it| (it.thread, it.room, it.inside))));
         for (index, event) in snapshot.events.iter().enumerate() {
             assert_eq!(event.seq, snapshot.dropped_events + index as u64);
         }
@@ -319,6 +407,7 @@ proptest! {
             model: Model::default(),
             tickets: vec![],
             leases: vec![],
+            visits: vec![],
         };
         for call in &calls {
             let generations: Vec<_> = both.real.snapshot().slots;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::registry::Observed;
+use distguard_core::rooms::{Room, VisitId};
 use distguard_core::slot::Origin;
 
 /// What happened, without what the model does not predict (tickets, times, texts).
@@ -27,6 +28,14 @@ pub enum Outcome {
     NotReady,
     Done,
     Published(u64),
+    Inherited,
+    /// Who broke the lease; nobody if it was given back.
+    Broken(Option<u64>),
+    Inside,
+    /// Behind those who are inside and in the way, if any.
+    InLine(Vec<u64>),
+    GaveUp(Vec<u64>),
+    VisitOver,
     Yes,
     No,
 }
@@ -62,6 +71,7 @@ pub enum State {
 pub struct Slot {
     pub state: State,
     pub generation: u64,
+    inherited: Option<u64>,
     /// Tells a state from a later one that looks the same.
     stamp: u64,
 }
@@ -76,9 +86,21 @@ pub struct Ask {
     pub observed: Observed,
 }
 
+#[derive(Debug, Clone, PartialEq)]
+pub struct Visit {
+    pub id: VisitId,
+    pub thread: u64,
+    pub room: Room,
+    pub inside: bool,
+}
+
 #[derive(Debug, Default)]
 pub struct Model {
     pub slots: BTreeMap<Key, Slot>,
+    /// By arrival.
+    pub visits: Vec<Visit>,
+    /// Leases that went with their state, and who took it away.
+    broken: BTreeMap<LeaseId, u64>,
     doubts: BTreeMap<u64, (Key, u64)>,
     stamps: u64,
     floor: u64,
@@ -94,6 +116,23 @@ impl Model {
         });
         slot.state = state;
         slot.stamp = stamp;
+    }
+
+    /// The state goes, and whoever held it has not given it back.
+    fn break_leases(&mut self, key: &Key, by: u64) {
+        if let State::Ready(ready) | State::TearingDown { was: ready, .. } = self.state(key) {
+            let broken = ready.leases.into_iter().map(|id| (id, by));
+            self.broken.extend(broken);
+        }
+    }
+
+    fn leader(&self, key: &Key) -> u64 {
+        match self.state(key) {
+            State::Building { thread, .. }
+            | State::Adopting { thread }
+            | State::TearingDown { thread, .. } => thread,
+            other => panic!("nobody leads in {other:?}"),
+        }
     }
 
     fn state(&self, key: &Key) -> State {
@@ -119,9 +158,18 @@ impl Model {
                     self.doubts.insert(ask.thread, doubt);
                     return Outcome::Wait(u64::MAX);
                 }
+                self.break_leases(&ask.key, ask.thread);
                 self.set(&ask.key, State::Idle);
             }
         }
+        // A wait that would come back to the asker is no wait.
+        let wait = |leader| {
+            if self.is_stuck_behind(leader, ask.thread) {
+                Outcome::Deadlock
+            } else {
+                Outcome::Wait(leader)
+            }
+        };
         let generation = self.generation(&ask.key);
         let equal = |tp, otherwise| match (tp == ask.tp, ask.reuse) {
             (false, _) => Outcome::Mismatch,
@@ -129,6 +177,7 @@ impl Model {
             (true, true) => otherwise,
         };
         match self.state(&ask.key) {
+            State::Idle if self.is_inherited(&ask.key, ask.observed) => Outcome::Inherited,
             State::Idle if matches!(ask.observed, Observed::Present(_)) => {
                 let thread = ask.thread;
                 self.set(&ask.key, State::Adopting { thread });
@@ -146,12 +195,26 @@ impl Model {
                     Outcome::Deadlock
                 }
             }
-            State::Building { thread, tp } => equal(tp, Outcome::Wait(thread)),
+            State::Building { thread, tp } => equal(tp, wait(thread)),
             State::TearingDown { thread, .. } if thread == ask.thread => Outcome::Deadlock,
-            State::Adopting { thread } | State::TearingDown { thread, .. } => Outcome::Wait(thread),
+            State::Adopting { thread } | State::TearingDown { thread, .. } => wait(thread),
             State::Ready(ready) => equal(ready.tp, Outcome::Join(generation)),
             State::Poisoned => Outcome::Poisoned,
         }
+    }
+
+    fn is_inherited(&self, key: &Key, observed: Observed) -> bool {
+        let inherited = self.slots.get(key).and_then(|slot| slot.inherited);
+        inherited.is_some_and(|identity| observed == Observed::Present(identity))
+    }
+
+    pub fn inherit(&mut self, key: &Key, identity: u64) {
+        let floor = self.floor;
+        let slot = self.slots.entry(key.clone()).or_insert_with(|| Slot {
+            generation: floor,
+            ..Slot::default()
+        });
+        slot.inherited = Some(identity);
     }
 
     pub fn publish(&mut self, key: &Key, tp: i64, origin: Origin, identity: u64) -> Outcome {
@@ -177,10 +240,12 @@ impl Model {
     }
 
     pub fn poison(&mut self, key: &Key) {
+        self.break_leases(key, self.leader(key));
         self.set(key, State::Poisoned);
     }
 
     pub fn end(&mut self, key: &Key) {
+        self.break_leases(key, self.leader(key));
         self.set(key, State::Idle);
     }
 
@@ -207,8 +272,22 @@ impl Model {
         if held {
             Outcome::Yes
         } else {
+            self.broken.remove(&id);
             Outcome::No
         }
+    }
+
+    /// Yes, or what became of the first lease that is not good.
+    pub fn check(&self, leases: &[(Key, LeaseId)]) -> Outcome {
+        for (key, id) in leases {
+            let by = match self.state(key) {
+                State::Ready(ready) if ready.leases.contains(id) => continue,
+                State::TearingDown { thread, was } if was.leases.contains(id) => Some(thread),
+                _ => self.broken.get(id).copied(),
+            };
+            return Outcome::Broken(by);
+        }
+        Outcome::Yes
     }
 
     pub fn begin_teardown(&mut self, key: &Key, thread: u64, force: bool) -> Outcome {
@@ -258,7 +337,7 @@ impl Model {
         Outcome::Yes
     }
 
-    pub fn reset(&mut self, force: bool) -> Outcome {
+    pub fn reset(&mut self, thread: u64, force: bool) -> Outcome {
         for slot in self.slots.values() {
             match &slot.state {
                 State::Building { thread, .. }
@@ -273,6 +352,7 @@ impl Model {
         let keys: Vec<Key> = self.slots.keys().cloned().collect();
         for key in keys {
             if self.state(&key) != State::Idle {
+                self.break_leases(&key, thread);
                 self.set(&key, State::Idle);
             }
         }

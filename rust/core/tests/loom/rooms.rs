@@ -1,0 +1,176 @@
+//! The room lock: what excludes what, and that nobody is left waiting.
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::Arc;
+
+use distguard_core::enter::Entry;
+use distguard_core::error::Error;
+use distguard_core::registry::Registry;
+use distguard_core::rooms::Room;
+
+use crate::common::{actor, enter, in_line, inside};
+use crate::explore::{all, explore, shared, spawn, Bound, Guarded};
+
+/// Visits a room; a capture changes what the others read.
+fn visit(room: Room, thread: u64, guarded: &Guarded) -> impl FnOnce(&Registry) + 'static {
+    let guarded = guarded.clone();
+    move |registry| {
+        let visit = enter(registry, room, thread).unwrap();
+        match room {
+            Room::Capture => guarded.change(),
+            Room::Forward | Room::Load => guarded.read(),
+        }
+        assert!(registry.leave(visit));
+    }
+}
+
+#[test]
+fn a_capture_and_a_forward_are_never_inside_together() {
+    explore(Bound::None, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let other = spawn(&registry, visit(Room::Capture, 1, &guarded));
+        visit(Room::Forward, 0, &guarded)(&registry);
+        other.join().unwrap();
+        assert!(registry.snapshot().visits.is_empty());
+    });
+}
+
+#[test]
+fn three_threads_with_captures_in_between_all_get_in() {
+    for rooms in [
+        [Room::Capture, Room::Capture, Room::Capture],
+        [Room::Capture, Room::Forward, Room::Load],
+        [Room::Forward, Room::Capture, Room::Capture],
+    ] {
+        explore(Bound::Preemptions { full: 5, short: 3 }, move || {
+            let (registry, guarded) = (shared(), Guarded::default());
+            let others = [1, 2].map(|it| spawn(&registry, visit(rooms[it], it as u64, &guarded)));
+            visit(rooms[0], 0, &guarded)(&registry);
+            all(others);
+            assert!(registry.snapshot().visits.is_empty());
+        });
+    }
+}
+
+#[test]
+fn loads_and_forwards_overlap_and_never_wait() {
+    let overlapped = Arc::new(AtomicBool::new(false));
+    let seen = overlapped.clone();
+    explore(Bound::None, move || {
+        let registry = shared();
+        let seen = seen.clone();
+        let other = spawn(&registry, move |registry| {
+            let forward = inside(registry, Room::Forward, 1);
+            let visits = registry.snapshot().visits;
+            assert!(visits.iter().all(|visit| visit.inside));
+            if visits.len() == 2 {
+                seen.store(true, SeqCst);
+            }
+            assert!(registry.leave(forward));
+        });
+        let load = inside(&registry, Room::Load, 0);
+        assert!(registry.leave(load));
+        other.join().unwrap();
+    });
+    assert!(overlapped.load(SeqCst));
+}
+
+#[test]
+fn a_thread_does_not_wait_for_itself_whoever_is_in_line() {
+    explore(Bound::Preemptions { full: 4, short: 3 }, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let capture = inside(&registry, Room::Capture, 0);
+        let others = [
+            spawn(&registry, visit(Room::Forward, 1, &guarded)),
+            spawn(&registry, visit(Room::Capture, 2, &guarded)),
+        ];
+        let forward = inside(&registry, Room::Forward, 0);
+        guarded.change();
+        assert!(registry.leave(forward));
+        assert!(registry.leave(capture));
+        all(others);
+    });
+}
+
+#[test]
+fn a_forward_that_becomes_a_capture_goes_before_whoever_waits_for_it() {
+    explore(Bound::None, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let forward = inside(&registry, Room::Forward, 0);
+        let other = spawn(&registry, visit(Room::Capture, 1, &guarded));
+        let capture = inside(&registry, Room::Capture, 0);
+        guarded.change();
+        assert!(registry.leave(capture));
+        guarded.change();
+        assert!(registry.leave(forward));
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn of_two_threads_in_forward_that_both_want_to_capture_one_is_refused() {
+    explore(Bound::None, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let upgrade = |thread| {
+            let forward = inside(&registry, Room::Forward, thread);
+            let guarded = guarded.clone();
+            move |registry: &Registry| {
+                let captured = enter(registry, Room::Capture, thread);
+                let refused = match captured {
+                    Ok(capture) => {
+                        guarded.change();
+                        assert!(registry.leave(capture));
+                        0
+                    }
+                    Err(Error::Deadlock { cycle }) => {
+                        guarded.read();
+                        assert_eq!(cycle.len(), 2);
+                        assert_eq!(cycle[0].thread, actor(thread).thread);
+                        1
+                    }
+                    Err(other) => panic!("{other}"),
+                };
+                assert!(registry.leave(forward));
+                refused
+            }
+        };
+        let (own, other) = (upgrade(0), upgrade(1));
+        let other = spawn(&registry, other);
+        let refused = own(&registry) + other.join().unwrap();
+        assert_eq!(refused, 1);
+        assert!(registry.snapshot().visits.is_empty());
+    });
+}
+
+#[test]
+fn whoever_gives_up_in_line_lets_the_next_one_on() {
+    explore(Bound::None, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let _forward = inside(&registry, Room::Forward, 0);
+        let capture = in_line(&registry, Room::Capture, 1);
+        let other = spawn(&registry, visit(Room::Forward, 2, &guarded));
+        let gave_up = registry.room_timed_out(capture, crate::common::FOREVER);
+        assert!(matches!(gave_up, Error::RoomTimeout { .. }));
+        // The first forward is still inside: only the line was in the way.
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn a_visit_that_another_thread_ends_does_not_sleep_on() {
+    explore(Bound::None, || {
+        let registry = shared();
+        let _forward = inside(&registry, Room::Forward, 0);
+        let (visit, entry) = registry.arrive(Room::Capture, &actor(1)).unwrap();
+        let other = spawn(&registry, move |registry| {
+            let mut entry = Ok(entry);
+            while let Ok(Entry::Wait { epoch, .. }) = entry {
+                registry.wait_to_enter(visit, epoch, crate::common::FOREVER);
+                entry = registry.try_enter(visit);
+            }
+            assert_eq!(entry, Err(Error::VisitOver));
+        });
+        assert!(registry.leave(visit));
+        other.join().unwrap();
+    });
+}

@@ -1,0 +1,305 @@
+"""Plants the bugs of rust/core/mutations.toml one at a time and demands that the checkers find them.
+
+    .venv/bin/python verify/mutations.py [--checker CHECKER] [--only NAME] [--short]
+
+Works on a copy in target/mutants/src; each checker has a target folder of its own beside it, so that
+only the core crate is built anew. 1 when a bug survives or cannot be planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Timer
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = ROOT / "target" / "mutants"
+COPY = MUTANTS / "src"
+COPIED = ("Cargo.toml", "Cargo.lock", "rust")
+LIMIT_S = 120
+# Small enough to build fast, fast enough to run.
+PROFILE = {
+    "CARGO_PROFILE_RELEASE_LTO": "off",
+    "CARGO_PROFILE_RELEASE_OPT_LEVEL": "1",
+    "CARGO_PROFILE_RELEASE_INCREMENTAL": "true",
+    "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16",
+    "CARGO_TERM_PROGRESS_WHEN": "never",
+}
+
+
+class SetupError(Exception):
+    """Nothing can be said about a mutation: it does not fit, does not compile, or hangs."""
+
+
+@dataclass(frozen=True)
+class Checker:
+    """One way to look for bugs.
+
+    Attributes:
+        name: as in mutations.toml.
+        targets: which tests cargo builds.
+        environment: while building and running.
+    """
+
+    name: str
+    targets: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+CHECKERS = (
+    Checker(
+        "loom",
+        ("--test", "loom"),
+        {"RUSTFLAGS": "--cfg loom", "DISTGUARD_SHORT": "1", "LOOM_MAX_PREEMPTIONS": "2"},
+    ),
+    Checker(
+        "shuttle",
+        ("--test", "shuttle"),
+        {
+            "RUSTFLAGS": "--cfg shuttle",
+            "DISTGUARD_SCHEDULES": "4000",
+            "SHUTTLE_RANDOM_SEED": "1",
+        },
+    ),
+    # A failing case is not shrunk: nobody looks at it.
+    Checker(
+        "proptest",
+        ("--test", "model_registry"),
+        {"PROPTEST_CASES": "500", "PROPTEST_MAX_SHRINK_ITERS": "0"},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug; see mutations.toml."""
+
+    name: str
+    why: str
+    file: str
+    find: str
+    replace: str
+    caught_by: Sequence[str]
+    missed_by: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise SetupError unless the text is there, once, and the checkers are known."""
+        found = (ROOT / self.file).read_text().count(self.find)
+        if found != 1:
+            raise SetupError(f"{self.name}: its text occurs {found} times in {self.file}, not once")
+        unknown = {*self.caught_by, *self.missed_by} - {checker.name for checker in CHECKERS}
+        if unknown or not self.caught_by:
+            raise SetupError(f"{self.name}: unknown or no checkers {sorted(unknown)}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a checker said.
+
+    Attributes:
+        failed: the first test that failed; None when all passed.
+        seconds: how long that took, without building.
+    """
+
+    failed: str | None
+    seconds: float
+
+
+def read_mutations() -> list[Mutation]:
+    """Read and check mutations.toml."""
+    text = (ROOT / "rust" / "core" / "mutations.toml").read_text()
+    mutations = [Mutation(**entry) for entry in tomllib.loads(text)["mutation"]]
+    for mutation in mutations:
+        mutation.check()
+    return mutations
+
+
+def copy_sources() -> None:
+    """Bring the copy up to date; what is equal keeps its time, so that cargo does not rebuild it."""
+    wanted: set[Path] = set()
+    for name in COPIED:
+        top = ROOT / name
+        for source in [top] if top.is_file() else sorted(top.rglob("*")):
+            if source.is_dir():
+                continue
+            target = COPY / source.relative_to(ROOT)
+            wanted.add(target)
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+    for path in COPY.rglob("*"):
+        if path.is_file() and path not in wanted:
+            path.unlink()
+
+
+@contextmanager
+def planted(mutation: Mutation | None) -> Iterator[None]:
+    """Change the copy for the duration of a block."""
+    if mutation is None:
+        yield
+        return
+    path = COPY / mutation.file
+    before = path.read_text()
+    path.write_text(before.replace(mutation.find, mutation.replace))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def build(checker: Checker, environment: Mapping[str, str]) -> list[Path]:
+    """Build the checker's tests in the copy; return the programs. SetupError if they do not compile."""
+    command = ["cargo", "test", "-q", "--release", "--locked", "-p", "distguard-core", "--no-run"]
+    command += ["--message-format=json", "--target-dir", str(MUTANTS / checker.name)]
+    built = subprocess.run(
+        [*command, *checker.targets],
+        cwd=COPY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    messages = [json.loads(line) for line in built.stdout.splitlines() if line.startswith("{")]
+    if built.returncode != 0:
+        rendered = [
+            it["message"]["rendered"] for it in messages if it["reason"] == "compiler-message"
+        ]
+        raise SetupError("does not compile:\n" + "".join(rendered) + built.stderr)
+    programs = [it.get("executable") for it in messages if it["reason"] == "compiler-artifact"]
+    return [Path(it) for it in programs if it]
+
+
+def first_failure(program: Path, environment: Mapping[str, str]) -> str | None:
+    """Run a test program until its first failure; return that test's name. SetupError if it hangs."""
+    process = subprocess.Popen(
+        [str(program), "--test-threads=1"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    hung: list[bool] = []
+
+    def stop() -> None:
+        hung.append(True)
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = Timer(LIMIT_S, stop)
+    timer.start()
+    running = "?"
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if begun := re.match(r"test (\S+)(?: - should panic)? \.\.\. ?", line):
+                running = begun[1]
+            if line.rstrip().endswith("FAILED") and begun:
+                return running
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if hung:
+        raise SetupError(f"{running} hung for {LIMIT_S} s")
+    # A panic while panicking ends the program in the middle of a test.
+    return running if code != 0 else None
+
+
+def judge(checker: Checker, mutation: Mutation | None) -> Verdict:
+    """Let a checker look at the copy with the bug in it, or as it is."""
+    environment = {**os.environ, **PROFILE, **checker.environment}
+    with planted(mutation):
+        programs = build(checker, environment)
+        begun = time.perf_counter()
+        failed = None
+        for program in programs:
+            failed = failed or first_failure(program, environment)
+        return Verdict(failed, time.perf_counter() - begun)
+
+
+def chosen(
+    mutations: Sequence[Mutation], checker: Checker, only: str | None, short: bool
+) -> list[tuple[Mutation, bool]]:
+    """The mutations for a checker, each with whether it has to be caught."""
+    named = [it for it in mutations if only in (None, it.name)]
+    caught = [(it, True) for it in named if checker.name in it.caught_by]
+    if short:
+        return caught[:1]
+    return caught + [(it, False) for it in named if checker.name in it.missed_by]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; 1 when anything is not as mutations.toml says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--checker", choices=[it.name for it in CHECKERS], help="only this one")
+    parser.add_argument("--only", metavar="NAME", help="only this mutation")
+    parser.add_argument("--short", action="store_true", help="one mutation per checker")
+    options = parser.parse_args(arguments)
+    try:
+        mutations = read_mutations()
+    except (SetupError, TypeError) as error:
+        print(f"mutations.toml: {error}", file=sys.stderr)
+        return 1
+    if options.only and options.only not in [it.name for it in mutations]:
+        print(f"unknown mutation {options.only}", file=sys.stderr)
+        return 2
+    copy_sources()
+    work: list[tuple[Checker, Mutation | None, bool]] = []
+    for checker in CHECKERS:
+        if options.checker not in (None, checker.name):
+            continue
+        jobs = chosen(mutations, checker, options.only, options.short)
+        if jobs:
+            work.append((checker, None, False))
+            work += [(checker, mutation, caught) for mutation, caught in jobs]
+    return run(work)
+
+
+def run(work: Sequence[tuple[Checker, Mutation | None, bool]]) -> int:
+    """Do the work, print a line for each; 1 when anything is not as it has to be."""
+    begun = time.perf_counter()
+    caught_by: dict[str, int] = {}
+    wrong = 0
+    with tqdm(work, unit="run", disable=None) as bar:
+        for checker, mutation, must_catch in bar:
+            name = mutation.name if mutation else "unmutated"
+            bar.set_description(f"{checker.name} {name}")
+            try:
+                verdict = judge(checker, mutation)
+            except SetupError as error:
+                wrong += 1
+                tqdm.write(f"{checker.name}: {name}: NOT TESTED: {error}")
+                continue
+            in_time = f"in {verdict.seconds:.1f} s"
+            if verdict.failed is None:
+                word = "SURVIVED" if must_catch else "passes" if mutation is None else "is not seen"
+                tqdm.write(f"{checker.name}: {name}: {word} {in_time}")
+            else:
+                tqdm.write(f"{checker.name}: {name}: caught by {verdict.failed} {in_time}")
+                caught_by[checker.name] = caught_by.get(checker.name, 0) + must_catch
+            wrong += (verdict.failed is not None) != must_catch
+    counts = ", ".join(f"{count} by {name}" for name, count in caught_by.items())
+    minutes = (time.perf_counter() - begun) / 60
+    print(f"{len(work)} runs in {minutes:.1f} min, caught: {counts or 'none'}; {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
