@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import sglang_distguard
-from registry_calls import acquire, leader_of, until, waits_for
+from registry_calls import acquire, leader_of, state_of, until, waits_for
 from sglang_distguard import _core, journal
 from sglang_distguard.errors import AcquireTimeout, PoisonedState, SpecMismatch
 
@@ -147,6 +147,20 @@ def test_poisoned_state_is_refused_until_reset() -> None:
     claim = acquire("groups:poisoned")
     assert claim.decision == "lead"
     claim.fail("done")
+
+
+def test_a_teardown_that_is_dropped_before_it_starts_leaves_the_state_and_after_that_poisons_it() -> (
+    None
+):
+    acquire("groups:torn").publish(identity=1, resource=None)
+    teardown = _core.begin_teardown("groups:torn", runner=None, force=False)
+    del teardown
+    assert state_of("groups:torn")["state"] == "ready"
+    teardown = _core.begin_teardown("groups:torn", runner=None, force=False)
+    teardown.start()
+    del teardown
+    assert state_of("groups:torn")["state"] == "poisoned"
+    _core.reset(force=False)
 
 
 def test_a_key_that_is_none_is_refused() -> None:

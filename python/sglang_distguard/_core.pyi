@@ -170,12 +170,17 @@ class Claim:
 
 @final
 class Teardown:
-    """State that is closed for teardown. Dropped without a result, it is poisoned."""
+    """State that is closed for teardown.
+
+    Dropped without a result (an interrupt may come at any moment) it is as it was before ``start``,
+    and poisoned after.
+    """
 
     @property
     def origin(self) -> Literal["created", "adopted"] | None: ...
     @property
     def resource(self) -> Any: ...
+    def start(self) -> None: ...
     def end(self) -> None: ...
     def cancel(self, reason: str) -> None:
         """Give the state back as it was, leases and all."""

@@ -14,6 +14,7 @@ from sglang_distguard.arguments import check, check_ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.installation import is_installed
 from sglang_distguard.runners import activate, find_handle
+from sglang_distguard.scoping import context_snapshot
 from sglang_distguard.settings import check_flag, check_whole, shown
 
 if TYPE_CHECKING:
@@ -240,12 +241,9 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
         get_device,
         publish,
         restore_context,
-        snapshot_context,
     )
 
-    before, context = _core.current_scope(), snapshot_context()
-    # 0.5.23 keeps the stamp itself, not a copy, and writes into it.
-    context["__parallel__"]["_stamp"] = dict(context["__parallel__"]["_stamp"])
+    before, context = _core.current_scope(), context_snapshot()
     publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
     scope = _core.current_scope()
     try:

@@ -20,12 +20,14 @@ class DistGuardError(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (executors, multiprocessing); keyword facts must too.
-        return _rebuild, (type(self), str(self), self.details)
+        notes = getattr(self, "__notes__", None)
+        state = {"__notes__": list(notes)} if notes else None
+        return _rebuild, (type(self), str(self), self.details), state
 
 
 def stack_of(thread: int | None) -> str:
     """The current Python stack of a thread, innermost call last; empty when it has ended."""
-    frame = sys._current_frames().get(thread) if thread is not None else None
+    frame = sys._current_frames().get(thread) if isinstance(thread, int) else None
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
@@ -83,9 +85,10 @@ class ForkedError(DistGuardError):
 
 
 class NotSupported(DistGuardError, NotImplementedError):
-    """The installed SGLang lacks something distguard rests on. Nothing was patched.
+    """The installed SGLang lacks something distguard rests on, or a request is beyond it.
 
-    ``details``: ``sglang`` (installed version), ``missing`` (what was looked for), ``module``.
+    Nothing was patched or built. ``details``: ``sglang`` (installed version), ``missing`` (what
+    was looked for) and ``module``, or what was requested.
     """
 
 

@@ -105,7 +105,7 @@ def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
     """
     try:
         handle = find_handle(runner)
-    except AttributeError:  # its ``__dict__`` is no dict
+    except Exception:  # its ``__dict__`` is no dict, or raises
         handle = None
     if not isinstance(handle, _core.RunnerHandle):
         raise TypeError(

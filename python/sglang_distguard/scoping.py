@@ -29,6 +29,18 @@ def accessor(module: str, name: str) -> _core.ScopedGlobal:
     return found
 
 
+def context_snapshot() -> dict[str, Any]:
+    """SGLang's own `snapshot_context` of the current scope, for its `restore_context`.
+
+    0.5.23 keeps the stamp itself, not a copy, and writes into it afterwards.
+    """
+    snapshot = vars(sys.modules[CONTEXT_MODULE])["snapshot_context"]()
+    parallel = snapshot.get("__parallel__", {})
+    if "_stamp" in parallel:
+        parallel["_stamp"] = dict(parallel["_stamp"])
+    return snapshot
+
+
 @contextmanager
 def scope_active(scope: Optional[_core.Scope]) -> Iterator[None]:
     """Make ``scope`` current in the calling thread or task for a with block."""

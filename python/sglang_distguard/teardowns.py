@@ -42,6 +42,8 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
         raise
     token = _active.set({**outer, **begun})
     try:
+        for state in begun.values():
+            state.start()
         yield tuple(_active.get()[key] for key in keys)
     except BaseException as error:
         for state in begun.values():

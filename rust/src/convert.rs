@@ -45,10 +45,12 @@ pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
     })
 }
 
-/// What tells a live object from others.
-pub fn identity(identity: &Bound<'_, PyInt>) -> PyResult<u64> {
-    let found = identity.extract();
-    found.map_err(|_| PyValueError::new_err("identity must be an integer from 0 to 2**64 - 1"))
+/// The argument `name`, which must fit.
+pub fn whole(name: &str, value: &Bound<'_, PyInt>) -> PyResult<u64> {
+    let found = value.extract();
+    found.map_err(|_| {
+        PyValueError::new_err(format!("{name} must be an integer from 0 to 2**64 - 1"))
+    })
 }
 
 /// How deep lists may be nested in a field: one that holds itself has no end.

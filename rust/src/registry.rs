@@ -2,7 +2,7 @@
 //! The loop around `try_acquire` and `wait` is Python's: a thread that CPython ends at exit while
 //! it runs Python must have no frame of ours below it (see `exit`).
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -78,7 +78,7 @@ impl Claim {
         resource: Py<PyAny>,
         spec: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
-        let identity = convert::identity(identity)?;
+        let identity = convert::whole("identity", identity)?;
         let spec = match spec {
             Some(fields) => convert::spec(fields)?,
             None => self.spec.clone(),
@@ -181,7 +181,9 @@ impl Request {
         py: Python<'_>,
         identity: Option<&Bound<'_, PyInt>>,
     ) -> PyResult<Option<Claim>> {
-        let identity = identity.map(convert::identity).transpose()?;
+        let identity = identity
+            .map(|it| convert::whole("identity", it))
+            .transpose()?;
         self.wish().observed = identity.map_or(Observed::Absent, Observed::Present);
         let wish = self.now();
         let step = registry().try_acquire(&wish);
@@ -248,6 +250,7 @@ pub struct Teardown {
     key: Key,
     origin: Option<Origin>,
     resource: Option<Py<PyAny>>,
+    started: AtomicBool,
     ticket: Mutex<Option<Ticket>>,
 }
 
@@ -269,6 +272,11 @@ impl Teardown {
     #[getter]
     fn resource(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.resource.as_ref().map(|value| value.clone_ref(py))
+    }
+
+    /// From here on the state is no longer whole until `end`.
+    fn start(&self) {
+        self.started.store(true, Ordering::Relaxed);
     }
 
     fn end(&self) {
@@ -296,7 +304,12 @@ impl Teardown {
 impl Drop for Teardown {
     fn drop(&mut self) {
         if let Some(ticket) = self.take() {
-            registry().poison(ticket, "the teardown ended without a result");
+            let reason = "the teardown ended without a result";
+            if self.started.load(Ordering::Relaxed) {
+                registry().poison(ticket, reason);
+            } else {
+                registry().fail(ticket, reason);
+            }
         }
     }
 }
@@ -322,6 +335,7 @@ pub fn begin_teardown(
         key,
         origin,
         resource: resource.filter(|_| ticket.is_some()),
+        started: AtomicBool::new(false),
         ticket: Mutex::new(ticket),
     })
 }
@@ -348,7 +362,7 @@ pub fn start_afresh() {
 /// The object `identity` of `key` came over a fork: requests that see it are refused.
 #[pyfunction]
 pub fn inherit(key: &str, identity: &Bound<'_, PyInt>) -> PyResult<()> {
-    registry().inherit(&convert::key(key)?, convert::identity(identity)?);
+    registry().inherit(&convert::key(key)?, convert::whole("identity", identity)?);
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use distguard_core::scopes::{Publish, ScopeId, ScopeLedger, DEFAULT};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyString, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::{PyDict, PyInt, PyString, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{intern, PyTraverseError, PyVisit};
 
 use crate::convert;
@@ -307,11 +307,15 @@ fn current_id(py: Python<'_>) -> PyResult<ScopeId> {
 
 /// Which scope a `publish` of the calling thread configures, and whether that is a fresh one.
 #[pyfunction]
-pub fn choose_scope(
-    py: Python<'_>,
+pub fn choose_scope<'py>(
+    py: Python<'py>,
     label: String,
-    live_threads: Vec<u64>,
-) -> PyResult<(Option<Bound<'_, Scope>>, bool)> {
+    live_threads: Vec<Bound<'py, PyInt>>,
+) -> PyResult<(Option<Bound<'py, Scope>>, bool)> {
+    let live_threads = live_threads.iter();
+    let live_threads: Vec<u64> = live_threads
+        .map(|thread| convert::whole("live_threads", thread))
+        .collect::<PyResult<_>>()?;
     let (now, thread) = (current_id(py)?, convert::thread_id(py)?);
     let choice = process::scopes()
         .with(|ledger| ledger.publish(now, thread, |other| live_threads.contains(&other.0)));
@@ -333,7 +337,8 @@ pub fn abandon_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResul
 
 /// The current scope uses this generation of `key` from now on.
 #[pyfunction]
-pub fn note_joined(py: Python<'_>, key: &str, generation: u64) -> PyResult<()> {
+pub fn note_joined(py: Python<'_>, key: &str, generation: &Bound<'_, PyInt>) -> PyResult<()> {
+    let generation = convert::whole("generation", generation)?;
     let (key, scope) = (convert::key(key)?, current_id(py)?);
     process::scopes().with(|ledger| ledger.join(scope, key, generation));
     Ok(())

@@ -9,7 +9,12 @@ from typing import Any
 
 from sglang_distguard import _core, settings
 from sglang_distguard.patching import Around, Needs
-from sglang_distguard.scoping import CONTEXT_MODULE, scope_active, scope_of_context
+from sglang_distguard.scoping import (
+    CONTEXT_MODULE,
+    context_snapshot,
+    scope_active,
+    scope_of_context,
+)
 
 
 def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +38,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 _core.adopt_scope(previous)
                 raise
-        before = namespace["snapshot_context"]()
+        before = context_snapshot()
         try:
             return original(*args, **kwargs)
         except BaseException:

@@ -83,7 +83,6 @@ impl Inner {
                     leader: by,
                     since,
                     epoch: self.epoch,
-                    slow: false,
                 });
             }
             self.forget_changed(request, now);
@@ -119,8 +118,7 @@ impl Inner {
                     self.note(request, Decision::Wait, format!("for {leader}"), now);
                 }
                 let took = now.saturating_sub(since);
-                let slow = took >= request.slow_after && self.slot_mut(&request.key).call_slow();
-                if slow {
+                if took >= request.slow_after && self.slot_mut(&request.key).call_slow() {
                     let waiter = &request.actor;
                     let detail = format!("for {:.1} s, {waiter} waits", took.as_secs_f64());
                     let event = Event::new(now, &request.key, &leader, Decision::Slow);
@@ -130,7 +128,6 @@ impl Inner {
                     leader,
                     since,
                     epoch: self.epoch,
-                    slow,
                 })
             }
             Verdict::Refuse(error) => {

@@ -35,7 +35,7 @@ pub struct Request {
     pub observed: Observed,
     /// How long the caller has waited so far; zero until it was first told to wait.
     pub waited: Duration,
-    /// How long a leader may take before one waiter is told that it is slow.
+    /// How long a leader may take before it is recorded as slow, once per lead.
     pub slow_after: Duration,
 }
 
@@ -62,7 +62,5 @@ pub enum Step {
         since: Duration,
         /// What `wait` compares with.
         epoch: u64,
-        /// The leader has taken longer than `slow_after`; true for one waiter, once per lead.
-        slow: bool,
     },
 }
