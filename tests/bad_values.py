@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -158,3 +158,11 @@ def is_refused(call: Callable[[], Any], *named: str) -> bool:
     after = state()
     assert after == before, {key: (before[key], after[key]) for key in before}
     return True
+
+
+def report() -> Iterator[None]:
+    """A fixture that says how many calls a module made; `make verify` shows it."""
+    before = (counted.calls, counted.refused)
+    yield
+    calls, refused = counted.calls - before[0], counted.refused - before[1]
+    print(f"\ncounted: {calls} calls with random settings, {refused} of them refused")

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,11 +20,11 @@ from bad_values import (
     WRONG,
     WRONG_FLAG,
     Chosen,
-    counted,
     is_count,
     is_refused,
     is_seconds,
     one_wrong,
+    report,
     some,
     state,
     tried,
@@ -39,13 +39,7 @@ from sglang_distguard.testing import server_args
 Model = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def count() -> Iterator[None]:
-    """Says how many calls there were; `make verify` shows it."""
-    before = (counted.calls, counted.refused)
-    yield
-    calls, refused = counted.calls - before[0], counted.refused - before[1]
-    print(f"\ncounted: {calls} calls with random settings, {refused} of them refused")
+count = pytest.fixture(scope="module", autouse=True)(report)
 
 
 INSTALL = ("reuse", "timeout", "slow_after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Optional
 
 import pytest
@@ -12,9 +12,9 @@ from bad_values import (
     WRONG_FLAG,
     WRONG_TEXT,
     Chosen,
-    counted,
     is_refused,
     one_wrong,
+    report,
     some,
     state,
     tried,
@@ -24,14 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang_distguard import _core
 
-
-@pytest.fixture(scope="module", autouse=True)
-def count() -> Iterator[None]:
-    """Says how many calls there were; `make verify` shows it."""
-    before = (counted.calls, counted.refused)
-    yield
-    calls, refused = counted.calls - before[0], counted.refused - before[1]
-    print(f"\ncounted: {calls} calls with random settings, {refused} of them refused")
+count = pytest.fixture(scope="module", autouse=True)(report)
 
 
 # The native module. What it takes is of the right type already when our own code calls it.

@@ -39,26 +39,27 @@ def test_a_thread_that_asks_again_for_what_it_initialises_is_told_at_once() -> N
     claim.fail("done")
 
 
-def test_two_threads_that_wait_for_each_others_keys_are_told_at_once() -> None:
-    both = threading.Barrier(2)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_of_threads_that_wait_for_each_other_in_a_ring_one_is_told_at_once(threads: int) -> None:
+    all_lead = threading.Barrier(threads)
     results: list[str] = []
 
-    def work(first: str, second: str) -> None:
-        claim = acquire(first)
-        both.wait()
+    def work(own: str, wanted: str) -> None:
+        claim = acquire(own)
+        all_lead.wait()
         try:
-            acquire(second).fail("not needed")
+            acquire(wanted).fail("not needed")
             results.append("went on")
         except DeadlockError as error:
             results.append(f"deadlock of {len(error.details['cycle'])}")
         finally:
             claim.fail("done")
 
-    run_in_threads(
-        lambda: work("groups:a", "groups:b"),
-        lambda: work("groups:b", "groups:a"),
-    )
-    assert sorted(results) == ["deadlock of 2", "went on"]
+    names = [f"groups:{number}" for number in range(threads)]
+    pairs = zip(names, names[1:] + names[:1], strict=True)
+    run_in_threads(*(lambda pair=pair: work(*pair) for pair in pairs))
+    assert sorted(results) == [f"deadlock of {threads}"] + ["went on"] * (threads - 1)
+    assert not any(waits_for(name)() for name in names)
 
 
 def test_a_cycle_over_a_key_and_a_room_names_both() -> None:
@@ -215,30 +216,3 @@ def test_sglangs_own_nesting_is_no_deadlock(guard: None, model: Any) -> None:
     decisions = [event["decision"] for event in events if event["seq"] > before]
     assert "lead" in decisions
     assert "deadlock" not in decisions
-
-
-def test_three_threads_in_a_ring_are_told() -> None:
-    ready = threading.Barrier(3)
-    results: list[str] = []
-
-    def work(own: str, wanted: str) -> None:
-        claim = acquire(own)
-        ready.wait()
-        try:
-            acquire(wanted).fail("not needed")
-            results.append("went on")
-        except DeadlockError as error:
-            results.append(f"deadlock of {len(error.details['cycle'])}")
-        finally:
-            claim.fail("done")
-
-    names = ["groups:1", "groups:2", "groups:3"]
-    run_in_threads(
-        *(
-            lambda own=own, wanted=wanted: work(own, wanted)
-            for own, wanted in zip(names, names[1:] + names[:1], strict=True)
-        )
-    )
-    assert results.count("deadlock of 3") == 1
-    assert results.count("went on") == 2
-    assert not any(waits_for(name)() for name in names)
