@@ -103,7 +103,9 @@ def latency(wait: Callable[[], None], trials: int) -> list[float]:
 
 
 def main() -> None:
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 25
+    # A shell that started us in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"milliseconds from SIGINT to KeyboardInterrupt, {trials} trials each: median, maximum")
     waits = {
         "key": wait_for_a_key,

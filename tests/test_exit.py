@@ -111,6 +111,8 @@ def test_control_c_ends_a_process_that_waits() -> None:
         textwrap.dedent(WAITING)
         + textwrap.dedent("""
             import os, signal
+            # A shell that started us in the background has it ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             def interrupt():
                 until(lambda: state_of("groups:never")["waiters"] == 1)
                 os.kill(os.getpid(), signal.SIGINT)

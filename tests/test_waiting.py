@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 import sglang_distguard
@@ -42,7 +43,15 @@ def test_an_unequal_request_is_refused_while_the_leader_is_still_at_it() -> None
         acquire("groups:unequal", size=2)
 
 
-def test_control_c_ends_a_wait_and_leaves_nothing_behind() -> None:
+@pytest.fixture
+def control_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also when a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_control_c_ends_a_wait_and_leaves_nothing_behind(control_c: None) -> None:
     def interrupt_when_it_waits() -> None:
         until(waits_for("groups:signal"))
         os.kill(os.getpid(), signal.SIGINT)
