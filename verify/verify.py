@@ -98,11 +98,11 @@ STEPS = (
     ),
     Step(
         "faults",
-        "fork, exit, interrupt, deadlock and teardown, twice in a row",
+        "fork, exit, interrupt, deadlock and teardown, three times in a row",
         (
             *PYTEST,
             "--keep-duplicates",
-            *[f"tests/test_{name}.py" for name in _FAULTS * 2],
+            *[f"tests/test_{name}.py" for name in _FAULTS * 3],
         ),
         _PYTHON,
     ),
