@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust test-models test-python lint format stress verify clean
+.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,13 +41,12 @@ test-rust: setup
 	@cargo test -q -p distguard-core
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
-LOOM := RUSTFLAGS="--cfg loom" cargo test -q --release -p distguard-core --target-dir target/loom --test loom
-SHUTTLE := RUSTFLAGS="--cfg shuttle" cargo test -q --release -p distguard-core --target-dir target/shuttle --test shuttle
+loom shuttle:
+	@RUSTFLAGS="--cfg $@" cargo test -q --release -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
 
 test-models: setup
 	@echo "test 2/3: model checkers in short form, and one planted bug for each of them"
-	@DISTGUARD_SHORT=1 $(LOOM)
-	@$(SHUTTLE)
+	@DISTGUARD_SHORT=1 $(MAKE) -s loom shuttle
 	@$(BIN)/python verify/mutations.py --short
 
 test-python: setup

@@ -52,9 +52,9 @@ RUNNERS = """
 """
 
 
-def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``program`` in a new interpreter."""
-    text = f"CACHE = {str(TESTS.parent / '.cache')!r}\n{textwrap.dedent(program)}"
+def run(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a new interpreter."""
+    text = f"CACHE = {str(TESTS.parent / '.cache')!r}\n{''.join(map(textwrap.dedent, parts))}"
     return subprocess.run(
         [sys.executable, "-c", text],
         env={**os.environ, "PYTHONPATH": str(TESTS), "PYTHONFAULTHANDLER": "1", **environment},
@@ -68,24 +68,24 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("attempt", range(5))
 def test_daemon_threads_that_wait_are_left_where_they_are(attempt: int) -> None:
     result = run(
-        textwrap.dedent(WAITING)
-        + textwrap.dedent("""
+        WAITING,
+        """
             for work in works:
                 threading.Thread(target=work, daemon=True).start()
             until(all_wait)
-            """)
+            """,
     )
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_threads_that_the_interpreter_waits_for_are_told_and_end() -> None:
     result = run(
-        textwrap.dedent(WAITING)
-        + textwrap.dedent("""
+        WAITING,
+        """
             for work in works:
                 threading.Thread(target=work).start()
             until(all_wait)
-            """)
+            """,
     )
     assert result.returncode == 0
     assert result.stderr.count("gave up waiting for groups:never: the interpreter is exiting") == 4
@@ -95,21 +95,21 @@ def test_threads_that_the_interpreter_waits_for_are_told_and_end() -> None:
 
 def test_tasks_of_executors_that_wait_are_told_and_end() -> None:
     result = run(
-        textwrap.dedent(WAITING)
-        + textwrap.dedent("""
+        WAITING,
+        """
             from concurrent.futures import ThreadPoolExecutor
             pool = ThreadPoolExecutor(len(works))
             tasks = [pool.submit(work) for work in works]
             until(all_wait)
-            """)
+            """,
     )
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_control_c_ends_a_process_that_waits() -> None:
     result = run(
-        textwrap.dedent(WAITING)
-        + textwrap.dedent("""
+        WAITING,
+        """
             import os, signal
             # A shell that started us in the background has it ignored.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -127,7 +127,7 @@ def test_control_c_ends_a_process_that_waits() -> None:
             leads.wait()
             threading.Thread(target=interrupt).start()
             acquire("groups:never", timeout=300)
-            """)
+            """,
     )
     assert result.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in result.stderr
@@ -142,8 +142,8 @@ def test_runners_that_were_never_closed_leave_without_a_word(cache: Path) -> Non
 def test_daemon_threads_in_the_middle_of_forwards_do_not_crash_the_exit(cache: Path) -> None:
     """Without `begin_exit` torch aborts ("terminate called …"), four times of four (3.11, 2.14.1)."""
     result = run(
-        textwrap.dedent(RUNNERS)
-        + textwrap.dedent("""
+        RUNNERS,
+        """
             rounds = threading.Barrier(3)
             def forward_for_ever(runner):
                 first = True
@@ -156,7 +156,7 @@ def test_daemon_threads_in_the_middle_of_forwards_do_not_crash_the_exit(cache: P
                 threading.Thread(target=forward_for_ever, args=(runner,), daemon=True).start()
             rounds.wait()
             print("forwarding")
-            """)
+            """,
     )
     assert (result.returncode, result.stdout) == (0, "forwarding\n"), result.stderr
     assert own_messages(result.stderr) == []

@@ -244,7 +244,7 @@ def test_a_swapped_group_is_reported_and_not_used(
 def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
     guard: None, model: Model
 ) -> None:
-    """Joined at one generation, constructed at the next: the groups it refers to are dead."""
+    """Joined at one generation, constructed later: the groups it refers to are dead."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang_distguard import build as steps_of_build
@@ -252,12 +252,8 @@ def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
     args = server_args(model("gpt2"))
     steps_of_build._initialise(args, 0, None)
     sglang_distguard.teardown()
-    others: list[Any] = []
-    thread = threading.Thread(target=lambda: others.append(build(model, "somebody else's")))
-    thread.start()
-    thread.join()
-    assert slot("groups")["generation"] > 0
-    with pytest.raises(DistGuardError, match="rebuilt since it was joined"):
+
+    def construct() -> None:
         ModelRunner(
             model_config=ModelConfig.from_server_args(args),
             mem_fraction_static=0.5,
@@ -265,6 +261,16 @@ def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
             nccl_port=0,
             server_args=args,
         )
+
+    with pytest.raises(DistGuardError, match="world cannot be held: it is not initialised"):
+        construct()
+    others: list[Any] = []
+    thread = threading.Thread(target=lambda: others.append(build(model, "somebody else's")))
+    thread.start()
+    thread.join()
+    assert slot("groups")["generation"] > 0
+    with pytest.raises(DistGuardError, match="rebuilt since it was joined"):
+        construct()
     sglang_distguard.close(others[0])
 
 

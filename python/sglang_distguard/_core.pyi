@@ -22,6 +22,7 @@ __all__ = [
     "depth",
     "enter",
     "forget",
+    "has_joined",
     "inherit",
     "is_ready",
     "leave",
@@ -217,6 +218,9 @@ def leave(token: Token[Scope | None] | None, /) -> int: ...
 def depth() -> int: ...
 def note_joined(key: str, generation: int) -> None:
     """The current scope uses this generation of ``key`` from now on."""
+
+def has_joined(key: str) -> bool:
+    """Whether the current scope has joined ``key``, be it torn down since or not."""
 
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...

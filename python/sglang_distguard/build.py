@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
@@ -13,7 +12,7 @@ from sglang_distguard import _core, settings
 from sglang_distguard.arguments import check, check_ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.installation import is_installed
-from sglang_distguard.runners import activate, find_handle
+from sglang_distguard.runners import activate, find_handle, name_of_model
 from sglang_distguard.scoping import context_snapshot
 from sglang_distguard.settings import check_flag, check_whole, shown
 
@@ -169,7 +168,7 @@ def build_runners(
 def _attempt(request: BuildRequest, index: int) -> BuildResult:
     import time
 
-    name = request.name or f"{_name_of_model(request.server_args)}-{index}"
+    name = request.name or f"{name_of_model(request.server_args)}-{index}"
     start = time.perf_counter()
     runner, failure = None, None
     try:
@@ -185,13 +184,6 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
         error.add_note(f"while building runner {name!r}")
         failure = error
     return BuildResult(name, runner, failure, time.perf_counter() - start)
-
-
-def _name_of_model(server_args: object) -> str:
-    """The last part of the model's path as it may stand in a runner's name."""
-    path = str(getattr(server_args, "model_path", "")).rstrip("/")
-    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
-    return name.strip()[: settings.MAX_NAME // 2] or "runner"
 
 
 def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[BuildRequest]:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_distguard import _core, settings
+from sglang_distguard import _core, default_dtype, settings
 from sglang_distguard.groups import GROUPS, WORLD
-from sglang_distguard.scoping import scope_active
 from sglang_distguard.targets.expert_location import experts_key
 
 if TYPE_CHECKING:
@@ -31,8 +30,9 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     The leases end with ``close``, or when the runner is garbage-collected.
     """
     scope = _core.current_scope()
-    name = settings.current().name or _default_name(runner, args, kwargs)
-    keys = [key for key in (WORLD, GROUPS) if _core.is_ready(key)]
+    name = settings.current().name or _default_name(args, kwargs)
+    # What this scope joined and was torn down since is asked for, too: to be refused.
+    keys = [key for key in (WORLD, GROUPS) if _core.is_ready(key) or _core.has_joined(key)]
     handle = _core.RunnerHandle(name, scope, keys)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
         scope.label = name
@@ -63,10 +63,17 @@ def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
         LeaseBroken: what it was built on was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
-    handle = handle_of(runner)
-    handle.check()
-    with scope_active(handle.scope):
+    token = handle_of(runner).enter()
+    try:
         yield runner
+    finally:
+        leave(token)
+
+
+def leave(token: Any) -> None:
+    """Undo ``RunnerHandle.enter``; the thread's default dtype is torch's again outside of all."""
+    if _core.leave(token) == 0:
+        default_dtype.reset_thread()
 
 
 @contextmanager
@@ -115,8 +122,14 @@ def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
     return handle
 
 
-def _default_name(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def _default_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     config = args[0] if args else kwargs.get("model_config")
-    path = str(getattr(config, "model_path", "") or type(runner).__name__)
     role = "-draft" if kwargs.get("is_draft_worker") else ""
-    return f"{os.path.basename(path.rstrip('/')) or 'runner'}{role}-{next(_numbers)}"
+    return f"{name_of_model(config)}{role}-{next(_numbers)}"
+
+
+def name_of_model(config: object) -> str:
+    """The last part of ``config.model_path`` as it may stand in a runner's name."""
+    path = str(getattr(config, "model_path", "")).rstrip("/")
+    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
+    return name.strip()[: settings.MAX_NAME // 2] or "runner"

@@ -97,13 +97,13 @@ def choose(
         TypeError, ValueError: an argument or environment variable is not usable.
     """
     base = _installed if again else Settings()
-    if not again:
-        from_environment = {
-            "reuse": reuse_from_environment(),
-            "timeout": seconds_from_environment(TIMEOUT_VARIABLE),
-            "slow_after": seconds_from_environment(SLOW_VARIABLE),
-        }
-        base = replace(base, **{k: v for k, v in from_environment.items() if v is not None})
+    # A variable is not looked at where an argument is given: that wins, also over a mistyped one.
+    if reuse is None and not again:
+        reuse = reuse_from_environment()
+    if timeout is None and not again:
+        timeout = seconds_from_environment(TIMEOUT_VARIABLE)
+    if slow_after is None and not again:
+        slow_after = seconds_from_environment(SLOW_VARIABLE)
     if reuse is not None:
         base = replace(base, reuse=check_flag("reuse", reuse))
     if timeout is not None:

@@ -9,6 +9,7 @@ mod room;
 mod runner;
 mod scope;
 mod scoped_global;
+mod sync;
 
 use pyo3::prelude::*;
 
@@ -28,8 +29,8 @@ mod _core {
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
-        abandon_scope, adopt_scope, choose_scope, current_scope, depth, enter, leave, live_runners,
-        live_scopes, new_scope, note_joined, switch, switch_back, Scope,
+        abandon_scope, adopt_scope, choose_scope, current_scope, depth, enter, has_joined, leave,
+        live_runners, live_scopes, new_scope, note_joined, switch, switch_back, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

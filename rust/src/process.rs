@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use distguard_core::clock::SystemClock;
 use distguard_core::events::Event;
@@ -11,6 +11,8 @@ use distguard_core::key::Key;
 use distguard_core::registry::Registry;
 use distguard_core::scopes::Scopes;
 use pyo3::prelude::*;
+
+use crate::sync::lock;
 
 struct Process {
     registry: Registry,
@@ -76,8 +78,7 @@ pub fn scopes() -> &'static Scopes {
 
 /// Each event is returned once, also when several threads ask at the same time.
 pub fn take_events() -> Vec<Event> {
-    let untaken = process().untaken.lock();
-    let mut untaken = untaken.unwrap_or_else(PoisonError::into_inner);
+    let mut untaken = lock(&process().untaken);
     let events = registry().events_since(*untaken);
     if let Some(last) = events.last() {
         *untaken = last.seq + 1;
@@ -86,8 +87,7 @@ pub fn take_events() -> Vec<Event> {
 }
 
 fn resources() -> MutexGuard<'static, HashMap<Key, Py<PyAny>>> {
-    let resources = process().resources.lock();
-    resources.unwrap_or_else(PoisonError::into_inner)
+    lock(&process().resources)
 }
 
 /// What the leader of `key` published for joiners, while it can be joined.

@@ -3,7 +3,7 @@
 //! it runs Python must have no frame of ours below it (see `exit`).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use distguard_core::key::Key;
@@ -20,6 +20,7 @@ use crate::errors::to_python;
 use crate::exit::{self, wait_detached};
 use crate::process::{self, registry};
 use crate::scope;
+use crate::sync::lock;
 
 /// What was decided, and for a leader the duty to publish, fail or poison.
 #[pyclass(frozen, module = "sglang_distguard._core")]
@@ -32,13 +33,6 @@ pub struct Claim {
     generation: AtomicU64,
     /// Taken by whichever of publish, fail, poison and drop comes first.
     ticket: Mutex<Option<Ticket>>,
-}
-
-impl Claim {
-    fn take(&self) -> Option<Ticket> {
-        let mut ticket = self.ticket.lock().unwrap_or_else(PoisonError::into_inner);
-        ticket.take()
-    }
 }
 
 #[pymethods]
@@ -61,8 +55,7 @@ impl Claim {
     /// Whether the caller leads and has not given a result yet.
     #[getter]
     fn pending(&self) -> bool {
-        let ticket = self.ticket.lock().unwrap_or_else(PoisonError::into_inner);
-        ticket.is_some()
+        lock(&self.ticket).is_some()
     }
 
     #[getter]
@@ -83,7 +76,7 @@ impl Claim {
             Some(fields) => convert::spec(fields)?,
             None => self.spec.clone(),
         };
-        let Some(ticket) = self.take() else {
+        let Some(ticket) = lock(&self.ticket).take() else {
             return Ok(());
         };
         let origin = if self.decision == "adopt" {
@@ -100,13 +93,15 @@ impl Claim {
     }
 
     fn fail(&self, reason: &str) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             registry().fail(ticket, reason);
         }
     }
 
     fn poison(&self, reason: &str) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             registry().poison(ticket, reason);
         }
     }
@@ -114,7 +109,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             registry().fail(ticket, "the leader ended without a result");
         }
     }
@@ -132,7 +128,7 @@ pub struct Request {
 
 impl Request {
     fn wish(&self) -> MutexGuard<'_, Wish> {
-        self.wish.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.wish)
     }
 
     /// The wish as it is now.
@@ -254,13 +250,6 @@ pub struct Teardown {
     ticket: Mutex<Option<Ticket>>,
 }
 
-impl Teardown {
-    fn take(&self) -> Option<Ticket> {
-        let mut ticket = self.ticket.lock().unwrap_or_else(PoisonError::into_inner);
-        ticket.take()
-    }
-}
-
 #[pymethods]
 impl Teardown {
     /// "created", "adopted", or None when the registry knows of nothing.
@@ -280,7 +269,8 @@ impl Teardown {
     }
 
     fn end(&self) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             process::set_resource(&self.key, None);
             registry().end_teardown(ticket);
         }
@@ -288,13 +278,15 @@ impl Teardown {
 
     /// Nothing was destroyed: the state is as it was, its leases too.
     fn cancel(&self, reason: &str) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             registry().fail(ticket, reason);
         }
     }
 
     fn poison(&self, reason: &str) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             process::set_resource(&self.key, None);
             registry().poison(ticket, reason);
         }
@@ -303,7 +295,8 @@ impl Teardown {
 
 impl Drop for Teardown {
     fn drop(&mut self) {
-        if let Some(ticket) = self.take() {
+        let ticket = lock(&self.ticket).take();
+        if let Some(ticket) = ticket {
             let reason = "the teardown ended without a result";
             if self.started.load(Ordering::Relaxed) {
                 registry().poison(ticket, reason);

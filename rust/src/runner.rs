@@ -1,7 +1,7 @@
 //! What one runner holds: its scope and its leases, until it is closed or collected.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::actor::Actor;
 use distguard_core::key::Key;
@@ -15,6 +15,7 @@ use crate::convert;
 use crate::errors::{make, to_python};
 use crate::process::{forks, registry, scopes};
 use crate::scope::{self, Scope};
+use crate::sync::lock;
 
 /// Ties a runner to a scope and to the shared state it uses.
 #[pyclass(frozen, module = "sglang_distguard._core")]
@@ -34,13 +35,11 @@ pub struct RunnerHandle {
 
 impl RunnerHandle {
     fn leases(&self) -> MutexGuard<'_, Vec<(Key, LeaseId)>> {
-        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.leases)
     }
 
     fn forwarding(&self) -> MutexGuard<'_, Option<(Actor, usize)>> {
-        self.forwarding
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.forwarding)
     }
 
     fn release_leases(&self) {
@@ -64,8 +63,8 @@ impl RunnerHandle {
     }
 }
 
-/// Leases `keys` and all that the scope has joined, each at the generation that it joined: what was
-/// torn down since, or made anew for others, is refused.
+/// Leases `keys`, all or none: what the scope has joined at the generation that it joined, so that
+/// what was torn down since, or made anew for others, is refused.
 fn lease(
     py: Python<'_>,
     scope: ScopeId,
@@ -73,26 +72,15 @@ fn lease(
     name: &str,
 ) -> PyResult<Vec<(Key, LeaseId)>> {
     let actor = convert::actor(py, Some(name.to_owned()))?;
-    let joined = scopes().with(|ledger| ledger.joined(scope));
-    let (at, now): (Vec<_>, Vec<_>) = keys
-        .into_iter()
-        .map(|key| (joined.iter().find(|(it, _)| *it == key).cloned(), key))
-        .partition(|(joined, _)| joined.is_some());
-    let at: Vec<_> = at.into_iter().filter_map(|(joined, _)| joined).collect();
-    let now: Vec<_> = now.into_iter().map(|(_, key)| key).collect();
-    let leased = registry().lease_at(&at, name, &actor);
-    let mut ids = leased.map_err(|error| to_python(py, &error))?;
-    match registry().lease(&now, name, &actor) {
-        Ok(more) => ids.extend(more),
-        Err(error) => {
-            for id in ids {
-                registry().release(id);
-            }
-            return Err(to_python(py, &error));
-        }
-    }
-    let keys = at.into_iter().map(|(key, _)| key).chain(now);
-    Ok(keys.zip(ids).collect())
+    let at = scopes().with(|ledger| {
+        keys.iter()
+            .map(|key| ledger.joined(scope, key))
+            .collect::<Vec<_>>()
+    });
+    let wanted: Vec<_> = keys.iter().zip(at).collect();
+    let leased = registry().lease_each(&wanted, name, &actor);
+    let ids = leased.map_err(|error| to_python(py, &error))?;
+    Ok(keys.into_iter().zip(ids).collect())
 }
 
 #[pymethods]

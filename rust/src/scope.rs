@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::key::Key;
 use distguard_core::scopes::{Publish, ScopeId, ScopeLedger, DEFAULT};
@@ -17,6 +17,7 @@ use pyo3::{intern, PyTraverseError, PyVisit};
 use crate::convert;
 use crate::exit;
 use crate::process;
+use crate::sync::lock;
 
 /// One runner's own values of SGLang's module globals.
 ///
@@ -48,12 +49,12 @@ impl Scope {
     }
 
     pub fn read(&self, py: Python<'_>, slot: usize) -> Option<Py<PyAny>> {
-        let values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let values = lock(&self.values);
         values.get(slot)?.as_ref().map(|value| value.clone_ref(py))
     }
 
     pub fn write(&self, slot: usize, value: Option<Py<PyAny>>) -> Option<Py<PyAny>> {
-        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = lock(&self.values);
         if values.len() <= slot {
             values.resize_with(slot + 1, || None);
         }
@@ -62,7 +63,7 @@ impl Scope {
 
     /// Stores `value` unless another thread was first; returns what the slot holds then.
     pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Py<PyAny> {
-        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = lock(&self.values);
         if values.len() <= slot {
             values.resize_with(slot + 1, || None);
         }
@@ -76,7 +77,7 @@ impl Scope {
     }
 
     fn take_all(&self) -> Vec<Option<Py<PyAny>>> {
-        let mut values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut values = lock(&self.values);
         std::mem::take(&mut *values)
     }
 }
@@ -98,15 +99,12 @@ impl Scope {
 
     #[getter]
     fn label(&self) -> String {
-        self.label
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.label).clone()
     }
 
     #[setter]
     fn set_label(&self, label: String) {
-        *self.label.lock().unwrap_or_else(PoisonError::into_inner) = label;
+        *lock(&self.label) = label;
     }
 
     /// Drops every value the scope holds; globals read afterwards start afresh.
@@ -261,7 +259,7 @@ pub fn depth() -> usize {
 static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
 
 fn live() -> MutexGuard<'static, Vec<Py<PyWeakrefReference>>> {
-    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&LIVE)
 }
 
 fn register(py: Python<'_>, id: ScopeId, label: String) -> PyResult<Bound<'_, Scope>> {
@@ -342,6 +340,13 @@ pub fn note_joined(py: Python<'_>, key: &str, generation: &Bound<'_, PyInt>) -> 
     let (key, scope) = (convert::key(key)?, current_id(py)?);
     process::scopes().with(|ledger| ledger.join(scope, key, generation));
     Ok(())
+}
+
+/// Whether the current scope has joined `key`, be it torn down since or not.
+#[pyfunction]
+pub fn has_joined(py: Python<'_>, key: &str) -> PyResult<bool> {
+    let (key, scope) = (convert::key(key)?, current_id(py)?);
+    Ok(process::scopes().with(|ledger| ledger.joined(scope, &key).is_some()))
 }
 
 /// How many runners live in `scope`.

@@ -2,7 +2,7 @@
 //! `value` is the whole hot path: a read in every layer of every forward.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use pyo3::exceptions::{PyAttributeError, PyNameError};
 use pyo3::prelude::*;
@@ -10,14 +10,12 @@ use pyo3::types::{PyDict, PyString};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::scope::{current, Scope};
+use crate::sync::lock;
 
 /// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
 fn slot_of(qualified: String) -> usize {
     static SLOTS: OnceLock<Mutex<HashMap<String, usize>>> = OnceLock::new();
-    let mut slots = SLOTS
-        .get_or_init(Mutex::default)
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut slots = lock(SLOTS.get_or_init(Mutex::default));
     let next = slots.len();
     *slots.entry(qualified).or_insert(next)
 }

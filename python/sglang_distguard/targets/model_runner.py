@@ -6,15 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_distguard import _core, default_dtype, runners
+from sglang_distguard import runners
 from sglang_distguard.patching import AroundMethods
 
 MODULE = "sglang.srt.model_executor.model_runner"
-
-
-def _leave(token: Any) -> None:
-    if _core.leave(token) == 0:
-        default_dtype.reset_thread()
 
 
 def _method(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +25,7 @@ def _method(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, *args, **kwargs)
         finally:
-            _leave(token)
+            runners.leave(token)
 
     return method
 
@@ -67,7 +62,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
             handle.close()
             raise
         finally:
-            _leave(token)
+            runners.leave(token)
 
     return __init__
 

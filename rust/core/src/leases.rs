@@ -28,7 +28,8 @@ impl Registry {
         self.lease_each(&keys, name, actor)
     }
 
-    fn lease_each(
+    /// As `lease_at` where a generation is given, and `lease` where none is; all or none.
+    pub fn lease_each(
         &self,
         keys: &[(&Key, Option<u64>)],
         name: &str,

@@ -133,12 +133,11 @@ impl ScopeLedger {
         entry.joined.insert(key, generation);
     }
 
-    /// What the scope uses, by key: what its runners take leases on, at that generation or not at
-    /// all. It stays when the state is torn down: what a scope still refers to is then stale.
-    pub fn joined(&self, scope: ScopeId) -> Vec<(Key, u64)> {
-        let entry = self.entries.get(&scope);
-        let joined = entry.into_iter().flat_map(|entry| &entry.joined);
-        joined.map(|(key, at)| (key.clone(), *at)).collect()
+    /// The generation of `key` that the scope joined last: what its runners take leases on, at that
+    /// generation or not at all. It stays when the state is torn down: what a scope still refers to
+    /// is then stale.
+    pub fn joined(&self, scope: ScopeId, key: &Key) -> Option<u64> {
+        self.entries.get(&scope)?.joined.get(key).copied()
     }
 
     /// How many runners live in the scope.
@@ -326,8 +325,8 @@ mod tests {
         let scope = ledger.create();
         ledger.join(scope, Key::World, 1);
         ledger.join(scope, Key::World, 2);
-        assert_eq!(ledger.joined(scope), [(Key::World, 2)]);
-        assert!(ledger.joined(DEFAULT).is_empty());
+        assert_eq!(ledger.joined(scope, &Key::World), Some(2));
+        assert_eq!(ledger.joined(DEFAULT, &Key::World), None);
     }
 
     #[test]
