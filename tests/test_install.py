@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
@@ -17,6 +18,7 @@ import sglang_distguard
 from sglang_distguard import adapters, treatments
 from sglang_distguard.adapters import generations
 from sglang_distguard.patching import Needs, find_source
+from sglang_distguard.patching.live import functions_of
 
 
 def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
@@ -52,6 +54,29 @@ def clean(sglang: None) -> Iterator[None]:
     assert not sglang_distguard.is_installed()
     yield
     sglang_distguard.uninstall()
+
+
+def test_install_changes_functions_that_gc_freeze_hides_and_uninstall_changes_them_back(
+    clean: None,
+) -> None:
+    before = state_of_modules()
+    gc.freeze()
+    try:
+        sglang_distguard.install()
+        module = sys.modules["sglang.srt.distributed.bootstrap"]
+        accessor = "_distguard_scoped__PARALLEL_INITIALISED"
+        assert accessor in code_names(functions_of(module))
+        assert gc.get_freeze_count() > 0
+        sglang_distguard.uninstall()
+        assert accessor not in code_names(functions_of(module))
+        assert state_of_modules() == before
+    finally:
+        gc.unfreeze()
+
+
+def code_names(functions: list[types.FunctionType]) -> set[str]:
+    """The globals and attributes that any of ``functions`` names."""
+    return {name for function in functions for name in function.__code__.co_names}
 
 
 def test_uninstall_leaves_modules_as_they_were_object_for_object(clean: None) -> None:
