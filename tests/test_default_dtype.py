@@ -127,6 +127,22 @@ def test_other_threads_keep_the_process_wide_default() -> None:
     assert torch.ones(1).dtype is torch.float32
 
 
+def test_a_thread_keeps_its_default_while_another_one_compiles(guard: None) -> None:
+    # Dynamo holds torch's flag of the process while it compiles (2.14.1, `compile_inner`).
+    found = []
+
+    def load() -> None:
+        with thread_default_dtype(torch.bfloat16):
+            found.append(torch.get_default_dtype())
+
+    with torch.compiler._compile_session_context():
+        assert torch.compiler.is_compiling()
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join()
+    assert found == [torch.bfloat16]
+
+
 def test_nested_defaults_are_restored_in_order_also_after_an_error() -> None:
     with thread_default_dtype(torch.bfloat16):
         with pytest.raises(ZeroDivisionError), thread_default_dtype(torch.float16):

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing this."""
+def is_traced() -> bool:
+    """Whether Dynamo is tracing the calling code, which reads True for this.
+
+    Not `torch.compiler.is_compiling`: that is one flag of the process (torch 2.14.1), and says yes to
+    a thread that loads a model while another one compiles.
+    """
     torch = sys.modules["torch"]
-    return bool(torch.compiler.is_compiling())
+    return bool(torch.compiler.is_dynamo_compiling())
 
 
 def of_thread() -> Optional[torch.dtype]:

@@ -27,7 +27,7 @@ def _get_default_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_default_dtype() -> Any:
         # Under torch.compile the builtin is what Dynamo knows; loads are never compiled.
-        if default_dtype.is_compiling():
+        if default_dtype.is_traced():
             return original()
         return default_dtype.of_thread() or original()
 
