@@ -41,7 +41,7 @@ def switch_off(treatment: str) -> None:
         for module in (singleflight, parallel_state, expert_location):
             module.run_once = everybody_leads  # type: ignore[attr-defined]
     elif treatment == "scope":
-        _core.choose_scope = lambda _label, _threads: (None, False)
+        _core.choose_scope = lambda _label: (None, False)
     elif treatment == "dtype":
         left_out = (*model_loader.CHANGES, *torch_dtype.CHANGES)
     elif treatment == "input buffers":

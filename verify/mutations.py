@@ -78,7 +78,7 @@ CHECKERS = (
     # A failing case is not shrunk: nobody looks at it.
     Checker(
         "proptest",
-        ("--test", "model_registry"),
+        ("--test", "model_registry", "--test", "agreement"),
         {"PROPTEST_CASES": "500", "PROPTEST_MAX_SHRINK_ITERS": "0"},
     ),
 )

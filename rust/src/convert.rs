@@ -45,6 +45,12 @@ pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
     })
 }
 
+/// Whether `thread` runs Python now.
+pub fn is_alive(py: Python<'_>, thread: ThreadId) -> PyResult<bool> {
+    let frames = py.import("sys")?.call_method0("_current_frames")?;
+    frames.contains(thread.0)
+}
+
 /// The argument `name`, which must fit.
 pub fn whole(name: &str, value: &Bound<'_, PyInt>) -> PyResult<u64> {
     let found = value.extract();

@@ -1,5 +1,6 @@
 //! The native module `sglang_distguard._core`: an export list. Logic lives in `distguard-core`.
 
+mod agreement;
 mod convert;
 mod errors;
 mod exit;
@@ -17,11 +18,13 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use crate::agreement::Agreement;
+    #[pymodule_export]
     use crate::exit::begin_exit;
     #[pymodule_export]
     use crate::registry::{
-        begin_teardown, forget, inherit, is_ready, reset, resource, snapshot, start_afresh,
-        take_events, Claim, Request, Teardown,
+        begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,
+        start_afresh, take_events, Claim, Request, Teardown,
     };
     #[pymodule_export]
     use crate::room::Visit;

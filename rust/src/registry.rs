@@ -234,6 +234,12 @@ pub fn resource(py: Python<'_>, key: &str) -> PyResult<Option<Py<PyAny>>> {
     Ok(process::resource(py, &convert::key(key)?))
 }
 
+/// Every key whose state can be joined now.
+#[pyfunction]
+pub fn ready_keys() -> Vec<String> {
+    registry().ready_keys().iter().map(Key::to_string).collect()
+}
+
 /// Makes state that nobody holds available to be made anew.
 #[pyfunction]
 pub fn forget(key: &str) -> PyResult<bool> {

@@ -25,6 +25,8 @@ pub struct RunnerHandle {
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
     leases: Mutex<Vec<(Key, LeaseId)>>,
+    /// Whether the ranks agree on the order in which it and others compute.
+    ordered: bool,
     /// Who is inside a forward, and how many deep. Another thread's would mix with it.
     forwarding: Mutex<Option<(Actor, usize)>>,
     closed: AtomicBool,
@@ -86,13 +88,14 @@ fn lease(
 #[pymethods]
 impl RunnerHandle {
     #[new]
-    #[pyo3(signature = (name, scope, keys))]
+    #[pyo3(signature = (name, scope, keys, *, ordered=false))]
     #[allow(clippy::needless_pass_by_value)]
     fn new(
         py: Python<'_>,
         name: String,
         scope: Option<Bound<'_, Scope>>,
         keys: Vec<String>,
+        ordered: bool,
     ) -> PyResult<Self> {
         let keys: Vec<_> = keys
             .iter()
@@ -108,6 +111,7 @@ impl RunnerHandle {
             scope: scope.map(Bound::unbind),
             scope_id,
             leases: Mutex::new(leases),
+            ordered,
             forwarding: Mutex::new(None),
             closed: AtomicBool::new(false),
             pid: std::process::id(),
@@ -118,6 +122,11 @@ impl RunnerHandle {
     #[getter]
     fn name(&self) -> &str {
         &self.name
+    }
+
+    #[getter]
+    fn ordered(&self) -> bool {
+        self.ordered
     }
 
     #[getter]

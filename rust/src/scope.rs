@@ -305,19 +305,10 @@ fn current_id(py: Python<'_>) -> PyResult<ScopeId> {
 
 /// Which scope a `publish` of the calling thread configures, and whether that is a fresh one.
 #[pyfunction]
-pub fn choose_scope<'py>(
-    py: Python<'py>,
-    label: String,
-    live_threads: Vec<Bound<'py, PyInt>>,
-) -> PyResult<(Option<Bound<'py, Scope>>, bool)> {
-    let live_threads = live_threads.iter();
-    let live_threads: Vec<u64> = live_threads
-        .map(|thread| convert::whole("live_threads", thread))
-        .collect::<PyResult<_>>()?;
+pub fn choose_scope(py: Python<'_>, label: String) -> PyResult<(Option<Bound<'_, Scope>>, bool)> {
     let (now, thread) = (current_id(py)?, convert::thread_id(py)?);
-    let choice = process::scopes()
-        .with(|ledger| ledger.publish(now, thread, |other| live_threads.contains(&other.0)));
-    match choice {
+    let is_alive = |other| convert::is_alive(py, other);
+    match process::scopes().publish(now, thread, is_alive)? {
         Publish::Replace(_) => Ok((current(py)?, false)),
         Publish::New(id) => Ok((Some(register(py, id, label)?), true)),
     }

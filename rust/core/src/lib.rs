@@ -6,6 +6,7 @@
 
 mod acquire;
 pub mod actor;
+pub mod agreement;
 pub mod clock;
 pub mod enter;
 pub mod error;

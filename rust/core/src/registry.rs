@@ -174,6 +174,16 @@ impl Registry {
             .is_some_and(|slot| slot.ready().is_some())
     }
 
+    /// Every key that can be joined.
+    pub fn ready_keys(&self) -> Vec<Key> {
+        let inner = self.lock();
+        let ready = inner.slots.iter();
+        ready
+            .filter(|(_, it)| it.slot.ready().is_some())
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+
     /// The registry as plain data.
     pub fn snapshot(&self) -> Snapshot {
         let inner = self.lock();

@@ -24,7 +24,7 @@ pub enum Publish {
 }
 
 /// A thread that published and has not built its runner yet.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Builder {
     thread: ThreadId,
     /// Its publishes that did not fail: a failed second one must not give the first one's up.
@@ -130,6 +130,10 @@ impl ScopeLedger {
     /// The scope uses this generation of `key` from now on.
     pub fn join(&mut self, scope: ScopeId, key: Key, generation: u64) {
         let entry = self.entries.entry(scope).or_default();
+        if matches!(key, Key::Groups(_)) {
+            // A scope uses the shared groups or its own: what it joined last counts.
+            entry.joined.retain(|it, _| !matches!(it, Key::Groups(_)));
+        }
         entry.joined.insert(key, generation);
     }
 
@@ -147,7 +151,11 @@ impl ScopeLedger {
 
     /// The thread that published in the scope and has not built its runner yet.
     pub fn builder(&self, scope: ScopeId) -> Option<ThreadId> {
-        Some(self.entries.get(&scope)?.builder?.thread)
+        Some(self.claim(scope)?.thread)
+    }
+
+    fn claim(&self, scope: ScopeId) -> Option<Builder> {
+        self.entries.get(&scope)?.builder
     }
 
     /// The scope is gone. The default one stays.
@@ -179,23 +187,28 @@ impl Scopes {
         change(&mut lock(&self.0))
     }
 
-    /// See `ScopeLedger::publish`. `is_alive` runs unlocked, and again if the builder changes.
-    pub fn publish(
+    /// See `ScopeLedger::publish`. `is_alive` runs unlocked, after the builder it is asked about
+    /// has claimed (a list made earlier lacks threads that have started since), and again if the
+    /// builder changes. If it fails, nothing was decided.
+    pub fn publish<E>(
         &self,
         current: ScopeId,
         thread: ThreadId,
-        is_alive: impl Fn(ThreadId) -> bool,
-    ) -> Publish {
+        is_alive: impl Fn(ThreadId) -> Result<bool, E>,
+    ) -> Result<Publish, E> {
         loop {
-            let builder = self.with(|ledger| ledger.builder(current));
-            let alive = builder.is_some_and(|builder| builder != thread && is_alive(builder));
+            let builder = self.with(|ledger| ledger.claim(current));
+            let alive = match builder.filter(|builder| builder.thread != thread) {
+                Some(builder) => is_alive(builder.thread)?,
+                None => false,
+            };
             let decided = self.with(|ledger| {
-                // The answer is about the builder that was asked for, and no other.
-                let same = ledger.builder(current) == builder;
+                // The answer is about the claim that was asked for, and no other.
+                let same = ledger.claim(current) == builder;
                 same.then(|| ledger.publish(current, thread, |_| alive))
             });
             if let Some(publish) = decided {
-                return publish;
+                return Ok(publish);
             }
         }
     }
@@ -352,18 +365,44 @@ mod tests {
     }
 
     #[test]
-    fn liveness_is_asked_without_the_lock() {
+    fn whether_a_builder_lives_is_asked_without_the_lock_and_again_if_it_changed() {
         let scopes = Scopes::default();
-        let _ = scopes.publish(DEFAULT, ONE, everyone);
-        let publish = scopes.publish(DEFAULT, TWO, |thread| {
+        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
+        let publish: Result<_, ()> = scopes.publish(DEFAULT, TWO, |thread| {
             // Would deadlock under the lock; the builder changes, so liveness is asked again.
             if thread == ONE {
-                scopes.with(|ledger| ledger.abandon(DEFAULT, ONE));
-                let _ = scopes.publish(DEFAULT, ThreadId(3), everyone);
+                scopes.with(|ledger| {
+                    ledger.abandon(DEFAULT, ONE);
+                    let _ = ledger.publish(DEFAULT, ThreadId(3), everyone);
+                });
             }
-            thread == ONE
+            Ok(thread == ONE)
         });
-        assert_eq!(publish, Publish::Replace(DEFAULT));
+        assert_eq!(publish, Ok(Publish::Replace(DEFAULT)));
         assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(TWO));
+    }
+
+    #[test]
+    fn a_builder_that_claims_while_its_predecessor_is_found_dead_keeps_its_claim() {
+        let scopes = Scopes::default();
+        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
+        let three = ThreadId(3);
+        let publish: Result<_, ()> = scopes.publish(DEFAULT, TWO, |thread| {
+            if thread == ONE {
+                let _ = scopes.with(|ledger| ledger.publish(DEFAULT, three, nobody));
+            }
+            Ok(thread == three)
+        });
+        let _ = new(publish.expect("nothing fails"));
+        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(three));
+    }
+
+    #[test]
+    fn nothing_is_decided_when_nobody_can_tell_who_lives() {
+        let scopes = Scopes::default();
+        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
+        let publish = scopes.publish(DEFAULT, TWO, |_| Err("no list"));
+        assert_eq!(publish, Err("no list"));
+        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(ONE));
     }
 }

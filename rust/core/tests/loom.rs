@@ -5,6 +5,8 @@
 
 #![cfg(loom)]
 
+#[path = "loom/agreement.rs"]
+mod agreement;
 mod common;
 #[path = "loom/explore.rs"]
 mod explore;

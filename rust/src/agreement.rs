@@ -1,0 +1,129 @@
+//! One rank's view of what the ranks of a world agreed on, as a Python object.
+
+use distguard_core::agreement::{Agreement as Core, Entry, Stage, Standing};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyInt};
+
+use crate::convert;
+use crate::errors::make;
+use crate::exit::wait_detached;
+
+fn stage(text: &str) -> PyResult<Stage> {
+    text.parse().map_err(PyValueError::new_err)
+}
+
+/// What the ranks of one world agreed on, as far as this process has read their log.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Agreement {
+    core: Core,
+}
+
+#[pymethods]
+impl Agreement {
+    #[new]
+    fn new() -> Self {
+        Self { core: Core::new() }
+    }
+
+    /// The calling thread works under `name` from now on; the number of its round.
+    fn begin(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        let actor = convert::actor(py, Some(name.to_owned()))?;
+        let is_alive = |other| convert::is_alive(py, other);
+        self.core.begin(name, &actor, is_alive)?.or_else(|other| {
+            let details = PyDict::new(py);
+            details.set_item("name", name)?;
+            details.set_item("thread", &other.thread_name)?;
+            let text = format!(
+                "thread {} of this process is building a runner named '{name}' on several ranks \
+                 right now, and the ranks could not tell another of that name from it. Give each \
+                 runner that is built concurrently its own name, the same on every rank: \
+                 build_runner(name=...) or runner_scope(name=...).",
+                other.thread_name
+            );
+            Err(make(py, "AmbiguousBuild", &text, &details)?)
+        })
+    }
+
+    fn end(&self, name: &str) {
+        self.core.end(name);
+    }
+
+    fn arrive(&self, name: &str, round: &Bound<'_, PyInt>, stage_name: &str) -> PyResult<bool> {
+        let round = convert::whole("round", round)?;
+        Ok(self.core.arrive(name, round, stage(stage_name)?))
+    }
+
+    fn next(&self) -> u64 {
+        self.core.next()
+    }
+
+    fn apply(
+        &self,
+        index: &Bound<'_, PyInt>,
+        name: String,
+        round: &Bound<'_, PyInt>,
+        stage_name: &str,
+        failure: Option<String>,
+    ) -> PyResult<bool> {
+        let entry = Entry {
+            name,
+            round: convert::whole("round", round)?,
+            stage: stage(stage_name)?,
+            failure,
+        };
+        Ok(self.core.apply(convert::whole("index", index)?, entry))
+    }
+
+    fn lose(&self, reason: &str) {
+        self.core.lose(reason);
+    }
+
+    /// ("open", None), ("passed", None), or ("failed", why).
+    fn stands(
+        &self,
+        name: &str,
+        round: &Bound<'_, PyInt>,
+        stage_name: &str,
+    ) -> PyResult<(&'static str, Option<String>)> {
+        let round = convert::whole("round", round)?;
+        Ok(match self.core.stands(name, round, stage(stage_name)?) {
+            Standing::Open => ("open", None),
+            Standing::Passed => ("passed", None),
+            Standing::Failed(why) => ("failed", Some(why)),
+        })
+    }
+
+    fn begin_wait(&self, name: &str, round: &Bound<'_, PyInt>, stage_name: &str) -> PyResult<bool> {
+        let round = convert::whole("round", round)?;
+        Ok(self.core.begin_wait(name, round, stage(stage_name)?))
+    }
+
+    fn end_wait(&self, name: &str, round: &Bound<'_, PyInt>, stage_name: &str) -> PyResult<()> {
+        let round = convert::whole("round", round)?;
+        self.core.end_wait(name, round, stage(stage_name)?);
+        Ok(())
+    }
+
+    fn next_to_read(&self) -> Option<u64> {
+        self.core.next_to_read()
+    }
+
+    fn is_reading(&self) -> bool {
+        self.core.is_reading()
+    }
+
+    fn wait(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        round: &Bound<'_, PyInt>,
+        stage_name: &str,
+        seconds: f64,
+    ) -> PyResult<()> {
+        let (round, stage) = (convert::whole("round", round)?, stage(stage_name)?);
+        let slice = convert::seconds(seconds);
+        wait_detached(py, || self.core.wait(name, round, stage, slice));
+        Ok(())
+    }
+}
