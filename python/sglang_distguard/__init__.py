@@ -18,14 +18,19 @@ from sglang_distguard._core import __version__
 from sglang_distguard.build import BuildRequest, BuildResult, build_runner, build_runners
 from sglang_distguard.errors import (
     AcquireTimeout,
+    AgreementTimeout,
+    AmbiguousBuild,
     DeadlockError,
     DistGuardError,
     ForkedError,
     LeaseBroken,
     NotSupported,
     PoisonedState,
+    RankFailed,
+    RanksDisagree,
     SpecMismatch,
     StateInUse,
+    StoreLost,
     SubinterpreterError,
 )
 from sglang_distguard.installation import install, is_installed, uninstall
@@ -36,6 +41,8 @@ from sglang_distguard.teardowns import teardown
 
 __all__ = [
     "AcquireTimeout",
+    "AgreementTimeout",
+    "AmbiguousBuild",
     "BuildRequest",
     "BuildResult",
     "DeadlockError",
@@ -44,9 +51,12 @@ __all__ = [
     "LeaseBroken",
     "NotSupported",
     "PoisonedState",
+    "RankFailed",
+    "RanksDisagree",
     "Snapshot",
     "SpecMismatch",
     "StateInUse",
+    "StoreLost",
     "SubinterpreterError",
     "__version__",
     "activate",

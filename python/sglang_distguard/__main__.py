@@ -59,7 +59,7 @@ def _status(*, as_json: bool) -> int:
         supported, reason = False, str(error)
     try:
         reuse = settings.reuse_from_environment()
-        chosen = settings.choose(None, None, None, again=False)
+        chosen = settings.choose(again=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +70,7 @@ def _status(*, as_json: bool) -> int:
         settings.REUSE_VARIABLE: reuse,
         settings.TIMEOUT_VARIABLE: chosen.timeout,
         settings.SLOW_VARIABLE: chosen.slow_after,
+        settings.AGREEMENT_VARIABLE: chosen.agreement_timeout,
         "installed by SGLang's own processes": bool(reuse),
     }
     if as_json:

@@ -5,6 +5,7 @@ from contextvars import Token
 from typing import Any, Literal, final
 
 __all__ = [
+    "Agreement",
     "Claim",
     "Request",
     "RunnerHandle",
@@ -30,6 +31,7 @@ __all__ = [
     "live_scopes",
     "new_scope",
     "note_joined",
+    "ready_keys",
     "reset",
     "resource",
     "snapshot",
@@ -40,6 +42,50 @@ __all__ = [
 ]
 
 __version__: str
+
+@final
+class Agreement:
+    """What the ranks of one world agreed on, as far as this process has read their log.
+
+    Stages are "ask", "turn" and "build" (rust/core/src/agreement.rs).
+    """
+
+    def __new__(cls) -> Agreement: ...
+    def begin(self, name: str) -> int:
+        """Work under ``name`` from now on; the number of the round. Raises AmbiguousBuild."""
+
+    def end(self, name: str) -> None:
+        """Nobody works here under ``name`` any more."""
+
+    def arrive(self, name: str, round: int, stage_name: str) -> bool:
+        """Whether this rank has not told the others yet how the stage went for it."""
+
+    def next(self) -> int:
+        """The number of the entry that was not read yet."""
+
+    def apply(
+        self, index: int, name: str, round: int, stage_name: str, failure: str | None
+    ) -> bool:
+        """Take in entry ``index``; False unless it is the next one."""
+
+    def lose(self, reason: str) -> None:
+        """The log cannot be read any more: every open stage has failed."""
+
+    def stands(
+        self, name: str, round: int, stage_name: str
+    ) -> tuple[Literal["open", "passed", "failed"], str | None]:
+        """How the stage stands, and why it failed."""
+
+    def begin_wait(self, name: str, round: int, stage_name: str) -> bool:
+        """One more waits for the stage to end; True when the caller must start a reader."""
+
+    def end_wait(self, name: str, round: int, stage_name: str) -> None: ...
+    def next_to_read(self) -> int | None:
+        """What the reader reads next; None when nobody waits, and it is the reader no more."""
+
+    def is_reading(self) -> bool: ...
+    def wait(self, name: str, round: int, stage_name: str, seconds: float) -> None:
+        """Sleep, detached, until the stage may have ended."""
 
 @final
 class Scope:
@@ -81,9 +127,15 @@ class ScopedGlobal:
 class RunnerHandle:
     """What one runner holds: its scope and its leases, until closed or collected."""
 
-    def __new__(cls, name: str, scope: Scope | None, keys: list[str]) -> RunnerHandle: ...
+    def __new__(
+        cls, name: str, scope: Scope | None, keys: list[str], *, ordered: bool = False
+    ) -> RunnerHandle: ...
     @property
     def name(self) -> str: ...
+    @property
+    def ordered(self) -> bool:
+        """Whether the ranks agree on the order in which it and others compute."""
+
     @property
     def scope(self) -> Scope | None: ...
     @property
@@ -208,6 +260,9 @@ def resource(key: str) -> Any: ...
 def forget(key: str) -> bool: ...
 def begin_teardown(key: str, *, runner: str | None, force: bool) -> Teardown: ...
 def reset(*, force: bool) -> None: ...
+def ready_keys() -> list[str]:
+    """Every key whose state can be joined now."""
+
 def snapshot() -> dict[str, Any]: ...
 def current_scope() -> Scope | None: ...
 def adopt_scope(scope: Scope | None, /) -> None: ...
@@ -224,6 +279,6 @@ def has_joined(key: str) -> bool:
 
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...
-def choose_scope(label: str, live_threads: list[int]) -> tuple[Scope | None, bool]: ...
+def choose_scope(label: str) -> tuple[Scope | None, bool]: ...
 def abandon_scope(scope: Scope | None, /) -> None: ...
 def live_runners(scope: Scope | None, /) -> int: ...

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any, Optional
 from sglang_distguard import _core, settings
 from sglang_distguard.arguments import check, check_ranks
 from sglang_distguard.errors import DistGuardError
+from sglang_distguard.groups import default_process_group
 from sglang_distguard.installation import is_installed
-from sglang_distguard.runners import activate, find_handle, name_of_model
+from sglang_distguard.naming import name_of_model
+from sglang_distguard.ownership import release
+from sglang_distguard.ranks.agreement import building, built
+from sglang_distguard.runners import activate, find_handle, give_up
 from sglang_distguard.scoping import context_snapshot
 from sglang_distguard.settings import check_flag, check_whole, shown
 
@@ -117,8 +121,9 @@ def build_runner(
                     return _construct(
                         server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
                     )
-            _initialise(server_args, gpu_id, nccl_port)
-            return _construct(server_args, gpu_id, nccl_port, options)
+            with building():
+                _initialise(server_args, gpu_id, nccl_port)
+                return _construct(server_args, gpu_id, nccl_port, options)
         finally:
             _core.adopt_scope(before)
 
@@ -236,7 +241,9 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
     )
 
     before, context = _core.current_scope(), context_snapshot()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+    world = default_process_group()
+    rank = 0 if world is None else world.rank()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=gpu_id))
     scope = _core.current_scope()
     try:
         for configure in _process_configurations():
@@ -248,6 +255,7 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
     except BaseException:
         # The scope is this thread's alone until a runner is constructed in it, so that what is put
         # back cannot be another's. Later it may be: then SGLang's next publish replaces it.
+        release(scope)  # at once: other ranks may wait for this one in a collective
         if scope is before:
             restore_context(context)
         _core.abandon_scope(scope)
@@ -290,10 +298,11 @@ def _construct(
         runner.alloc_memory_pool()
         runner.init_attention_backends()
         runner.init_cuda_graphs()
+        built()
     except BaseException:
         handle = find_handle(runner)
         if handle is not None:
-            handle.close()
+            give_up(handle)
         raise
     return runner
 

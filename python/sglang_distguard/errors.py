@@ -61,6 +61,36 @@ class AcquireTimeout(DistGuardError, TimeoutError):
         return str(self.args[0]) if self.args else ""
 
 
+class AgreementTimeout(AcquireTimeout):
+    """Other ranks did not ask for the same, or did not finish it, before the deadline passed.
+
+    ``details``: ``name``, ``stage``, ``missing`` (ranks), ``waited`` (seconds), ``failures``.
+    """
+
+
+class RanksDisagree(SpecMismatch):
+    """The ranks ask for different things under one name. ``details``: ``fields``, name -> rank -> value."""
+
+
+class RankFailed(DistGuardError):
+    """The build failed on another rank, and so on all. ``details``: ``failures``, rank -> error."""
+
+
+class AmbiguousBuild(DistGuardError, ValueError):
+    """Two threads build under one name on several ranks, which could not tell them apart.
+
+    ``details``: ``name``, ``thread`` (the other one's name).
+    """
+
+
+class StoreLost(DistGuardError, ConnectionError):
+    """The store through which the ranks agree cannot be reached. ``details``: ``reason``."""
+
+    def __str__(self) -> str:
+        # ConnectionError is an OSError, as in AcquireTimeout.
+        return str(self.args[0]) if self.args else ""
+
+
 class StateInUse(DistGuardError):
     """The state may not be reused or torn down now: runners hold it. ``details``: ``holders``."""
 

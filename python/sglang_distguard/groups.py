@@ -33,10 +33,32 @@ FIELDS: dict[str, Optional[str]] = {
     "_PDMUX_PREFILL_TP_GROUP": None,
 }
 
+_OWN = "_sglang_distguard_own"
+
 #: True while a draft worker's groups stand in for the shared ones.
 _PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
 
+#: In what a runner of several ranks owns, beside the globals above: its coordinator of the world.
+OWN_WORLD = "own world"
+
 Groups = dict[str, Any]
+
+
+def own_key(scope: Optional[_core.Scope]) -> str:
+    """Registry key of the groups that the runners of ``scope`` own, in a world of several ranks."""
+    return f"{GROUPS}:{0 if scope is None else scope.id}"
+
+
+def key_in_use(scope: Optional[_core.Scope]) -> str:
+    """Registry key of the groups that ``scope`` uses: its own if it has any, else the shared ones."""
+    own = own_key(scope)
+    return own if _core.is_ready(own) else GROUPS
+
+
+def all_keys() -> tuple[str, ...]:
+    """Registry keys of all groups there are, shared and owned; the shared ones' always."""
+    owned = (key for key in _core.ready_keys() if key.startswith(f"{GROUPS}:"))
+    return (GROUPS, *sorted(owned))
 
 
 def read() -> Groups:
@@ -54,8 +76,8 @@ def find() -> Groups:
 
 def write(groups: Groups) -> None:
     """Set the globals of the current scope."""
-    for name, group in groups.items():
-        accessor(MODULE, name).value = group
+    for name in FIELDS:
+        accessor(MODULE, name).value = groups[name]
 
 
 def stamp(groups: Groups) -> None:
@@ -68,6 +90,8 @@ def stamp(groups: Groups) -> None:
             if field is not None and groups[name] is not None
         }
     )
+    if OWN_WORLD in groups:
+        parallel.override_permanently(world_group=groups[OWN_WORLD])
     write(groups)
 
 
@@ -117,6 +141,11 @@ def discard(groups: Groups) -> None:
     ``GroupCoordinator.destroy`` may be called again.
     """
     write(dict.fromkeys(FIELDS))
+    destroy(groups)
+
+
+def destroy(groups: Groups) -> None:
+    """Destroy the coordinators in ``groups``, whoever refers to them."""
     for coordinator in groups.values():
         if coordinator is not None:
             coordinator.destroy()
@@ -142,15 +171,19 @@ def process_groups() -> list[Any]:
     ]
 
 
-def discard_process_groups(keep: list[Any]) -> None:
+def discard_process_groups(keep: list[Any], prefix: str = "") -> None:
     """Destroy what SGLang made since ``keep`` was read and no coordinator owns any more.
 
     A GroupCoordinator that fails between its two `new_group` calls leaves the first behind.
+
+    Args:
+        keep: what was there before.
+        prefix: begins the names of what is meant: another runner's may have come in between.
     """
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     kept = {id(group) for group in keep}
     for group in process_groups():
-        if id(group) not in kept:
+        if id(group) not in kept and str(c10d._world.pg_names.get(group, "")).startswith(prefix):
             c10d.destroy_process_group(group)
 
 
@@ -174,6 +207,27 @@ def shared_identity() -> Optional[int]:
     if shared is None:
         return identity(find())
     return identity(swapped(shared) or shared)
+
+
+def own_identity() -> Optional[int]:
+    """Identity of the groups that the current scope owns."""
+    return identity(read())
+
+
+def own_default_group() -> Optional[Any]:
+    """What torch's default process group is to the runner whose method runs: its own world's.
+
+    None outside of runners' methods, and for runners that share.
+    """
+    parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
+    coordinator = parallel._stamp.get("world_group")
+    return coordinator.device_group if getattr(coordinator, _OWN, False) else None
+
+
+def mark_own(coordinator: Any) -> Any:
+    """Mark a coordinator of the world as one runner's own; returns it."""
+    setattr(coordinator, _OWN, True)
+    return coordinator
 
 
 def identities() -> dict[str, Optional[int]]:

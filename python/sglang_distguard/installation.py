@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Optional
+from typing import Literal, Optional
 
 import wrapt
 
@@ -37,6 +37,8 @@ def install(
     reuse: Optional[bool] = None,
     timeout: Optional[float] = None,
     slow_after: Optional[float] = None,
+    agreement_timeout: Optional[float] = None,
+    groups: Optional[Literal["own", "share"]] = None,
 ) -> None:
     """Make SGLang's ModelRunners safe to build and run together in this process.
 
@@ -51,6 +53,12 @@ def install(
         slow_after: seconds after which an initialisation that others wait for is logged, once, as
             a warning with its thread's stack. Default: the environment variable
             ``SGLANG_DISTGUARD_SLOW_AFTER`` when set, else 30.
+        agreement_timeout: seconds that the ranks of a world of several may take for each step of
+            agreeing on a runner. Default: the environment variable
+            ``SGLANG_DISTGUARD_AGREEMENT_TIMEOUT`` when set, else 60.
+        groups: what runners of a world of several ranks do about communicators. "own", the default:
+            each has its own, and may forward whenever it wants; "share": all use the same, and the
+            ranks agree on the order of every forward.
 
     Raises:
         NotSupported: the installed SGLang lacks something the guard rests on.
@@ -59,7 +67,14 @@ def install(
     """
     global _installation
     with _locked():
-        chosen = settings.choose(reuse, timeout, slow_after, again=_installation is not None)
+        chosen = settings.choose(
+            again=_installation is not None,
+            reuse=reuse,
+            timeout=timeout,
+            slow_after=slow_after,
+            agreement_timeout=agreement_timeout,
+            groups=groups,
+        )
         if _installation is None:
             plans = adapters.choose()
             installation = _Installation({plan.module: plan for plan in plans})

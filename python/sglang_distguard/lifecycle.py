@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 
-from sglang_distguard import _core, groups, installation
+from sglang_distguard import _core, groups, installation, world
+from sglang_distguard.ranks import agreement
 
-#: Seconds that the exit waits for daemon threads that are inside a runner's method.
+#: Seconds that the exit waits for daemon threads that are inside a runner's method, or read a log.
 EXIT_GRACE = 5.0
 
 
@@ -24,6 +25,13 @@ def _in_child() -> None:
             _core.inherit(key, group)
 
 
+def _at_exit() -> None:
+    ranks = world.ranks()
+    if ranks is not None:
+        agreement.leave(ranks, EXIT_GRACE)
+    _core.begin_exit(EXIT_GRACE)
+
+
 def watch() -> None:
     """Register for forks and for the interpreter's exit; once per process, at import."""
     os.register_at_fork(
@@ -31,4 +39,4 @@ def watch() -> None:
         after_in_parent=installation.after_fork_in_parent,
         after_in_child=_in_child,
     )
-    atexit.register(_core.begin_exit, EXIT_GRACE)
+    atexit.register(_at_exit)

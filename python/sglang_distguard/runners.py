@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_distguard import _core, default_dtype, settings
+from sglang_distguard import _core, default_dtype, groups, ownership, settings, world
 from sglang_distguard.groups import GROUPS, WORLD
+from sglang_distguard.naming import name_of_model
+from sglang_distguard.ranks import agreement
 from sglang_distguard.targets.expert_location import experts_key
 
 if TYPE_CHECKING:
@@ -30,14 +31,49 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     The leases end with ``close``, or when the runner is garbage-collected.
     """
     scope = _core.current_scope()
-    name = settings.current().name or _default_name(args, kwargs)
+    ask = agreement.asked()
+    name = settings.current().name or (ask.name if ask else None) or _default_name(args, kwargs)
+    own = groups.own_key(scope)
+    used = own if _core.has_joined(own) else GROUPS
     # What this scope joined and was torn down since is asked for, too: to be refused.
-    keys = [key for key in (WORLD, GROUPS) if _core.is_ready(key) or _core.has_joined(key)]
-    handle = _core.RunnerHandle(name, scope, keys)
+    keys = [key for key in (WORLD, used) if _core.is_ready(key) or _core.has_joined(key)]
+    ordered = world.ranks() is not None and not _may_overlap(used)
+    handle = _core.RunnerHandle(name, scope, keys, ordered=ordered)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
         scope.label = name
     setattr(runner, _ATTRIBUTE, handle)
     return handle
+
+
+def _may_overlap(key: str) -> bool:
+    """Whether runners of several ranks may compute at the same time, each rank in its own order.
+
+    Not over shared groups: their collectives would meet each other's. Nor on GPUs: all threads
+    launch on one stream by default, on which two communicators that wait in different orders on two
+    ranks wait for ever (NCCL user guide, "Using multiple NCCL communicators concurrently"). Nor
+    where SGLang reduces through memory that all groups of the process share (0.5.23:
+    `is_shm_available`, `sgl_kernel.shm_allreduce`, on CPUs with AMX and on arm64).
+    """
+    from sglang.srt.runtime_context import get_device
+    from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
+
+    by_memory = cpu_has_amx_support() or is_host_cpu_arm64()
+    return key != GROUPS and get_device().device == "cpu" and not by_memory
+
+
+@contextmanager
+def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
+    """Run a step that computes together with other ranks; after one another where it must be.
+
+    Raises:
+        AmbiguousBuild, AgreementTimeout, StoreLost: see ``errors``.
+    """
+    ranks = world.ranks() if handle.ordered else None
+    if ranks is None:
+        yield
+        return
+    with agreement.turn(ranks, f"runner {handle.name}, {step}", {}):
+        yield
 
 
 def hold_experts(handle: _core.RunnerHandle) -> None:
@@ -87,7 +123,7 @@ def closing(runner: ModelRunner) -> Iterator[ModelRunner]:
     try:
         yield runner
     finally:
-        handle.close()
+        give_up(handle)
 
 
 def close(runner: ModelRunner) -> bool:
@@ -101,7 +137,16 @@ def close(runner: ModelRunner) -> bool:
     Raises:
         TypeError: ``runner`` was not built under the guard.
     """
-    return handle_of(runner).close()
+    return give_up(handle_of(runner))
+
+
+def give_up(handle: _core.RunnerHandle) -> bool:
+    """``close`` for a handle."""
+    scope = handle.scope
+    closed = handle.close()
+    if closed:
+        ownership.release(scope)
+    return closed
 
 
 def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
@@ -126,10 +171,3 @@ def _default_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     config = args[0] if args else kwargs.get("model_config")
     role = "-draft" if kwargs.get("is_draft_worker") else ""
     return f"{name_of_model(config)}{role}-{next(_numbers)}"
-
-
-def name_of_model(config: object) -> str:
-    """The last part of ``config.model_path`` as it may stand in a runner's name."""
-    path = str(getattr(config, "model_path", "")).rstrip("/")
-    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
-    return name.strip()[: settings.MAX_NAME // 2] or "runner"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Literal, Optional
 
 REUSE_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
+AGREEMENT_VARIABLE = "SGLANG_DISTGUARD_AGREEMENT_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_SLOW_AFTER = 30.0
+DEFAULT_AGREEMENT_TIMEOUT = 60.0
+#: What a runner of a world of several ranks does about communicators: see ``install``.
+GROUP_POLICIES = ("own", "share")
 MAX_NAME = 200
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
 _FALSE = frozenset({"", "0", "false", "no", "off", "n"})
@@ -29,12 +33,16 @@ class Settings:
         timeout: seconds that one wait may take; ``math.inf`` for no deadline.
         name: the name given to the runner that is being built, if any.
         slow_after: seconds after which a leader that others wait for is logged as slow.
+        agreement_timeout: seconds that the ranks of a world may take for each step of agreeing.
+        groups: "own" or "share", in a world of several ranks.
     """
 
     reuse: bool = True
     timeout: float = DEFAULT_TIMEOUT
     name: Optional[str] = None
     slow_after: float = DEFAULT_SLOW_AFTER
+    agreement_timeout: float = DEFAULT_AGREEMENT_TIMEOUT
+    groups: str = GROUP_POLICIES[0]
 
 
 _installed = Settings()
@@ -89,28 +97,59 @@ def seconds_from_environment(variable: str) -> Optional[float]:
 
 
 def choose(
-    reuse: Optional[bool], timeout: Optional[float], slow_after: Optional[float], *, again: bool
+    *,
+    again: bool,
+    reuse: Optional[bool] = None,
+    timeout: Optional[float] = None,
+    slow_after: Optional[float] = None,
+    agreement_timeout: Optional[float] = None,
+    groups: Optional[str] = None,
 ) -> Settings:
     """What ``install`` sets: its arguments, else what is set already, else the environment.
 
     Raises:
         TypeError, ValueError: an argument or environment variable is not usable.
     """
-    base = _installed if again else Settings()
-    # A variable is not looked at where an argument is given: that wins, also over a mistyped one.
-    if reuse is None and not again:
-        reuse = reuse_from_environment()
-    if timeout is None and not again:
-        timeout = seconds_from_environment(TIMEOUT_VARIABLE)
-    if slow_after is None and not again:
-        slow_after = seconds_from_environment(SLOW_VARIABLE)
-    if reuse is not None:
-        base = replace(base, reuse=check_flag("reuse", reuse))
-    if timeout is not None:
-        base = replace(base, timeout=check_seconds("timeout", timeout))
-    if slow_after is not None:
-        base = replace(base, slow_after=check_seconds("slow_after", slow_after))
-    return base
+    if not again:
+        # A variable is not looked at where an argument is given: that wins, also over a mistyped one.
+        if reuse is None:
+            reuse = reuse_from_environment()
+        if timeout is None:
+            timeout = seconds_from_environment(TIMEOUT_VARIABLE)
+        if slow_after is None:
+            slow_after = seconds_from_environment(SLOW_VARIABLE)
+        if agreement_timeout is None:
+            agreement_timeout = seconds_from_environment(AGREEMENT_VARIABLE)
+    return _changed(
+        _installed if again else Settings(),
+        reuse=reuse,
+        timeout=timeout,
+        slow_after=slow_after,
+        agreement_timeout=agreement_timeout,
+        groups=groups,
+    )
+
+
+def _changed(base: Settings, **chosen: Any) -> Settings:
+    """``base`` with what is not None, checked."""
+    checks: dict[str, Callable[[str, object], object]] = {
+        "name": lambda _, value: check_name(value),
+        "reuse": check_flag,
+        "groups": _check_groups,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(
+        base,
+        **{name: checks.get(name, check_seconds)(name, value) for name, value in given.items()},
+    )
+
+
+def _check_groups(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {shown(value)}")
+    if value not in GROUP_POLICIES:
+        raise ValueError(f"{name} must be one of {', '.join(GROUP_POLICIES)}, not {shown(value)}")
+    return value
 
 
 def shown(value: object) -> str:
@@ -181,25 +220,32 @@ def runner_scope(
     *,
     reuse: Optional[bool] = None,
     timeout: Optional[float] = None,
+    agreement_timeout: Optional[float] = None,
+    groups: Optional[Literal["own", "share"]] = None,
 ) -> Iterator[Settings]:
     """Settings for what the calling thread (or asyncio task) builds inside the with block.
 
+    What is None stays as it is in force (``install``).
+
     Args:
-        name: name of the runner built inside; in errors, events and ``snapshot()``.
-        reuse: whether it may reuse an equal world and equal groups; None keeps the setting in
-            force (``install(reuse=…)``).
-        timeout: seconds that one wait may take; None keeps the setting in force.
+        name: name of the runner built inside; in errors, events and ``snapshot()``, and how the
+            ranks of a world know which runners belong together.
+        reuse: whether it may reuse an equal world and equal groups.
+        timeout: seconds that one wait for another thread may take.
+        agreement_timeout: seconds that the ranks may take for each step of agreeing.
+        groups: "own" or "share", in a world of several ranks: see ``install``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
     """
-    chosen = current()
-    if name is not None:
-        chosen = replace(chosen, name=check_name(name))
-    if reuse is not None:
-        chosen = replace(chosen, reuse=check_flag("reuse", reuse))
-    if timeout is not None:
-        chosen = replace(chosen, timeout=check_seconds("timeout", timeout))
+    chosen = _changed(
+        current(),
+        name=name,
+        reuse=reuse,
+        timeout=timeout,
+        agreement_timeout=agreement_timeout,
+        groups=groups,
+    )
     token = _scope.set(chosen)
     try:
         yield chosen

@@ -78,6 +78,8 @@ class Snapshot(TypedDict):
     reuse: bool
     timeout: float
     slow_after: float
+    agreement_timeout: float
+    groups: str
     slots: list[SlotInfo]
     rooms: list[VisitInfo]
     scopes: list[RunnerScopeInfo]
@@ -106,6 +108,8 @@ def snapshot() -> Snapshot:
             "reuse": chosen.reuse,
             "timeout": chosen.timeout,
             "slow_after": chosen.slow_after,
+            "agreement_timeout": chosen.agreement_timeout,
+            "groups": chosen.groups,
             "scopes": scopes,
         },
     )

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from sglang_distguard import _core, journal, settings
+from sglang_distguard import _core, groups, journal, settings
 from sglang_distguard.errors import DistGuardError
-from sglang_distguard.groups import GROUPS, WORLD
+from sglang_distguard.groups import WORLD
 
 _force: ContextVar[bool] = ContextVar("sglang_distguard.force", default=False)
 #: What the running code has closed and is destroying.
@@ -86,7 +86,11 @@ def teardown(*, force: bool = False) -> None:
         return
     token = _force.set(force)
     try:
-        with tearing_down(GROUPS, WORLD):
+        keys = groups.all_keys()
+        with tearing_down(WORLD, *keys) as (_world, *states):
+            for key, state in zip(keys, states, strict=True):
+                if key != groups.GROUPS and state.resource is not None:
+                    groups.destroy(state.resource)
             sglang.destroy_model_parallel()
             sglang.destroy_distributed_environment()
     finally:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang_distguard.groups import default_process_group
+from sglang_distguard import _core
+from sglang_distguard.groups import WORLD, default_process_group
+from sglang_distguard.ranks.world import Ranks, ranks_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class World:
         """
         if self.excepthook is not None and sys.excepthook is self.excepthook[1]:
             sys.excepthook = self.excepthook[0]
+
+
+def ranks() -> Optional[Ranks]:
+    """Who has to agree in the world there is; None for one rank, or none."""
+    world: Optional[World] = _core.resource(WORLD)
+    return None if world is None else ranks_of(world.coordinator)
 
 
 def make(initialise: Callable[[], Any]) -> World:

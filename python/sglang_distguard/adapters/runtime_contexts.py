@@ -14,6 +14,7 @@ from sglang_distguard.targets import (
     runtime_context,
     threads,
     torch_dtype,
+    weight_updater,
 )
 
 _TARGETS = (
@@ -24,6 +25,7 @@ _TARGETS = (
     expert_location,
     model_runner,
     model_loader,
+    weight_updater,
     torch_dtype,
     threads,
 )

@@ -52,23 +52,21 @@ class Replace:
 
 @dataclass(frozen=True)
 class AroundMethods:
-    """``Around`` for every public method and property of a class, and for its constructor."""
+    """``Around`` for every public method and property of a class, and for its constructor if asked."""
 
     module: str
     classname: str
     make: MakeHook
-    make_init: MakeHook
+    make_init: Optional[MakeHook] = None
 
     def expand(self, names: Sequence[str]) -> list[Around]:
         """One ``Around`` per name in ``names`` that is public, or the constructor."""
+        makers = {name: self.make for name in names if not name.startswith("_")}
+        if self.make_init is not None:
+            makers["__init__"] = self.make_init
         return [
-            Around(self.module, f"{self.classname}.{name}", self._maker(name))
-            for name in names
-            if name == "__init__" or not name.startswith("_")
+            Around(self.module, f"{self.classname}.{name}", make) for name, make in makers.items()
         ]
-
-    def _maker(self, name: str) -> MakeHook:
-        return self.make_init if name == "__init__" else self.make
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,7 @@ class ModulePlan:
         """Raise NotSupported unless the source has what every change needs."""
         wanted = [change.qualname for change in self._arounds]
         wanted += [change.qualname for change in self.changes if isinstance(change, Needs)]
-        wanted += [
-            f"{change.classname}.__init__"
-            for change in self.changes
-            if isinstance(change, AroundMethods)
-        ]
+        wanted += [change.classname for change in self.changes if isinstance(change, AroundMethods)]
         missing = sorted(set(wanted) - set(self._defined))
         if missing:
             raise NotSupported(

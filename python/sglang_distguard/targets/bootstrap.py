@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_distguard import settings
+from sglang_distguard import _core, runners, settings
 from sglang_distguard.patching import Around
 from sglang_distguard.scoping import accessor
 
@@ -25,11 +25,14 @@ def _init_parallel_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
         if settings.current().reuse:
             ran.value = False
         before = ran.value
+        token = _core.enter(_core.current_scope())  # as in the runner's methods
         try:
             return original(*args, **kwargs)
         except BaseException:
             ran.value = before
             raise
+        finally:
+            runners.leave(token)
 
     return init_parallel_runtime
 

@@ -8,11 +8,39 @@ from typing import Any
 
 from sglang_distguard import runners
 from sglang_distguard.patching import AroundMethods
+from sglang_distguard.ranks import agreement
 
 MODULE = "sglang.srt.model_executor.model_runner"
 
 
+#: What computes together with the other ranks (0.5.23; docs/COLLECTIVES.md).
+_COLLECTIVE = frozenset(
+    {
+        "alloc_memory_pool",
+        "init_attention_backends",
+        "init_cuda_graphs",
+        "prewarm_sampling",
+        "load_model",
+        "forward",
+        "forward_split_prefill",
+        "sample",
+        "compute_logprobs_only",
+        "check_weights",
+        "maybe_join_ep_ranks",
+        "post_capture_resize_kv_pool",
+        "recapture_decode_cuda_graph",
+        "init_decode_cuda_graph",
+        "init_prefill_cuda_graph",
+        "finalize_startup_weight_load",
+        "post_capture_elastic_ep_recover",
+        "ensure_decode_cuda_graphs",
+    }
+)
+
+
 def _method(original: Callable[..., Any]) -> Callable[..., Any]:
+    if original.__name__ in _COLLECTIVE:
+        original = _in_order(original)
     if original.__name__ == "forward":
         original = _one_thread_at_a_time(original)
 
@@ -26,6 +54,20 @@ def _method(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         finally:
             runners.leave(token)
+
+    return method
+
+
+def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
+    step = original.__name__
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = runners.find_handle(self)
+        if handle is None or not handle.ordered:
+            return original(self, *args, **kwargs)
+        with runners.in_order(handle, step):
+            return original(self, *args, **kwargs)
 
     return method
 
@@ -53,16 +95,18 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         if runners.find_handle(self) is not None:  # a subclass calling up
             original(self, *args, **kwargs)
             return
-        handle = runners.bind(self, args, kwargs)
-        token = handle.enter()
-        try:
-            original(self, *args, **kwargs)
-            runners.hold_experts(handle)
-        except BaseException:
-            handle.close()
-            raise
-        finally:
-            runners.leave(token)
+        with agreement.building():
+            handle = runners.bind(self, args, kwargs)
+            token = handle.enter()
+            try:
+                with runners.in_order(handle, "construction"):
+                    original(self, *args, **kwargs)
+                runners.hold_experts(handle)
+            except BaseException:
+                runners.give_up(handle)
+                raise
+            finally:
+                runners.leave(token)
 
     return __init__
 

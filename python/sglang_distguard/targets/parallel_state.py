@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional
 
-from sglang_distguard import groups, world
+from sglang_distguard import _core, groups, ownership, settings, world
+from sglang_distguard.errors import AgreementTimeout, DistGuardError, NotSupported
 from sglang_distguard.groups import GROUPS, MODULE, WORLD
 from sglang_distguard.patching import Around, Needs
+from sglang_distguard.ranks import agreement, specs
+from sglang_distguard.ranks.agreement import Ask
+from sglang_distguard.ranks.creation import creating
+from sglang_distguard.ranks.failures import describe
+from sglang_distguard.ranks.world import attach, open_ranks, ranks_of
 from sglang_distguard.scoping import accessor
 from sglang_distguard.singleflight import run_once
 from sglang_distguard.teardowns import tearing_down
@@ -99,10 +106,36 @@ def _undo_world(
         namespace["torch"].distributed.destroy_process_group()
 
 
-def _undo_groups(parallel: Any, *, stamp: dict[str, Any], made: list[Any]) -> None:
+def _undo_groups(
+    parallel: Any, *, stamp: dict[str, Any], made: list[Any], ask: Optional[Ask]
+) -> None:
     groups.discard(groups.read())
-    groups.discard_process_groups(keep=made)
+    groups.discard_process_groups(keep=made, prefix=ask.prefix if ask else "")
     parallel._stamp = stamp
+
+
+@contextmanager
+def _deadline(world_size: int) -> Iterator[None]:
+    """Do not wait 30 minutes, as torch would, for ranks that never come to the rendezvous."""
+    if world_size == 1:
+        yield
+        return
+    seconds = settings.current().agreement_timeout
+    begun = time.monotonic()
+    try:
+        with creating(seconds):
+            yield
+    except (RuntimeError, TimeoutError) as error:
+        if isinstance(error, DistGuardError) or time.monotonic() - begun < seconds * 0.9:
+            raise
+        raise AgreementTimeout(
+            f"the world of {world_size} ranks did not come up within {seconds:.1f} s "
+            f"({describe(error)}). Look whether all ranks live and were given the same address; "
+            "agreement_timeout=... changes the deadline.",
+            name="world",
+            world_size=world_size,
+            waited=seconds,
+        ) from error
 
 
 def _init_distributed_environment(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,8 +162,12 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
                 namespace["_WORLD"] = None  # left by a world destroyed elsewhere
 
             def make() -> Any:
-                original(*args, **kwargs)
-                return namespace["_WORLD"]
+                with _deadline(requested["world_size"]):
+                    original(*args, **kwargs)
+                coordinator = namespace["_WORLD"]
+                if ranks_of(coordinator) is None:  # SGLang's own, from before install()
+                    attach(coordinator, open_ranks(groups.default_process_group()))
+                return coordinator
 
             return world.make(make)
 
@@ -154,8 +191,25 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
     return init_distributed_environment
 
 
+def _init_world_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The first collective of a world: all ranks agree on it, so that one that is missing is named."""
+
+    @functools.wraps(original)
+    def init_world_group(*args: Any, **kwargs: Any) -> Any:
+        ranks = None if agreement.has_turn() else open_ranks(groups.default_process_group())
+        if ranks is None:
+            return original(*args, **kwargs)
+        with agreement.turn(ranks, "world", {"size": ranks.size}):
+            coordinator = original(*args, **kwargs)
+        attach(coordinator, ranks)
+        return coordinator
+
+    return init_world_group
+
+
 def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    namespace = original.__globals__
 
     @functools.wraps(original)
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
@@ -163,26 +217,57 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         call.apply_defaults()
         parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
         requested = groups_spec(dict(call.arguments), parallel)
+        ranks = world.ranks()
+        own = ranks is not None and settings.current().groups == "own"
         undoing = ExitStack()
 
-        def initialise() -> groups.Groups:
+        def make(ask: Optional[Ask]) -> groups.Groups:
             undoing.callback(
-                _undo_groups, parallel, stamp=dict(parallel._stamp), made=groups.process_groups()
+                _undo_groups,
+                parallel,
+                stamp=dict(parallel._stamp),
+                made=groups.process_groups(),
+                ask=ask,
             )
             groups.forget_dead_names()
             if groups.identity(groups.read()) is None:
                 groups.write(dict.fromkeys(groups.FIELDS))  # left by groups destroyed elsewhere
+            owned = {}
+            if own:
+                owned[groups.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
+                parallel.override_permanently(world_group=owned[groups.OWN_WORLD])
             original(*args, **kwargs)
-            return groups.read()
+            return {**groups.read(), **owned}
+
+        def initialise() -> groups.Groups:
+            if ranks is None:
+                return make(None)
+            what, spec = "groups", specs.plain(requested)
+            server_args = namespace["get_parallel"].__globals__["get_server_args"]()
+            _refuse_growing(server_args)
+            if own:
+                spec |= specs.model_spec(server_args)
+                what = f"runner {specs.name_for(spec)}"
+            with agreement.turn(ranks, what, spec, keep=own) as ask:
+                try:
+                    return make(ask)
+                except BaseException:
+                    # Before the others are told: whoever waits for this rank hears at once.
+                    undoing.close()
+                    raise
 
         def adopt() -> tuple[groups.Groups, dict[str, Any]]:
             found = groups.find()
             return found, {**requested, **groups.widths(found)}
 
+        scope = _core.current_scope()
+        if own:
+            ownership.collect()
+            ownership.release(scope)
         run_once(
-            GROUPS,
+            groups.own_key(scope) if own else GROUPS,
             requested,
-            observe=groups.shared_identity,
+            observe=groups.own_identity if own else groups.shared_identity,
             initialise=initialise,
             adopt=adopt,
             join=groups.stamp,
@@ -192,19 +277,45 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
     return initialize_model_parallel
 
 
+def _refuse_growing(server_args: Any) -> None:
+    """Elastic expert parallelism changes torch's default group (0.5.23); a runner's own cannot grow."""
+    backend = getattr(server_args, "elastic_ep_backend", None)
+    if backend is not None:
+        raise NotSupported(
+            f"elastic_ep_backend={backend!r}: a world of several ranks that grows or shrinks while "
+            "runners own groups of it is not supported. Leave it unset, or run one runner per "
+            "process without sglang_distguard.",
+            elastic_ep_backend=backend,
+        )
+
+
+def _own_world(namespace: dict[str, Any], backend: Optional[str]) -> Any:
+    """One more coordinator of the whole world (0.5.23: memory and load barriers go over it)."""
+    shared = namespace["_WORLD"]
+    coordinator = namespace["init_world_group"](
+        ranks=list(range(shared.world_size)),
+        local_rank=shared.local_rank,
+        backend=backend or namespace["torch"].distributed.get_backend(shared.device_group),
+    )
+    return groups.mark_own(coordinator)
+
+
 def _destroy_model_parallel(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_model_parallel() -> None:
-        with tearing_down(GROUPS) as (state,):
+        with tearing_down(groups.key_in_use(_core.current_scope())) as (state,):
             shared = state.resource
             if shared is not None:
                 groups.write(shared)  # the scope that tears down need not be the one that built
             if state.origin == "adopted":
                 groups.write(dict.fromkeys(groups.FIELDS))
-            alone = groups.read()["_SELF_PP"]
-            original()
             # 0.5.23 forgets `_SELF_PP`: the next world would inherit a dead group.
-            groups.discard({**dict.fromkeys(groups.FIELDS), "_SELF_PP": alone})
+            forgotten = {
+                "_SELF_PP": groups.read()["_SELF_PP"],
+                groups.OWN_WORLD: (shared or {}).get(groups.OWN_WORLD),
+            }
+            original()
+            groups.discard(forgotten)
 
     return destroy_model_parallel
 
@@ -214,7 +325,8 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(original)
     def destroy_distributed_environment() -> None:
-        with tearing_down(GROUPS, WORLD) as (_groups, state):  # torch destroys all with the world
+        # torch destroys all with the world
+        with tearing_down(WORLD, *groups.all_keys()) as (state, *_groups):
             if state.origin == "adopted":
                 namespace["_WORLD"] = None
                 return
@@ -228,7 +340,7 @@ def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(original)
     def cleanup_dist_env_and_memory(*args: Any, **kwargs: Any) -> None:
-        with tearing_down(GROUPS, WORLD):
+        with tearing_down(WORLD, *groups.all_keys()):
             original(*args, **kwargs)
 
     return cleanup_dist_env_and_memory
@@ -236,6 +348,7 @@ def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., 
 
 CHANGES = (
     Needs(MODULE, "GroupCoordinator"),
+    Around(MODULE, "init_world_group", _init_world_group),
     Around(MODULE, "init_distributed_environment", _init_distributed_environment),
     Around(MODULE, "initialize_model_parallel", _initialize_model_parallel),
     Around(MODULE, "destroy_model_parallel", _destroy_model_parallel),

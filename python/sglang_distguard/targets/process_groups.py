@@ -1,14 +1,16 @@
-"""torch.distributed: a process group is not destroyed while runners compute through it."""
+"""torch.distributed: groups in use are not destroyed, and in a turn they are created as agreed."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from sglang_distguard import _core, groups
-from sglang_distguard.groups import GROUPS, WORLD
+from sglang_distguard.groups import WORLD
 from sglang_distguard.patching import Around
+from sglang_distguard.ranks import creation
 from sglang_distguard.teardowns import lets_go, tearing_down
 from sglang_distguard.world import World
 
@@ -18,13 +20,15 @@ MODULE = "torch.distributed.distributed_c10d"
 def _concerned(group: Any) -> tuple[str, ...]:
     """What goes with ``group``: torch destroys every group with the default one (2.14.1)."""
     if group is None or group is groups.default_process_group():
-        return (GROUPS, WORLD)
+        return (*groups.all_keys(), WORLD)
     world = _core.resource(WORLD)
     if world is not None and any(group is part for part in groups.parts(world.coordinator)):
         return (WORLD,)
-    shared = _core.resource(GROUPS) or {}
-    parts = [part for coordinator in shared.values() for part in groups.parts(coordinator)]
-    return (GROUPS,) if any(group is part for part in parts) else ()
+    for key in groups.all_keys():
+        made = (_core.resource(key) or {}).values()
+        if any(group is part for coordinator in made for part in groups.parts(coordinator)):
+            return (key,)
+    return ()
 
 
 def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,4 +46,68 @@ def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     return destroy_process_group
 
 
-CHANGES = (Around(MODULE, "destroy_process_group", _destroy_process_group),)
+def _process_group_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_group_name(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        name = None if creating is None else creating.next_name()
+        return original(*args, **kwargs) if name is None else name
+
+    return process_group_name
+
+
+def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        if creating is None:
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        timeout = call.arguments.get("timeout")
+        call.arguments["timeout"] = creating.limit(timeout)
+        group, store = original(*call.args, **call.kwargs)
+        if timeout is not None and hasattr(group, "set_timeout"):
+            group.set_timeout(timeout)  # the deadline was for its creation alone
+        return group, store
+
+    return new_process_group_helper
+
+
+def _rendezvous(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def rendezvous(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        if creating is not None:
+            kwargs["timeout"] = creating.limit(kwargs.get("timeout"))
+        return original(*args, **kwargs)
+
+    return rendezvous
+
+
+def _get_default_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang runs some collectives over torch's default group: a runner has a copy of its own.
+
+    Only in its methods: what others do over the default group stays theirs. `new_group` names its
+    own store by this group, so that in a turn it is the real one on every rank.
+    """
+
+    @functools.wraps(original)
+    def get_default_group() -> Any:
+        default = original()
+        if _core.depth() == 0 or default.size() == 1 or creation.current() is not None:
+            return default
+        own = groups.own_default_group()
+        return default if own is None else own
+
+    return get_default_group
+
+
+CHANGES = (
+    Around(MODULE, "destroy_process_group", _destroy_process_group),
+    Around(MODULE, "_process_group_name", _process_group_name),
+    Around(MODULE, "_new_process_group_helper", _new_process_group_helper),
+    Around(MODULE, "_get_default_group", _get_default_group),
+    Around("torch.distributed.rendezvous", "rendezvous", _rendezvous),
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,9 +27,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def publish(*args: Any, **kwargs: Any) -> Any:
         previous = _core.current_scope()
-        scope, fresh = _core.choose_scope(
-            settings.current().name or "", list(sys._current_frames())
-        )
+        scope, fresh = _core.choose_scope(settings.current().name or "")
         if fresh:
             _core.adopt_scope(scope)
             try:

@@ -188,7 +188,7 @@ def main() -> None:
     signal.alarm(_TIMEOUT_PER_RUNNER)  # SIGALRM ends the process wherever it hangs
     prepare_environment()
     if len(jobs) > 1:
-        _import_all()
+        import_sglang()
     for file, job in jobs:
         if len(jobs) == 1:
             _run(file, job)
@@ -198,7 +198,7 @@ def main() -> None:
         print(_DONE, flush=True)
 
 
-def _import_all() -> None:
+def import_sglang() -> None:
     """Import what runners import, and build nothing: OpenMP must not start before a fork."""
     from sglang.srt.model_executor import model_runner  # noqa: F401
     from sglang.srt.models.registry import ModelRegistry

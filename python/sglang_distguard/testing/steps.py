@@ -38,7 +38,12 @@ class Generation:
 
 
 def build(
-    server_args: ServerArgs, *, gpu_id: int = 0, is_draft_worker: bool = False
+    server_args: ServerArgs,
+    *,
+    gpu_id: int = 0,
+    is_draft_worker: bool = False,
+    world_rank: int = 0,
+    port: Optional[int] = None,
 ) -> ModelRunner:
     """Build a runner exactly as SGLang's own code does; knows nothing of distguard.
 
@@ -46,6 +51,8 @@ def build(
         server_args: a fresh object: SGLang resolves it in place.
         gpu_id: index of the CUDA device; 0 on CPU.
         is_draft_worker: publishes and initialises nothing: its target, built before, has.
+        world_rank: this process's, of ``tp_size`` times ``pp_size``.
+        port: where the ranks meet; default: a free one, for one rank.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.configs.model_config import ModelConfig
@@ -57,9 +64,10 @@ def build(
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.runtime_context import SpawnRanks, get_device, publish
 
-    port = free_port()
+    port = port or free_port()
     if not is_draft_worker:
-        publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=gpu_id))
+        ranks = SpawnRanks(world_rank=world_rank, gpu_id=gpu_id)
+        publish(server_args, role="scheduler", ranks=ranks)
         initialize_moe_config()
         initialize_fp8_gemm_config()
         initialize_bf16_gemm_config()
@@ -173,11 +181,49 @@ def _decode(token: Any, batch: Any, runner: Any) -> tuple[Any, Any]:
 
 def _forward(batch: Any, runner: Any) -> tuple[Any, Any]:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.runtime_context import get_parallel
 
+    _prepare_data_parallel(batch, runner)
     forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+    if get_parallel().pp_size > 1:
+        return _forward_stage(runner, forward_batch, get_parallel().pp_group)
     output = runner.forward(forward_batch).logits_output
     token = runner.sample(output, forward_batch)
     return token, output.next_token_logits.clone()
+
+
+def _prepare_data_parallel(batch: Any, runner: Any) -> None:
+    """As `sglang.benchmark.one_batch._maybe_prepare_mlp_sync_batch` (0.5.23)."""
+    from sglang.srt.managers.scheduler_components.dp_attn import prepare_mlp_sync_batch_raw
+    from sglang.srt.utils import require_mlp_sync, require_mlp_tp_gather
+
+    if require_mlp_sync():
+        prepare_mlp_sync_batch_raw(
+            batch,
+            model_runner=runner,
+            get_idle_batch=cast(Any, None),
+            disable_cuda_graph=True,
+            require_mlp_tp_gather=require_mlp_tp_gather(),
+            disable_overlap_schedule=True,
+            offload_tags=set(),
+        )
+
+
+def _forward_stage(runner: Any, forward_batch: Any, stages: Any) -> tuple[Any, Any]:
+    """One stage of a pipeline, as `scheduler_pp_mixin` (0.5.23); all stages get token and logits."""
+    from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+    before = None if stages.is_first_rank else PPProxyTensors(stages.recv_tensor_dict())
+    output = runner.forward(forward_batch, pp_proxy_tensors=before).logits_output
+    last = stages.world_size - 1
+    sampled: Any = None
+    if stages.is_last_rank:
+        token = runner.sample(output, forward_batch)
+        sampled = {"token": token, "logits": output.next_token_logits.clone()}
+    else:
+        stages.send_tensor_dict(output.tensors)
+    sampled = stages.broadcast_tensor_dict(sampled, src=last)
+    return sampled["token"], sampled["logits"]
 
 
 class _NoCache(SimpleNamespace):

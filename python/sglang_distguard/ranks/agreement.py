@@ -1,0 +1,309 @@
+"""Ranks agree before they create: ask under a name, take turns in one order, tell how it went.
+
+The state is rust/core/src/agreement.rs; here is what is told to the other ranks and when. Every wait has
+a deadline, and whoever gives up writes so into the log: what stands there first counts for all ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, Optional
+
+from sglang_distguard import settings, waiting
+from sglang_distguard.errors import DistGuardError
+from sglang_distguard.ranks import failures
+from sglang_distguard.ranks.creation import creating
+from sglang_distguard.ranks.world import PREFIX, Ranks
+
+#: The part of the deadline in which a turn's groups are created; the rest is for telling each other.
+_CREATE = 0.8
+_READER = "distguard-ranks"
+#: Seconds in which a rank that lost a connection hears from the others why.
+_HEAR = 5.0
+
+_turn: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.turn", default=None)
+#: What the running code builds a runner with, until it has told the others how that went.
+_asked: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.asked", default=None)
+_building: ContextVar[bool] = ContextVar("sglang_distguard.building", default=False)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One round of one name.
+
+    Attributes:
+        ranks: who has to agree.
+        what: the name the ranks know it by: "runner NAME", "world" …
+        round: how often they had tried before.
+        deadline: seconds for each stage.
+    """
+
+    ranks: Ranks
+    what: str
+    round: int
+    deadline: float
+
+    @property
+    def name(self) -> str:
+        """The runner's name alone."""
+        return self.what.removeprefix("runner ")
+
+    @property
+    def prefix(self) -> str:
+        """Begins the names of the process groups that are created in the turn."""
+        return f"{PREFIX}/{self.what}/{self.round}:"
+
+    def _key(self, stage: str) -> str:
+        return f"{self.what}/{self.round}/{stage}"
+
+    def tell(self, stage: str, report: Mapping[str, Any]) -> None:
+        """Report to the others; the last one to report judges and writes the end of the stage."""
+        key = self._key(stage)
+        if self.ranks.state.arrive(self.what, self.round, stage) and self.ranks.tell(key, report):
+            reports = self.ranks.told(key)
+            judge = failures.disagree if stage == "ask" else failures.failed
+            self.write(stage, judge(reports))
+            self.ranks.tidy(key, f"{key}/told")
+
+    def write(self, stage: str, failure: Optional[str]) -> None:
+        """Write that ``stage`` has ended."""
+        self.ranks.write(
+            {"name": self.what, "round": self.round, "stage": stage, "failure": failure}
+        )
+
+    def stands(self, stage: str) -> Optional[tuple[str, Optional[str]]]:
+        """How ``stage`` ended; None while it has not."""
+        standing = self.ranks.state.stands(self.what, self.round, stage)
+        return None if standing[0] == "open" else standing
+
+    def give_up(self, stage: str, waited: float) -> None:
+        """Write that this rank no longer waits for ``stage`` to end, and for whom it waited."""
+        told = self.ranks.told(self._key(stage))
+        self.write(stage, failures.missing(self.ranks.rank, told, self.ranks.size, waited))
+
+
+class _Wait:
+    """Waits for the end of one stage (see ``waiting.Waits``)."""
+
+    def __init__(self, ask: Ask, stage: str) -> None:
+        self._ask, self._stage = ask, stage
+        self._since = time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        ask = self._ask
+        ask.ranks.state.wait(ask.what, ask.round, self._stage, seconds)
+
+    def timed_out(self) -> Exception:
+        return _TimedOut(time.monotonic() - self._since)
+
+
+class _TimedOut(Exception):
+    def __init__(self, waited: float) -> None:
+        self.waited = waited
+
+
+def _await(ask: Ask, stage: str, timeout: float) -> None:
+    """Until all ranks have ended ``stage``; raise what it ended with, or what the wait did."""
+    ranks = ask.ranks
+    if ranks.state.begin_wait(ask.what, ask.round, stage):
+        # Short-lived: it ends with the last wait. A daemon, for it may sleep in the store.
+        threading.Thread(target=_read, args=(ranks,), name=_READER, daemon=True).start()
+    try:
+        what = f"the other ranks ({ask.what}, {stage})"
+        try:
+            standing = waiting.until(
+                lambda: ask.stands(stage), _Wait(ask, stage), timeout=timeout, what=what
+            )
+        except _TimedOut as error:
+            ask.give_up(stage, error.waited)
+            standing = waiting.until(
+                lambda: ask.stands(stage), _Wait(ask, stage), timeout=_HEAR, what=what
+            )
+    except _TimedOut:
+        reason = f"no answer within {_HEAR:.0f} s"
+        raise failures.error_of(ask.what, stage, ranks.rank, failures.lost(reason)) from None
+    finally:
+        ranks.state.end_wait(ask.what, ask.round, stage)
+    if standing[0] == "failed":
+        raise failures.error_of(ask.what, stage, ranks.rank, standing[1] or "")
+
+
+def _read(ranks: Ranks) -> None:
+    """Take in the log while anybody here waits for it."""
+    while (index := ranks.state.next_to_read()) is not None:
+        try:
+            entry = ranks.read(index)
+            if entry is not None:
+                ranks.state.apply(
+                    index, entry["name"], entry["round"], entry["stage"], entry["failure"]
+                )
+        except Exception as error:  # whatever it is, those who wait must hear of it
+            ranks.state.lose(failures.describe(error))
+
+
+@contextmanager
+def _store_errors(ask: Ask, stage: str) -> Iterator[None]:
+    """Make of a store that cannot be reached an error of ours."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except dist.DistError as error:
+        reason = failures.lost(failures.describe(error))
+        raise failures.error_of(ask.what, stage, ask.ranks.rank, reason) from error
+
+
+@contextmanager
+def turn(ranks: Ranks, what: str, spec: Mapping[str, Any], *, keep: bool = False) -> Iterator[Ask]:
+    """Run the with block when all ranks have asked for the same, after one another in one order.
+
+    Process groups created inside have names that the ranks agreed on, and the deadline. A turn
+    inside another is a part of that.
+
+    Args:
+        ranks: who has to agree.
+        what: the name by which the ranks know it.
+        spec: what must be equal, JSON values.
+        keep: remember the ask as what the running code builds a runner with (``building``).
+
+    Raises:
+        AmbiguousBuild: another thread of this process is at it under the same name.
+        RanksDisagree, AgreementTimeout, RankFailed, StoreLost: see ``errors``. All ranks raise.
+        Whatever the with block raised, on the rank where it did; the others raise RankFailed.
+    """
+    outer = _turn.get()
+    if outer is not None:
+        yield outer
+        return
+    deadline = settings.current().agreement_timeout
+    ask = Ask(ranks, what, ranks.state.begin(what), deadline)
+    token = _turn.set(ask)
+    try:
+        with _store_errors(ask, "ask"):
+            _ask(ask, spec)
+        try:
+            with creating(deadline * _CREATE, ask.prefix):
+                yield ask
+        except BaseException as error:
+            explain(ask, "turn", error)
+        with _store_errors(ask, "turn"):
+            ask.tell("turn", {})
+            _await(ask, "turn", deadline)
+    except BaseException:
+        ranks.state.end(what)
+        raise
+    finally:
+        _turn.reset(token)
+    if keep:
+        _asked.set(ask)
+    else:
+        ranks.state.end(what)
+
+
+def _ask(ask: Ask, spec: Mapping[str, Any]) -> None:
+    try:
+        ask.tell("ask", {"spec": dict(spec)})
+        _await(ask, "ask", ask.deadline)
+    except DistGuardError:
+        raise
+    except BaseException as error:  # interrupted: the others must not wait for this rank
+        with suppress(Exception):
+            report = failures.report(error)
+            ask.write("ask", failures.failed({ask.ranks.rank: report}))
+            # They may have agreed before: then the turn is what fails.
+            ask.tell("turn", report)
+        raise
+
+
+def explain(ask: Ask, stage: str, error: BaseException) -> NoReturn:
+    """Tell the others of ``error``, and raise it; or what befell another rank if it follows from that.
+
+    Raises:
+        RankFailed, AgreementTimeout: another rank failed, or is gone.
+    """
+    verdict = None
+    with suppress(Exception):  # without a store nobody can be told, and ``error`` says enough
+        ask.tell(stage, failures.report(error))
+        if failures.is_consequence(error):
+            verdict = _verdict(ask, stage)
+    if verdict is None:
+        raise error
+    raise verdict from error
+
+
+def _verdict(ask: Ask, stage: str) -> Optional[DistGuardError]:
+    try:
+        _await(ask, stage, min(_HEAR, ask.deadline) if stage == "build" else ask.deadline)
+    except DistGuardError as verdict:
+        return verdict
+    return None
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Tell the other ranks if the with block, which builds a runner, raises.
+
+    What is built inside another such with block is a part of that.
+
+    Raises:
+        RankFailed, AgreementTimeout: it raised because another rank failed, or is gone.
+    """
+    if _building.get():
+        yield
+        return
+    token = _building.set(True)
+    try:
+        yield
+    except BaseException as error:
+        ask = _asked.get()
+        if ask is None:
+            raise
+        explain(ask, "build", error)
+    finally:
+        _building.reset(token)
+        ask = _asked.get()
+        if ask is not None:
+            _asked.set(None)
+            ask.ranks.state.end(ask.what)
+
+
+def built() -> None:
+    """Tell the other ranks that the runner is complete here, and wait until it is everywhere.
+
+    Raises:
+        RankFailed, AgreementTimeout, StoreLost: another rank's build failed, or did not end.
+    """
+    ask = _asked.get()
+    if ask is not None:
+        with _store_errors(ask, "build"):
+            ask.tell("build", {})
+            _await(ask, "build", ask.deadline)
+
+
+def asked() -> Optional[Ask]:
+    """What the running code builds a runner with."""
+    return _asked.get()
+
+
+def has_turn() -> bool:
+    """Whether the running code is in a turn."""
+    return _turn.get() is not None
+
+
+def leave(ranks: Ranks, seconds: float) -> None:
+    """The process exits: end the reader, within ``seconds``.
+
+    A daemon thread that comes back from a call into torch after the interpreter has gone aborts.
+    """
+    ranks.state.lose("this process exits")
+    with suppress(Exception):
+        if ranks.state.is_reading():
+            ranks.write({"name": "(exit)", "round": 0, "stage": "build", "failure": None})
+        for thread in threading.enumerate():
+            if thread.name == _READER:
+                thread.join(seconds)

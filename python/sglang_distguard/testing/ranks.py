@@ -1,0 +1,229 @@
+"""Runs a function on several ranks, each a process of its own that has sglang imported already.
+
+``RankRunner`` keeps one process that has imported sglang and built nothing, and forks every rank of
+every run from it: a run begins within a second, and no run sees what another has done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sglang_distguard.testing.recipe import free_port, prepare_environment
+
+_MODULE = "sglang_distguard.testing.ranks"
+_READY = "ready"
+_PR_SET_PDEATHSIG = 1
+#: Two ranks on one core each are as many as this machine has cores; more share them.
+_CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(16))
+_ENVIRONMENT = {
+    "SGLANG_CPU_OMP_THREADS_BIND": _CORES,
+    "SGLANG_NCCL_SO_PATH": "/nonexistent.so",  # on CPU: sglang looks for it, and goes on without
+    # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
+    "RES_OPTIONS": "timeout:1 attempts:2",
+}
+
+
+class RankError(AssertionError):
+    """A rank raised, died or hung; the text has what every rank printed."""
+
+
+class RankRunner:
+    """Forks ranks from a process that has sglang imported. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """``path``: folder of the modules whose functions are run."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", _MODULE],
+            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def __enter__(self) -> RankRunner:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        size: int,
+        *,
+        seconds: float = 120.0,
+        may_die: bool = False,
+        **arguments: Any,
+    ) -> list[Any]:
+        """Run ``function(**arguments)`` on ``size`` ranks.
+
+        ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set, as by
+        torchrun.
+
+        Args:
+            function: a function of an importable module.
+            size: how many ranks.
+            seconds: then every rank that still runs prints its stacks and is killed.
+            may_die: a rank that ends without a result has None instead of being an error.
+            **arguments: JSON values.
+
+        Returns:
+            What each rank returned (JSON values), by rank.
+
+        Raises:
+            RankError: a rank raised, died or hung.
+        """
+        job = [function.__module__, function.__name__, size, seconds, arguments]
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        results = json.loads(self._answer())
+        bad = [it for it in results if it["status"] != "ok" and not (may_die and it["died"])]
+        if bad:
+            told = "\n".join(
+                f"--- rank {rank}: {it['status']}\n{it['output']}"
+                for rank, it in enumerate(results)
+            )
+            raise RankError(f"{function.__name__} on {size} ranks\n{told}")
+        return [it["value"] for it in results]
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RankError("the process that forks ranks has ended")
+        return line
+
+
+def _serve() -> None:
+    """Read jobs from standard input, run each on forked ranks, write what became of them."""
+    from sglang_distguard.testing.solo import import_sglang
+
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what sglang prints is no answer
+        prepare_environment()
+        import_sglang()
+        print(_READY, file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(_run(*json.loads(line))), file=answers, flush=True)
+
+
+def _run(
+    module: str, name: str, size: int, seconds: float, arguments: dict[str, Any]
+) -> list[dict[str, Any]]:
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(rank) for rank in range(size)]
+        # Nobody leaves before all are done: with rank 0 the store would go that others still read.
+        hold, release = os.pipe()
+        children = [
+            _fork(files[rank], rank, size, port, (module, name, arguments), (hold, release))
+            for rank in range(size)
+        ]
+        os.close(hold)
+        statuses = _wait(children, files, release, seconds)
+        return [_outcome(file, status) for file, status in zip(files, statuses, strict=True)]
+
+
+def _fork(
+    file: Path,
+    rank: int,
+    size: int,
+    port: int,
+    job: tuple[str, str, Any],
+    hold: tuple[int, int],
+) -> int:
+    child = os.fork()
+    if child != 0:
+        return child
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.close(hold[1])
+        with file.with_suffix(".out").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        module, name, arguments = job
+        value = getattr(importlib.import_module(module), name)(**arguments)
+        file.with_suffix(".new").write_text(json.dumps(value))
+        file.with_suffix(".new").rename(file)
+        os.read(hold[0], 1)  # the end of the pipe, when it is closed
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # threads and buffers of the parent are not ours to end
+
+
+def _wait(children: list[int], files: list[Path], release: int, seconds: float) -> list[int | None]:
+    """Exit codes; None for a child that had to be killed. Closes ``release`` when all are done."""
+    held = True
+    deadline = time.monotonic() + seconds
+    statuses: dict[int, int | None] = {}
+    while len(statuses) < len(children) and time.monotonic() < deadline:
+        for child in children:
+            if child not in statuses:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    statuses[child] = os.waitstatus_to_exitcode(status)
+        done = [it in statuses or file.exists() for it, file in zip(children, files, strict=True)]
+        if held and all(done):
+            os.close(release)
+            held = False
+        time.sleep(0.01)
+    if held:
+        os.close(release)
+    hung = [child for child in children if child not in statuses]
+    for sign, pause in ((signal.SIGUSR1, 1.0), (signal.SIGKILL, 0.0)):
+        for child in hung:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, sign)
+        time.sleep(pause if hung else 0)
+    for child in hung:
+        os.waitpid(child, 0)
+        statuses[child] = None
+    return [statuses[child] for child in children]
+
+
+def _outcome(file: Path, status: int | None) -> dict[str, Any]:
+    output = file.with_suffix(".out")
+    said = {0: "ok", None: "hung"}.get(status, f"exit code {status}")
+    return {
+        "status": said,
+        "died": status is not None and status not in (0, 1),
+        "value": json.loads(file.read_text()) if status == 0 else None,
+        "output": output.read_text(errors="replace")[-6000:] if output.is_file() else "",
+    }
+
+
+if __name__ == "__main__":
+    _serve()
