@@ -204,7 +204,7 @@ def is_usable(variable: str, text: str) -> bool:
 def test_an_environment_variable_that_cannot_be_used_is_named(variable: str, text: str) -> None:
     with mock.patch.dict(os.environ, {variable: text}):
         if is_usable(variable, text):
-            settings.choose(None, None, None, again=False)
+            settings.choose(again=False)
             return
         assert is_refused(dg.install, variable)
         if variable == settings.REUSE_VARIABLE:

@@ -1,0 +1,78 @@
+"""What the tests of layouts run on every rank: which groups SGLang makes, and whose they are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rank_programs import args_of, build, generated, in_threads, raise_errors, rank, start
+
+
+def structure() -> dict[str, list[Any]]:
+    """Global of `parallel_state` -> the ranks of its group, and the first global that is the same one."""
+    from sglang.srt.distributed import parallel_state
+    from sglang_distguard import groups
+
+    found: dict[str, list[Any]] = {}
+    firsts: dict[int, str] = {}
+    for name in groups.FIELDS:
+        # Read with the guard and without: then these are plain globals.
+        accessor = vars(parallel_state).get(f"_distguard_scoped_{name}")
+        coordinator = vars(parallel_state)[name] if accessor is None else accessor.value
+        if coordinator is not None:
+            first = firsts.setdefault(id(coordinator), name)
+            found[name] = [list(coordinator.ranks), first]
+    return found
+
+
+def plain(name: str, overrides: dict[str, Any]) -> dict[str, list[Any]]:
+    """The groups of one runner as plain SGLang makes them, without the guard."""
+    from sglang_distguard.testing import build as plain_build
+
+    plain_build(
+        args_of(name, **overrides),
+        gpu_id=rank(),
+        world_rank=rank(),
+        port=int(os.environ["MASTER_PORT"]),
+    )
+    return structure()
+
+
+def owned(name: str, overrides: dict[str, Any], forwards: bool) -> dict[str, Any]:
+    """Two runners of one layout, built at once in opposite order; what each has, and what ``close`` leaves."""
+    import sglang_distguard
+    import torch.distributed.distributed_c10d as c10d
+
+    start()
+    build(name, name="before")
+    before = set(c10d._world.pg_names.values())
+    names = ["a", "b"] if rank() % 2 == 0 else ["b", "a"]
+    built = in_threads([lambda it=it: build(name, name=it, **overrides) for it in names])
+    raise_errors(built)
+    runners = dict(zip(names, built, strict=True))
+    found: dict[str, Any] = {"structures": [], "members": [], "digests": []}
+    for runner in (runners["a"], runners["b"]):
+        with sglang_distguard.activate(runner):
+            found["structures"].append(structure())
+            found["members"].append(process_groups())
+    if forwards:
+        made = in_threads([lambda it=it: (it, generated(runners[it])) for it in names])
+        raise_errors(made)
+        found["digests"] = [dict(made)["a"], dict(made)["b"]]
+    made_by_both = set(c10d._world.pg_names.values()) - before
+    found["nobody's"] = sorted(made_by_both - {it for both in found["members"] for it in both})
+    for runner in runners.values():
+        sglang_distguard.close(runner)
+    found["left"] = sorted(set(c10d._world.pg_names.values()) - before)
+    return found
+
+
+def process_groups() -> list[str]:
+    """Names of all process groups behind the coordinators of the current scope, its world's included."""
+    import torch.distributed.distributed_c10d as c10d
+    from sglang.srt.runtime_context import get_parallel
+    from sglang_distguard import groups
+
+    coordinators = [it for it in groups.read().values() if it is not None]
+    coordinators.append(get_parallel().world_group)
+    return sorted({c10d._world.pg_names[it] for made in coordinators for it in groups.parts(made)})

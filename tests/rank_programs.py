@@ -1,0 +1,442 @@
+"""What the tests of several ranks run on every rank (``testing.ranks``): real SGLang, real gloo."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+#: Seconds in which ranks that cannot agree must have said so.
+DEADLINE = 5.0
+
+#: Runners of the tests, by name: architecture and dtype.
+RUNNERS: dict[str, tuple[str, str]] = {
+    "dense": ("llama", "float32"),
+    "experts": ("qwen3_moe", "float32"),
+    "half": ("llama", "bfloat16"),
+    "mixture": ("mixtral", "float32"),
+}
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def args_of(name: str, **overrides: Any) -> Any:
+    """The settings of one of ``RUNNERS``, over all ranks."""
+    from sglang_distguard.testing import create_model, server_args
+
+    architecture, dtype = RUNNERS[name]
+    folder = create_model(
+        overrides.pop("architecture", architecture),
+        CACHE / "models",
+        seed=overrides.pop("seed", 0),
+    )
+    return server_args(folder, **{"tp_size": size(), "dtype": dtype, **overrides})
+
+
+def start(*, agreement_timeout: float = 30.0, **settings: Any) -> None:
+    """Install the guard, and bring a world as a user would who was started by torchrun."""
+    import sglang_distguard
+    import torch.distributed as dist
+
+    sglang_distguard.install(agreement_timeout=agreement_timeout, **settings)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="env://")
+
+
+#: What the running repetition has built; its number.
+_built: list[Any] = []
+_repetition = 0
+
+
+def build(model: str, *, name: Optional[str] = None, **overrides: Any) -> Any:
+    """Build one of ``RUNNERS``, by default under its name there."""
+    import sglang_distguard
+
+    runner = sglang_distguard.build_runner(
+        args_of(model, **overrides), name=name or model, gpu_id=rank()
+    )
+    _built.append(runner)
+    return runner
+
+
+def repeat(module: str, program: str, times: int, arguments: dict[str, Any]) -> list[Any]:
+    """Run a program ``times`` times in this process, in one world; its runners are closed in between."""
+    global _repetition
+    import sglang_distguard
+
+    results = []
+    for _repetition in range(times):
+        results.append(getattr(importlib.import_module(module), program)(**arguments))
+        for runner in _built:
+            sglang_distguard.close(runner)
+        _built.clear()
+    return results
+
+
+def generated(runner: Any, steps: int = 3) -> str:
+    """A digest of the logits' bits."""
+    import sglang_distguard
+    from sglang_distguard.testing import generate
+
+    return digest(generate(runner, steps=steps, activate=sglang_distguard.activate))
+
+
+def digest(generation: Any) -> str:
+    import hashlib
+
+    import torch
+
+    raw = generation.logits.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def in_threads(works: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Run all at once; what each returned, or the error it raised."""
+    results: list[Any] = [None] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = works[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def raise_errors(results: Sequence[Any]) -> None:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+def error_facts(error: Any) -> Any:
+    """An error as the test that forked this rank can look at it."""
+    from sglang_distguard import DistGuardError
+
+    if not isinstance(error, BaseException):
+        return None
+    return {
+        "type": type(error).__name__,
+        "kinds": [kind.__name__ for kind in type(error).__mro__],
+        "text": str(error),
+        "details": error.details if isinstance(error, DistGuardError) else None,
+        "cause": repr(error.__cause__),
+    }
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What ``work`` raises, as facts; None when it raises nothing."""
+    try:
+        work()
+    except Exception as error:
+        return error_facts(error)
+    return None
+
+
+def shared_file(name: str) -> Path:
+    """A file that all ranks of this run, and of no other, know by ``name``."""
+    run = f"{os.environ['MASTER_PORT']}-{_repetition}"
+    return Path(tempfile.gettempdir()) / f"distguard-{run}-{name}"
+
+
+def tell_others(event: str) -> None:
+    """Let ``wait_for_others`` of ``event`` go on in another rank; not over the world's store."""
+    shared_file(f"{event} {rank()}").touch()
+
+
+def wait_for_others(event: str, count: int) -> None:
+    """Until ``count`` other ranks have told of ``event``."""
+    path = shared_file(event)
+    while len(list(path.parent.glob(f"{path.name} *"))) < count:
+        time.sleep(0.01)
+
+
+# --- programs -----------------------------------------------------------------------------------
+
+
+def alone(name: str, overrides: Optional[dict[str, Any]] = None, steps: int = 3) -> dict[str, Any]:
+    """One runner as plain SGLang builds it, without the guard: the expected bits, and HF's error."""
+    from sglang_distguard.testing import (
+        PROMPTS,
+        create_model,
+        generate,
+        huggingface,
+        max_abs_error,
+    )
+    from sglang_distguard.testing import build as plain_build
+
+    overrides = overrides or {}
+    runner = plain_build(
+        args_of(name, **overrides),
+        gpu_id=rank(),
+        world_rank=rank(),
+        port=int(os.environ["MASTER_PORT"]),
+    )
+    made = generate(runner, steps=steps)
+    model = create_model(RUNNERS[name][0], CACHE / "models", seed=overrides.get("seed", 0))
+    error = max_abs_error(made.logits.float(), huggingface(model, PROMPTS, made.tokens))
+    return {"digest": digest(made), "error": error}
+
+
+def build_from_threads(names: Sequence[str], seed: int, delay: float = 0.3) -> dict[str, str]:
+    """Build all from one thread each, started in another order on every rank, and generate."""
+    start()
+    order = list(names)
+    chance = random.Random(f"{seed} {_repetition} {rank()}")
+    chance.shuffle(order)
+    if seed == 0 and rank() % 2:  # at least once exactly the opposite order
+        order = list(reversed(names))
+    pauses = [chance.random() * delay for _ in order]
+    gate = threading.Event()
+
+    def one(name: str, pause: float) -> tuple[str, str]:
+        gate.wait(pause)
+        return name, generated(build(name))
+
+    results = in_threads([lambda n=n, p=p: one(n, p) for n, p in zip(order, pauses, strict=True)])
+    raise_errors(results)
+    return dict(results)
+
+
+def forward_in_opposite_order(
+    names: Sequence[str], rounds: int, groups: str = "own", unguarded: bool = False
+) -> dict[str, list[str]]:
+    """Build all, then forward each from a thread of its own; every rank starts them differently.
+
+    ``unguarded`` takes the fix away: shared groups, and nobody sees to the order.
+    """
+    from sglang_distguard import runners
+
+    start(groups=groups)
+    if unguarded:
+        runners._may_overlap = lambda key: True
+    # One after the other: it is the forwards that are looked at.
+    built = {name: build(name) for name in sorted(names)}
+    order = list(names) if rank() % 2 == 0 else list(reversed(names))
+    together = threading.Barrier(len(order))
+
+    def forward(name: str) -> list[str]:
+        together.wait()
+        return [generated(built[name], steps=1) for _ in range(rounds)]
+
+    results = in_threads([lambda n=n: forward(n) for n in order])
+    raise_errors(results)
+    return dict(zip(order, results, strict=True))
+
+
+def again(names: Sequence[str]) -> dict[str, str]:
+    """What every test of a failure ends with: the ranks go on, and what they build is right."""
+    return {name: generated(build(name)) for name in names}
+
+
+def ask_for_different_things(overrides: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every rank builds the same runner, with overrides of its own; then they agree again."""
+    import sglang_distguard
+
+    start()
+    kept = build("dense")
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        error = attempt(lambda: build("experts", **overrides[rank()]))
+    return {"error": error, "after": {"dense": generated(kept), **again(["experts"])}}
+
+
+def ask_under_different_names() -> dict[str, Any]:
+    import sglang_distguard
+
+    start()
+    build("dense")
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        error = attempt(lambda: build("experts", name=f"runner of {rank()}"))
+    return {"error": error, "after": again(["experts"])}
+
+
+def never_come(absent: int) -> dict[str, Any]:
+    """One rank does not build; it comes when the others have given up."""
+    import sglang_distguard
+
+    start()
+    build("dense")
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        if rank() == absent:
+            wait_for_others("gave up", size() - 1)
+            error = None
+        else:
+            error = attempt(lambda: build("experts"))
+            tell_others("gave up")
+    late = attempt(lambda: build("experts")) if rank() == absent else None
+    return {"error": error, "late": late, "after": again(["experts"])}
+
+
+#: Where a rank fails: module, class or "", function, and whether before or after it has run.
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "creating a group": ("sglang.srt.distributed.parallel_state", "", "init_model_parallel_group"),
+    "load": ("sglang.srt.model_loader.loader", "DefaultModelLoader", "load_model"),
+    "memory pool": (
+        "sglang.srt.model_executor.model_runner",
+        "ModelRunner",
+        "alloc_memory_pool",
+    ),
+    "expert metadata": ("sglang.srt.distributed.bootstrap", "", "init_layer_runtime"),
+}
+
+
+def fail(point: str, on: int, die: bool = False) -> Callable[[], None]:
+    """Make ``FAULTS[point]`` raise on one rank, or end its process; returns what undoes that."""
+    module_name, classname, function = FAULTS[point]
+    module = importlib.import_module(module_name)
+    owner = getattr(module, classname) if classname else module
+    real = getattr(owner, function)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if die:
+            os._exit(17)
+        raise OSError(f"no {point} today")
+
+    if rank() == on:
+        setattr(owner, function, failing)
+    return lambda: setattr(owner, function, real)
+
+
+def raise_on_one(point: str, on: int) -> dict[str, Any]:
+    """A build that raises on one rank only."""
+    import sglang_distguard
+    from sglang_distguard import groups
+
+    start()
+    kept = build("dense")
+    keys = groups.all_keys()
+    mend = fail(point, on)
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        error = attempt(lambda: build("experts"))
+    mend()
+    return {
+        "error": error,
+        "left": sorted(set(groups.all_keys()) - set(keys)),
+        "after": {"dense": generated(kept), **again(["experts"])},
+    }
+
+
+def die_on_one(point: str, on: int) -> dict[str, Any]:
+    """A rank whose process ends in a build; the others make a world of those that are left."""
+    import sglang_distguard
+    import torch.distributed as dist
+    from sglang.srt import runtime_context
+    from torch._C._distributed_c10d import FileStore
+
+    start()
+    kept = build("dense")
+    fail(point, on, die=True)
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        error = attempt(lambda: build("experts"))
+    sglang_distguard.close(kept)
+    del kept
+    dist.destroy_process_group()
+    runtime_context.reset_context()  # 0.5.23 keeps this rank's number in the old world
+    left = [it for it in range(size()) if it != on]
+    os.environ.update(WORLD_SIZE=str(len(left)), RANK=str(left.index(rank())))
+    store = FileStore(str(shared_file("next world")), len(left))
+    dist.init_process_group("gloo", store=store, rank=rank(), world_size=size())
+    return {"error": error, "after": again(["experts"])}
+
+
+def build_anonymously() -> list[Any]:
+    """Two threads build runners of equal settings, and neither says which is which."""
+    import sglang_distguard
+
+    start()
+    build("dense")
+    together = threading.Barrier(2)
+
+    def one() -> Any:
+        together.wait()
+        return attempt(
+            lambda: _built.append(sglang_distguard.build_runner(args_of("experts"), gpu_id=rank()))
+        )
+
+    return in_threads([one, one])
+
+
+def interrupted() -> dict[str, Any]:
+    """Ctrl-C on rank 0 while it waits for the others; then all build what it was interrupted in."""
+    import signal
+
+    from sglang_distguard import world
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    start()
+    build("dense")
+    ranks = world.ranks()
+    assert ranks is not None
+    error: Any = None
+    if rank() == 0:
+
+        def interrupt() -> None:
+            while not ranks.state.is_reading():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            build("experts")
+        except KeyboardInterrupt as caught:
+            error = {"type": type(caught).__name__}
+        tell_others("interrupted")
+    else:
+        wait_for_others("interrupted", 1)
+        error = attempt(lambda: build("experts"))
+    return {"error": error, "after": again(["experts"])}
+
+
+def one_rank() -> dict[str, Any]:
+    """Two runners in a world of one rank; what of ``ranks`` that has called."""
+    from sglang_distguard.ranks import agreement, world
+
+    called: list[str] = []
+    for module, function in ((world, "connect"), (agreement, "_await"), (agreement, "_ask")):
+        real = getattr(module, function)
+
+        def noted(*args: Any, _real: Any = real, _name: str = function, **kwargs: Any) -> Any:
+            called.append(_name)
+            return _real(*args, **kwargs)
+
+        setattr(module, function, noted)
+    return {"made": build_from_threads(["dense", "half"], seed=0), "called": called}
+
+
+def update_weights(names: Sequence[str]) -> dict[str, str]:
+    """Two runners take other weights from disk at once, in opposite order; their logits afterwards."""
+    from sglang_distguard.testing import create_model
+
+    start()
+    runners = {name: build(name) for name in names}
+    order = list(names) if rank() % 2 == 0 else list(reversed(names))
+    together = threading.Barrier(len(order))
+
+    def update(name: str) -> tuple[str, str]:
+        together.wait()
+        folder = create_model(RUNNERS[name][0], CACHE / "models", seed=1)
+        done, message = runners[name].weight_updater.update_weights_from_disk(str(folder), "auto")
+        assert done, message
+        return name, generated(runners[name])
+
+    results = in_threads([lambda n=n: update(n) for n in order])
+    raise_errors(results)
+    return dict(results)

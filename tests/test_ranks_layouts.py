@@ -1,0 +1,60 @@
+"""Every layout that SGLang makes groups for: each runner owns all of them, and they are SGLang's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import layout_programs as programs
+import pytest
+from sglang_distguard.testing.ranks import RankRunner
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout; ``runs`` is False where plain SGLang 0.5.23 itself cannot forward on CPU."""
+
+    size: int
+    model: str
+    overrides: dict[str, Any]
+    runs: bool = True
+
+
+#: docs/COMPATIBILITY.md says why some do not run.
+LAYOUTS = {
+    "tp 2": Layout(2, "dense", {"tp_size": 2}),
+    "pp 2": Layout(2, "dense", {"tp_size": 1, "pp_size": 2}),
+    "pp 2 experts": Layout(2, "experts", {"tp_size": 1, "pp_size": 2}),
+    "tp 2 x pp 2": Layout(4, "dense", {"tp_size": 2, "pp_size": 2}),
+    "attn cp 2": Layout(2, "experts", {"tp_size": 2, "attn_cp_size": 2}),
+    "ep 2": Layout(2, "experts", {"tp_size": 2, "ep_size": 2}, runs=False),
+    "attn dp 2": Layout(
+        2, "dense", {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}, runs=False
+    ),
+    "attn dp 2 x tp 2": Layout(
+        4, "dense", {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, runs=False
+    ),
+    "ep 2 x moe tp 2": Layout(4, "experts", {"tp_size": 4, "ep_size": 2}, runs=False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_runner_owns_every_group_that_sglang_makes_and_no_other(
+    ranks: RankRunner, repeated: Any, alone: Any, name: str
+) -> None:
+    layout = LAYOUTS[name]
+    expected = ranks.run(programs.plain, layout.size, name=layout.model, overrides=layout.overrides)
+    right = [alone(layout.model, layout.size, **layout.overrides)] * 2 if layout.runs else []
+    for owned in repeated(
+        programs.owned,
+        layout.size,
+        name=layout.model,
+        overrides=layout.overrides,
+        forwards=layout.runs,
+    ):
+        for rank, found in enumerate(owned):
+            assert found["structures"] == [expected[rank]] * 2
+            assert not set(found["members"][0]) & set(found["members"][1])
+            assert found["nobody's"] == []
+            assert found["left"] == []
+            assert found["digests"] == right
