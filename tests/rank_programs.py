@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -152,9 +151,8 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 def shared_file(name: str) -> Path:
-    """A file that all ranks of this run, and of no other, know by ``name``."""
-    run = f"{os.environ['MASTER_PORT']}-{_repetition}"
-    return Path(tempfile.gettempdir()) / f"distguard-{run}-{name}"
+    """A file that all ranks of this repetition, and of no other, know by ``name``."""
+    return Path(os.environ["DISTGUARD_RUN_FOLDER"]) / f"{_repetition} {name}"
 
 
 def tell_others(event: str) -> None:
@@ -428,15 +426,26 @@ def update_weights(names: Sequence[str]) -> dict[str, str]:
     start()
     runners = {name: build(name) for name in names}
     order = list(names) if rank() % 2 == 0 else list(reversed(names))
+    folders = {name: create_model(RUNNERS[name][0], CACHE / "models", seed=1) for name in names}
     together = threading.Barrier(len(order))
 
     def update(name: str) -> tuple[str, str]:
         together.wait()
-        folder = create_model(RUNNERS[name][0], CACHE / "models", seed=1)
-        done, message = runners[name].weight_updater.update_weights_from_disk(str(folder), "auto")
+        updater = runners[name].weight_updater
+        done, message = updater.update_weights_from_disk(str(folders[name]), "auto")
         assert done, message
         return name, generated(runners[name])
 
     results = in_threads([lambda n=n: update(n) for n in order])
     raise_errors(results)
     return dict(results)
+
+
+def create_a_model(folder: str) -> list[str]:
+    """What the checkpoint that this rank alone makes in an initialised world consists of."""
+    import torch.distributed as dist
+    from sglang_distguard.testing import create_model
+
+    dist.init_process_group("gloo", init_method="env://")
+    made = create_model("llama", Path(folder) / str(rank()))
+    return sorted(file.name for file in made.iterdir())

@@ -173,3 +173,9 @@ def test_one_rank_asks_nobody(ranks: RankRunner, alone: Any) -> None:
     (told,) = ranks.run(programs.one_rank, 1)
     assert told["called"] == []
     assert told["made"] == {name: alone(name, 1) for name in ("dense", "half")}
+
+
+def test_every_rank_of_a_world_can_make_a_checkpoint(ranks: RankRunner, tmp_path: Any) -> None:
+    first, second = ranks.run(programs.create_a_model, 2, folder=str(tmp_path))
+    assert first == second
+    assert {"config.json", "model.safetensors"} <= set(first)

@@ -125,6 +125,8 @@ def _save(model: Any, directory: Path) -> None:
     """Write the checkpoint without the progress bar that takes longer to draw than to fill."""
     from transformers.utils import logging
 
+    # In an initialised world transformers 5.19 writes on rank 0 only; here whoever comes first does.
+    model.should_save_on_this_rank = lambda is_main_process: True
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -27,14 +27,8 @@ from sglang_distguard.testing.recipe import free_port, prepare_environment
 _MODULE = "sglang_distguard.testing.ranks"
 _READY = "ready"
 _PR_SET_PDEATHSIG = 1
-#: Two ranks on one core each are as many as this machine has cores; more share them.
-_CORES = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(16))
-_ENVIRONMENT = {
-    "SGLANG_CPU_OMP_THREADS_BIND": _CORES,
-    "SGLANG_NCCL_SO_PATH": "/nonexistent.so",  # on CPU: sglang looks for it, and goes on without
-    # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
-    "RES_OPTIONS": "timeout:1 attempts:2",
-}
+#: As many ranks as any run has at most.
+_MOST = 16
 
 
 class RankError(AssertionError):
@@ -48,7 +42,7 @@ class RankRunner:
         """``path``: folder of the modules whose functions are run."""
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", _MODULE],
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(path)},
+            env={**os.environ, "PYTHONPATH": str(path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,11 +71,11 @@ class RankRunner:
         """Run ``function(**arguments)`` on ``size`` ranks.
 
         ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set, as by
-        torchrun.
+        torchrun, and ``DISTGUARD_RUN_FOLDER``: a folder of this run's ranks alone, deleted after it.
 
         Args:
             function: a function of an importable module.
-            size: how many ranks.
+            size: how many ranks, at most 16.
             seconds: then every rank that still runs prints its stacks and is killed.
             may_die: a rank that ends without a result has None instead of being an error.
             **arguments: JSON values.
@@ -120,7 +114,7 @@ def _serve() -> None:
 
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what sglang prints is no answer
-        prepare_environment()
+        prepare_environment(ranks=_MOST)
         import_sglang()
         print(_READY, file=answers, flush=True)
         for line in sys.stdin:
@@ -169,6 +163,7 @@ def _fork(
             WORLD_SIZE=str(size),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            DISTGUARD_RUN_FOLDER=str(file.parent),
         )
         module, name, arguments = job
         value = getattr(importlib.import_module(module), name)(**arguments)

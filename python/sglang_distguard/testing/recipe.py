@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import socket
@@ -21,14 +22,23 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    # With several ranks sglang looks for NCCL, finds the one that torch brought, and wants a GPU.
+    "SGLANG_NCCL_SO_PATH": "/nonexistent.so",
+    # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
+    "RES_OPTIONS": "timeout:1 attempts:2",
 }
+_NCCL = "sglang.srt.distributed.device_communicators.pynccl_wrapper"
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, ranks: int = 1) -> None:
     """Make sglang importable and quiet here; call it before anything imports sglang.
 
     Without CUDA: sets environment variables (those already set keep their value) and puts
     sglang's own stub in the place of ``sgl_kernel``. With CUDA: only quiets. May be called again.
+
+    Args:
+        ranks: how many ranks there may be on this host; when more than one, each computes on one
+            core, and ranks share cores when there are fewer.
 
     Raises:
         RuntimeError: there is no CUDA and the real ``sgl_kernel`` was imported already, or sglang
@@ -44,7 +54,9 @@ def prepare_environment() -> None:
             "sgl_kernel was imported before prepare_environment(), which puts sglang's stub in its "
             "place on machines without CUDA; call prepare_environment() first"
         )
-    for name, value in _ENVIRONMENT.items():
+    cores = itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), ranks)
+    bound = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))} if ranks > 1 else {}
+    for name, value in {**_ENVIRONMENT, **bound}.items():
         os.environ.setdefault(name, value)
     from sglang.srt.utils import is_cpu
     from sglang.test.test_utils import maybe_stub_sgl_kernel
@@ -54,6 +66,8 @@ def prepare_environment() -> None:
             "sglang was imported, or SGLANG_USE_CPU_ENGINE set to something else than 1, before "
             "prepare_environment(); on a machine without CUDA call prepare_environment() first"
         )
+    # It says at level ERROR that there is no NCCL.
+    logging.getLogger(_NCCL).setLevel(logging.CRITICAL)
     maybe_stub_sgl_kernel()
     importlib.import_module("sgl_kernel")  # so that the next call finds the stub
 
