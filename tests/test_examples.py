@@ -22,5 +22,9 @@ def test_two_runners_over_two_ranks_started_by_torchrun() -> None:
     )
     assert ran.returncode == 0, ran.stderr[-5000:]
     lines = ran.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["model 0", "model 1", "the same on 2 ranks"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "model 0",
+        "model 1",
+        "the same on 2 ranks",
+    ]
     assert lines[-1] == "the same on 2 ranks: True"

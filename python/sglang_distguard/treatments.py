@@ -43,7 +43,11 @@ _EXECUTOR = _SRT + "model_executor."
 TREATMENTS: tuple[Treatment, ...] = (
     *_rows(
         How.SHARED,
-        ("torch.distributed", "default_process_group", "the world: torch allows one"),
+        (
+            "torch.distributed",
+            "default_process_group",
+            "the world: torch allows one; methods of a runner that owns its groups get its own world",
+        ),
         (_SRT + "distributed.parallel_state", "_WORLD", "coordinator of the world"),
         (
             _SRT + "distributed.parallel_state",
@@ -64,7 +68,7 @@ TREATMENTS: tuple[Treatment, ...] = (
             _SRT + "distributed.parallel_state",
             "_TP _ATTN_TP _SHARED_EXPERTS_TP _ATTN_CP _DCP _MOE_DP _MOE_EP _MOE_TP _PP _SELF_PP "
             "_PDMUX_PREFILL_TP_GROUP",
-            "handles: a scope that joins gets the shared groups, a draft may patch its own",
+            "handles: the scope's own groups or the shared ones; a draft may patch its own",
         ),
         (
             _SRT + "distributed.parallel_state",
