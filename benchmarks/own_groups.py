@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
@@ -33,7 +33,7 @@ def held() -> dict[str, float]:
     }
 
 
-def build(runners: int, groups: str) -> list[dict[str, float]]:
+def build(runners: int, groups: Literal["own", "share"]) -> list[dict[str, float]]:
     """Build on this rank; what it holds before the first runner and after each, and seconds of its build."""
     import sglang_distguard
     import torch.distributed as dist
