@@ -449,3 +449,38 @@ def create_a_model(folder: str) -> list[str]:
     dist.init_process_group("gloo", init_method="env://")
     made = create_model("llama", Path(folder) / str(rank()))
     return sorted(file.name for file in made.iterdir())
+
+
+def draft_beside_target() -> dict[str, Any]:
+    """A draft over its target's groups: from one thread, and while another thread is in its target."""
+    import sglang_distguard
+
+    start()
+    target = build("experts")
+    draft: Any = sglang_distguard.build_runner(
+        args_of("dense"), name="draft", gpu_id=rank(), target=target
+    )
+    _built.append(draft)
+    made = {"experts": generated(target), "dense": generated(draft)}
+    inside, leave = threading.Event(), threading.Event()
+    forward = target.model.forward
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        assert leave.wait(60)
+        return forward(*args, **kwargs)
+
+    target.model.forward = held
+    again: list[str] = []
+    first = threading.Thread(target=lambda: again.append(generated(target)), name="first")
+    first.start()
+    assert inside.wait(60)
+    refused = [
+        attempt(lambda: draft.forward(forward_batch=None)),
+        attempt(lambda: target.sample(None, None)),
+        attempt(lambda: target.weight_updater.update_weights_from_disk("nowhere", "auto")),
+    ]
+    leave.set()
+    first.join()
+    target.model.forward = forward
+    return {"made": made, "refused": refused, "again": [*again, generated(draft)]}

@@ -179,3 +179,16 @@ def test_every_rank_of_a_world_can_make_a_checkpoint(ranks: RankRunner, tmp_path
     first, second = ranks.run(programs.create_a_model, 2, folder=str(tmp_path))
     assert first == second
     assert {"config.json", "model.safetensors"} <= set(first)
+
+
+def test_a_draft_and_its_target_share_communicators_and_are_used_by_one_thread_at_a_time(
+    repeated: Any, alone: Any
+) -> None:
+    expected = {name: alone(name) for name in ("experts", "dense")}
+    for results in repeated(programs.draft_beside_target, 2):
+        for it in results:
+            assert it["made"] == expected
+            assert [refused["type"] for refused in it["refused"]] == ["StateInUse"] * 3
+            for refused in it["refused"]:
+                assert "'experts' (thread first)" in refused["text"]
+            assert it["again"] == list(expected.values())

@@ -156,6 +156,13 @@ class RunnerHandle:
         """
 
     def end_forward(self) -> None: ...
+    def begin_collectives(self) -> None:
+        """Claim the communicators of the runner's scope for a step of the calling thread.
+
+        Raises StateInUse when another thread is in a step of a runner that uses them.
+        """
+
+    def end_collectives(self) -> None: ...
     def close(self) -> bool:
         """Release everything; False when that was done before."""
 

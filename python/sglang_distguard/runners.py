@@ -66,14 +66,21 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
     """Run a step that computes together with other ranks; after one another where it must be.
 
     Raises:
+        StateInUse: another thread is in a step over the same communicators.
         AmbiguousBuild, AgreementTimeout, StoreLost: see ``errors``.
     """
-    ranks = world.ranks() if handle.ordered else None
+    ranks = world.ranks()
     if ranks is None:
         yield
-        return
-    with agreement.turn(ranks, f"runner {handle.name}, {step}", {}):
-        yield
+    elif handle.ordered:
+        with agreement.turn(ranks, f"runner {handle.name}, {step}", {}):
+            yield
+    else:
+        handle.begin_collectives()
+        try:
+            yield
+        finally:
+            handle.end_collectives()
 
 
 def hold_experts(handle: _core.RunnerHandle) -> None:

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use distguard_core::clock::SystemClock;
 use distguard_core::events::Event;
 use distguard_core::key::Key;
+use distguard_core::occupancy::Occupancy;
 use distguard_core::registry::Registry;
 use distguard_core::scopes::Scopes;
 use pyo3::prelude::*;
@@ -17,6 +18,7 @@ use crate::sync::lock;
 struct Process {
     registry: Registry,
     scopes: Scopes,
+    occupancy: Occupancy,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
     /// The number of the first event that nobody has taken yet.
     untaken: Mutex<u64>,
@@ -29,6 +31,7 @@ impl Process {
         Box::leak(Box::new(Self {
             registry: Registry::with_instance(Arc::new(SystemClock::default()), instance),
             scopes: Scopes::with_instance(instance),
+            occupancy: Occupancy::new(),
             resources: Mutex::default(),
             untaken: Mutex::default(),
         }))
@@ -74,6 +77,10 @@ pub fn registry() -> &'static Registry {
 
 pub fn scopes() -> &'static Scopes {
     &process().scopes
+}
+
+pub fn occupancy() -> &'static Occupancy {
+    &process().occupancy
 }
 
 /// Each event is returned once, also when several threads ask at the same time.

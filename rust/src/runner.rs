@@ -1,11 +1,12 @@
 //! What one runner holds: its scope and its leases, until it is closed or collected.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::actor::Actor;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
+use distguard_core::occupancy::Place;
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -13,9 +14,11 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::convert;
 use crate::errors::{make, to_python};
-use crate::process::{forks, registry, scopes};
+use crate::process::{forks, occupancy, registry, scopes};
 use crate::scope::{self, Scope};
 use crate::sync::lock;
+
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
 /// Ties a runner to a scope and to the shared state it uses.
 #[pyclass(frozen, module = "sglang_distguard._core")]
@@ -25,10 +28,10 @@ pub struct RunnerHandle {
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
     leases: Mutex<Vec<(Key, LeaseId)>>,
+    /// Tells it from all other runners of the process.
+    number: u64,
     /// Whether the ranks agree on the order in which it and others compute.
     ordered: bool,
-    /// Who is inside a forward, and how many deep. Another thread's would mix with it.
-    forwarding: Mutex<Option<(Actor, usize)>>,
     closed: AtomicBool,
     /// Which process built it, for people, and by `process::forks` for us.
     pid: u32,
@@ -40,8 +43,26 @@ impl RunnerHandle {
         lock(&self.leases)
     }
 
-    fn forwarding(&self) -> MutexGuard<'_, Option<(Actor, usize)>> {
-        lock(&self.forwarding)
+    /// Raises when another thread is in `place`, with what `message` says of it.
+    fn occupy(
+        &self,
+        py: Python<'_>,
+        place: Place,
+        message: impl FnOnce(&str, &Actor) -> String,
+    ) -> PyResult<()> {
+        let me = convert::actor(py, Some(self.name.clone()))?;
+        let Err(other) = occupancy().enter(place, &me) else {
+            return Ok(());
+        };
+        let details = PyDict::new(py);
+        details.set_item("runner", &self.name)?;
+        details.set_item("holders", [other.to_string()])?;
+        Err(make(
+            py,
+            "StateInUse",
+            &message(&self.name, &other),
+            &details,
+        )?)
     }
 
     fn release_leases(&self) {
@@ -111,8 +132,8 @@ impl RunnerHandle {
             scope: scope.map(Bound::unbind),
             scope_id,
             leases: Mutex::new(leases),
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             ordered,
-            forwarding: Mutex::new(None),
             closed: AtomicBool::new(false),
             pid: std::process::id(),
             forks: forks(),
@@ -186,41 +207,33 @@ impl RunnerHandle {
 
     /// Claims the runner for a forward of the calling thread; end it with `end_forward`.
     fn begin_forward(&self, py: Python<'_>) -> PyResult<()> {
-        let me = convert::actor(py, None)?;
-        let other = {
-            let mut forwarding = self.forwarding();
-            match &mut *forwarding {
-                Some((actor, depth)) if actor.thread == me.thread => {
-                    *depth += 1;
-                    return Ok(());
-                }
-                Some((actor, _)) => actor.to_string(),
-                empty @ None => {
-                    *empty = Some((me, 1));
-                    return Ok(());
-                }
-            }
-        };
-        let details = PyDict::new(py);
-        details.set_item("runner", &self.name)?;
-        details.set_item("holders", [&other])?;
-        let message = format!(
-            "runner '{}' is in a forward of {other}: its attention metadata and static buffers \
-             hold one batch at a time. Let one thread forward it at a time, or build one runner \
-             per thread",
-            self.name
-        );
-        Err(make(py, "StateInUse", &message, &details)?)
+        self.occupy(py, Place::Runner(self.number), |name, other| {
+            format!(
+                "runner '{name}' is in a forward of thread {}: its attention metadata and static \
+                 buffers hold one batch at a time. Let one thread forward it at a time, or build \
+                 one runner per thread",
+                other.thread_name
+            )
+        })
     }
 
     fn end_forward(&self) {
-        let mut forwarding = self.forwarding();
-        if let Some((_, depth)) = &mut *forwarding {
-            *depth -= 1;
-            if *depth == 0 {
-                *forwarding = None;
-            }
-        }
+        occupancy().leave(Place::Runner(self.number));
+    }
+
+    /// Claims the communicators of the runner's scope; end it with `end_collectives`.
+    fn begin_collectives(&self, py: Python<'_>) -> PyResult<()> {
+        self.occupy(py, Place::Communicators(self.scope_id), |name, other| {
+            format!(
+                "runner '{name}' uses the communicators over which {other} computes now: a runner \
+                 and its drafts share them, and the collectives of two threads would meet. Use \
+                 them from one thread at a time"
+            )
+        })
+    }
+
+    fn end_collectives(&self) {
+        occupancy().leave(Place::Communicators(self.scope_id));
     }
 
     /// Releases the leases and, when it was the scope's last runner, the scope's values.

@@ -64,7 +64,7 @@ def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = runners.find_handle(self)
-        if handle is None or not handle.ordered:
+        if handle is None:
             return original(self, *args, **kwargs)
         with runners.in_order(handle, step):
             return original(self, *args, **kwargs)

@@ -15,6 +15,7 @@ pub mod guard;
 pub mod key;
 pub mod lease;
 mod leases;
+pub mod occupancy;
 pub mod policy;
 pub mod registry;
 pub mod request;

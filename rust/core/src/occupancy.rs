@@ -1,0 +1,107 @@
+//! Places that only one thread is in at a time: a runner's forward, and whatever computes over one
+//! scope's communicators. Who comes second is told who is there; nobody waits.
+//!
+//! Lock order: a leaf; nothing foreign runs under it.
+
+use std::collections::HashMap;
+
+use crate::actor::Actor;
+use crate::scopes::ScopeId;
+use crate::sync::{lock, Mutex};
+
+/// What is occupied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// One runner, by a number of its own: its attention metadata and static buffers.
+    Runner(u64),
+    /// The communicators that all runners of a scope use.
+    Communicators(ScopeId),
+}
+
+/// Who is where.
+#[derive(Debug, Default)]
+pub struct Occupancy {
+    /// The thread inside, and how many deep it is.
+    inside: Mutex<HashMap<Place, (Actor, usize)>>,
+}
+
+impl Occupancy {
+    /// Nobody is anywhere.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `actor`'s thread is in `place` until it has left as often as it came.
+    ///
+    /// # Errors
+    /// Who is there, when that is another thread.
+    pub fn enter(&self, place: Place, actor: &Actor) -> Result<(), Actor> {
+        let mut inside = lock(&self.inside);
+        let (other, depth) = inside.entry(place).or_insert_with(|| (actor.clone(), 0));
+        if other.thread != actor.thread {
+            return Err(other.clone());
+        }
+        *depth += 1;
+        Ok(())
+    }
+
+    /// Takes one `enter` back.
+    pub fn leave(&self, place: Place) {
+        let mut inside = lock(&self.inside);
+        if let Some((_, depth)) = inside.get_mut(&place) {
+            *depth -= 1;
+            if *depth == 0 {
+                inside.remove(&place);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actor::ThreadId;
+    use crate::scopes::DEFAULT;
+
+    fn actor(thread: u64) -> Actor {
+        Actor {
+            thread: ThreadId(thread),
+            thread_name: format!("t{thread}"),
+            runner: None,
+        }
+    }
+
+    #[test]
+    fn a_second_thread_is_told_who_is_inside_until_that_one_has_left_as_often_as_it_came() {
+        let occupancy = Occupancy::new();
+        let place = Place::Runner(1);
+        assert_eq!(occupancy.enter(place, &actor(1)), Ok(()));
+        assert_eq!(occupancy.enter(place, &actor(1)), Ok(()));
+        occupancy.leave(place);
+        assert_eq!(occupancy.enter(place, &actor(2)), Err(actor(1)));
+        occupancy.leave(place);
+        assert_eq!(occupancy.enter(place, &actor(2)), Ok(()));
+        assert_eq!(occupancy.enter(place, &actor(1)), Err(actor(2)));
+    }
+
+    #[test]
+    fn places_are_told_apart() {
+        let occupancy = Occupancy::new();
+        let places = [
+            Place::Runner(0),
+            Place::Runner(1),
+            Place::Communicators(DEFAULT),
+            Place::Communicators(ScopeId(1)),
+        ];
+        for (thread, place) in (1..).zip(places) {
+            assert_eq!(occupancy.enter(place, &actor(thread)), Ok(()));
+        }
+    }
+
+    #[test]
+    fn leaving_where_nobody_is_changes_nothing() {
+        let occupancy = Occupancy::new();
+        occupancy.leave(Place::Runner(1));
+        assert_eq!(occupancy.enter(Place::Runner(1), &actor(1)), Ok(()));
+    }
+}
