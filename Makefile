@@ -71,7 +71,7 @@ stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every refer
 
 ranks: setup ## the tests of several ranks, 50 times each (an hour and a half)
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 30 --durations-min 60 \
-		tests/test_agreement.py tests/test_ranks.py tests/test_ranks_layouts.py
+		tests/test_agreement.py tests/test_ranks.py tests/test_ranks_communicators.py tests/test_ranks_layouts.py
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py

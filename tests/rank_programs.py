@@ -214,32 +214,6 @@ def build_from_threads(names: Sequence[str], seed: int, delay: float = 0.3) -> d
     return dict(results)
 
 
-def forward_in_opposite_order(
-    names: Sequence[str], rounds: int, groups: str = "own", unguarded: bool = False
-) -> dict[str, list[str]]:
-    """Build all, then forward each from a thread of its own; every rank starts them differently.
-
-    ``unguarded`` takes the fix away: shared groups, and nobody sees to the order.
-    """
-    from sglang_distguard import runners
-
-    start(groups=groups)
-    if unguarded:
-        runners._may_overlap = lambda key: True
-    # One after the other: it is the forwards that are looked at.
-    built = {name: build(name) for name in sorted(names)}
-    order = list(names) if rank() % 2 == 0 else list(reversed(names))
-    together = threading.Barrier(len(order))
-
-    def forward(name: str) -> list[str]:
-        together.wait()
-        return [generated(built[name], steps=1) for _ in range(rounds)]
-
-    results = in_threads([lambda n=n: forward(n) for n in order])
-    raise_errors(results)
-    return dict(zip(order, results, strict=True))
-
-
 def again(names: Sequence[str]) -> dict[str, str]:
     """What every test of a failure ends with: the ranks go on, and what they build is right."""
     return {name: generated(build(name)) for name in names}
@@ -408,7 +382,7 @@ def one_rank() -> dict[str, Any]:
     from sglang_distguard.ranks import agreement, world
 
     called: list[str] = []
-    for module, function in ((world, "connect"), (agreement, "_await"), (agreement, "_ask")):
+    for module, function in ((world, "connect"), (agreement, "_await"), (agreement, "turn")):
         real = getattr(module, function)
 
         def noted(*args: Any, _real: Any = real, _name: str = function, **kwargs: Any) -> Any:
@@ -451,36 +425,22 @@ def create_a_model(folder: str) -> list[str]:
     return sorted(file.name for file in made.iterdir())
 
 
-def draft_beside_target() -> dict[str, Any]:
-    """A draft over its target's groups: from one thread, and while another thread is in its target."""
+def try_a_world_alone_first() -> dict[str, Any]:
+    """Rank 0 tries to make SGLang's world twice before rank 1 does; then both until it is there."""
     import sglang_distguard
 
     start()
-    target = build("experts")
-    draft: Any = sglang_distguard.build_runner(
-        args_of("dense"), name="draft", gpu_id=rank(), target=target
-    )
-    _built.append(draft)
-    made = {"experts": generated(target), "dense": generated(draft)}
-    inside, leave = threading.Event(), threading.Event()
-    forward = target.model.forward
-
-    def held(*args: Any, **kwargs: Any) -> Any:
-        inside.set()
-        assert leave.wait(60)
-        return forward(*args, **kwargs)
-
-    target.model.forward = held
-    again: list[str] = []
-    first = threading.Thread(target=lambda: again.append(generated(target)), name="first")
-    first.start()
-    assert inside.wait(60)
-    refused = [
-        attempt(lambda: draft.forward(forward_batch=None)),
-        attempt(lambda: target.sample(None, None)),
-        attempt(lambda: target.weight_updater.update_weights_from_disk("nowhere", "auto")),
-    ]
-    leave.set()
-    first.join()
-    target.model.forward = forward
-    return {"made": made, "refused": refused, "again": [*again, generated(draft)]}
+    errors = []
+    with sglang_distguard.runner_scope(agreement_timeout=1.0):
+        if rank() == 0:
+            errors = [attempt(lambda: build("dense")) for _ in range(2)]
+            tell_others("tried")
+        else:
+            wait_for_others("tried", 1)
+    with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
+        for _ in range(4):
+            error = attempt(lambda: build("dense"))
+            if error is None:
+                return {"errors": errors, "made": generated(_built[-1])}
+            errors.append(error)
+    return {"errors": errors, "made": None}

@@ -47,7 +47,7 @@ __version__: str
 class Agreement:
     """What the ranks of one world agreed on, as far as this process has read their log.
 
-    Stages are "ask", "turn" and "build" (rust/core/src/agreement.rs).
+    Stages are "ask", "begin", "turn" and "build" (rust/core/src/agreement.rs).
     """
 
     def __new__(cls) -> Agreement: ...
@@ -68,6 +68,15 @@ class Agreement:
     ) -> bool:
         """Take in entry ``index``; False unless it is the next one."""
 
+    def turn(self) -> tuple[str, int] | None:
+        """Name and round of who has the turn."""
+
+    def wrote(self, index: int) -> None:
+        """This rank wrote entry ``index``."""
+
+    def outlived(self, name: str, round: int, stage_name: str) -> list[int]:
+        """Entries of this rank that nobody reads again, now that all ranks have told of the stage."""
+
     def lose(self, reason: str) -> None:
         """The log cannot be read any more: every open stage has failed."""
 
@@ -82,6 +91,9 @@ class Agreement:
     def end_wait(self, name: str, round: int, stage_name: str) -> None: ...
     def next_to_read(self) -> int | None:
         """What the reader reads next; None when nobody waits, and it is the reader no more."""
+
+    def end_reading(self) -> None:
+        """The thread that was to read could not be started."""
 
     def is_reading(self) -> bool: ...
     def wait(self, name: str, round: int, stage_name: str, seconds: float) -> None:
@@ -128,13 +140,13 @@ class RunnerHandle:
     """What one runner holds: its scope and its leases, until closed or collected."""
 
     def __new__(
-        cls, name: str, scope: Scope | None, keys: list[str], *, ordered: bool = False
+        cls, name: str, scope: Scope | None, keys: list[str], *, turns: str | None = None
     ) -> RunnerHandle: ...
     @property
     def name(self) -> str: ...
     @property
-    def ordered(self) -> bool:
-        """Whether the ranks agree on the order in which it and others compute."""
+    def turns(self) -> str | None:
+        """The name under which it takes turns with others on all ranks; None when it need not."""
 
     @property
     def scope(self) -> Scope | None: ...
@@ -156,10 +168,10 @@ class RunnerHandle:
         """
 
     def end_forward(self) -> None: ...
-    def begin_collectives(self) -> None:
+    def begin_collectives(self) -> bool:
         """Claim the communicators of the runner's scope for a step of the calling thread.
 
-        Raises StateInUse when another thread is in a step of a runner that uses them.
+        False inside of another such step of that thread. Raises StateInUse when another thread is in a step of a runner that uses them.
         """
 
     def end_collectives(self) -> None: ...

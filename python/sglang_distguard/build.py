@@ -117,7 +117,7 @@ def build_runner(
         before = _core.current_scope()
         try:
             if target is not None:
-                with activate(target):
+                with activate(target), building():
                     return _construct(
                         server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
                     )

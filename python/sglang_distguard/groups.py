@@ -6,6 +6,8 @@ Names are those of sglang 0.5.23 (`parallel_state` globals and `ParallelContext`
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Optional
 
 from sglang_distguard import _core
@@ -33,12 +35,14 @@ FIELDS: dict[str, Optional[str]] = {
     "_PDMUX_PREFILL_TP_GROUP": None,
 }
 
+#: A tag under which nobody sends.
+_NO_TAG = 2**30 + 7
 _OWN = "_sglang_distguard_own"
 
 #: True while a draft worker's groups stand in for the shared ones.
 _PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
 
-#: In what a runner of several ranks owns, beside the globals above: its coordinator of the world.
+#: In the groups of several ranks, beside the globals above: a coordinator of the world with them.
 OWN_WORLD = "own world"
 
 Groups = dict[str, Any]
@@ -67,11 +71,26 @@ def read() -> Groups:
 
 
 def find() -> Groups:
-    """The groups of the current scope or, when it has none that live, of SGLang's default one."""
-    own = read()
-    if identity(own) is not None:
-        return own
-    return {name: accessor(MODULE, name).value_in(None) for name in FIELDS}
+    """The groups of the current scope or, when it has none that live, of SGLang's default one.
+
+    Not those that one runner owns: they are nobody else's.
+    """
+    for scope in (_core.current_scope(), None):
+        found = read_in(scope)
+        if identity(found) is not None and not _is_owned(found):
+            return found
+    return dict.fromkeys(FIELDS)
+
+
+def read_in(scope: Optional[_core.Scope]) -> Groups:
+    """Global -> GroupCoordinator (or None) in ``scope``."""
+    return {name: accessor(MODULE, name).value_in(scope) for name in FIELDS}
+
+
+def _is_owned(found: Groups) -> bool:
+    """Whether one runner owns these."""
+    owned = (_core.resource(key) or {} for key in all_keys() if key != GROUPS)
+    return any(found["_TP"] is groups["_TP"] for groups in owned if groups)
 
 
 def write(groups: Groups) -> None:
@@ -125,13 +144,22 @@ def swapped(shared: Groups) -> Optional[Groups]:
     (0.5.23: `patch_tensor_parallel_group`, `patch_pipeline_parallel_group`).
     """
     for scope in {None: None, _core.current_scope(): None}:
-        live = {name: accessor(MODULE, name).value_in(scope) for name in FIELDS}
+        live = read_in(scope)
         patched = any(accessor(MODULE, name).value_in(scope) for name in _PATCHED)
-        if live["_TP"] is None or patched:
+        if live["_TP"] is None or patched or _is_owned(live):
             continue
         if any(shared[name] is not None and live[name] is not shared[name] for name in FIELDS):
             return live
     return None
+
+
+def unstamp() -> None:
+    """The current scope has no groups any more, those of others stay: it may be given other widths.
+
+    0.5.23: `publish` compares the new widths with the groups and ranks that are stamped.
+    """
+    write(dict.fromkeys(FIELDS))
+    accessor("sglang.srt.runtime_context", "_PARALLEL").value.clear_stamp()
 
 
 def discard(groups: Groups) -> None:
@@ -149,6 +177,26 @@ def destroy(groups: Groups) -> None:
     for coordinator in groups.values():
         if coordinator is not None:
             coordinator.destroy()
+
+
+def sever(groups: Groups) -> None:
+    """Close the connections of the coordinators in ``groups``, whoever refers to them.
+
+    Destroying a process group closes nothing while a model's layers refer to it (0.5.23: the logits
+    processor does). gloo closes every connection of a group when a receive times out (torch 2.14.1),
+    and then whoever waits for this rank on another gets an error. Other backends abort.
+    """
+    import torch
+
+    for group in {part for it in groups.values() if it is not None for part in parts(it)}:
+        if group.name() != "gloo":
+            with suppress(RuntimeError):
+                group.abort()
+            continue
+        for other in range(group.size()):  # one that is gone fails at once, and closes nothing
+            with suppress(RuntimeError):
+                if other != group.rank():
+                    group.recv([torch.zeros(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
 
 
 def forget_dead_names() -> None:
@@ -217,7 +265,7 @@ def own_identity() -> Optional[int]:
 def own_default_group() -> Optional[Any]:
     """What torch's default process group is to the runner whose method runs: its own world's.
 
-    None outside of runners' methods, and for runners that share.
+    None outside of runners' methods.
     """
     parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
     coordinator = parallel._stamp.get("world_group")
@@ -225,7 +273,7 @@ def own_default_group() -> Optional[Any]:
 
 
 def mark_own(coordinator: Any) -> Any:
-    """Mark a coordinator of the world as one runner's own; returns it."""
+    """Mark a coordinator of the world as made with runners' groups; returns it."""
     setattr(coordinator, _OWN, True)
     return coordinator
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import _core, default_dtype, groups, ownership, settings, world
+from sglang_distguard.errors import AmbiguousBuild
 from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.naming import name_of_model
-from sglang_distguard.ranks import agreement
+from sglang_distguard.ranks import agreement, specs
 from sglang_distguard.targets.expert_location import experts_key
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     used = own if _core.has_joined(own) else GROUPS
     # What this scope joined and was torn down since is asked for, too: to be refused.
     keys = [key for key in (WORLD, used) if _core.is_ready(key) or _core.has_joined(key)]
-    ordered = world.ranks() is not None and not _may_overlap(used)
-    handle = _core.RunnerHandle(name, scope, keys, ordered=ordered)
+    turns = None if ask is None or may_overlap(used) else ask.known_as
+    handle = _core.RunnerHandle(name, scope, keys, turns=turns)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
         scope.label = name
     setattr(runner, _ATTRIBUTE, handle)
     return handle
 
 
-def _may_overlap(key: str) -> bool:
+def may_overlap(key: str) -> bool:
     """Whether runners of several ranks may compute at the same time, each rank in its own order.
 
     Not over shared groups: their collectives would meet each other's. Nor on GPUs: all threads
@@ -61,26 +62,56 @@ def _may_overlap(key: str) -> bool:
     return key != GROUPS and get_device().device == "cpu" and not by_memory
 
 
+def agree_on_one_more(server_args: Any) -> None:
+    """Let the ranks agree on a runner that initialises nothing, a draft say, in its target's scope.
+
+    Raises:
+        RanksDisagree, AgreementTimeout, RankFailed, StoreLost, AmbiguousBuild: see ``errors``.
+    """
+    ranks = world.ranks()
+    if ranks is None or agreement.asked() is not None or server_args is None:
+        return
+    spec = specs.model_spec(server_args)
+    with agreement.turn(ranks, f"runner {specs.name_for(spec)}", spec, keep=True):
+        pass
+
+
 @contextmanager
 def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
     """Run a step that computes together with other ranks; after one another where it must be.
 
+    A step that raises leaves its communicators out of step: they are given up (``ownership``).
+
     Raises:
         StateInUse: another thread is in a step over the same communicators.
-        AmbiguousBuild, AgreementTimeout, StoreLost: see ``errors``.
+        AmbiguousBuild, RankFailed, AgreementTimeout, StoreLost: see ``errors``.
     """
     ranks = world.ranks()
-    if ranks is None:
+    if ranks is None or agreement.has_turn():
         yield
-    elif handle.ordered:
-        with agreement.turn(ranks, f"runner {handle.name}, {step}", {}):
+    elif handle.turns is not None:
+        turn = agreement.turn(ranks, f"{handle.turns}, {step}", {}, creates=False)
+        # The inner one before the others are told: those that wait for this rank hear at once.
+        with _whole(handle), turn, _whole(handle):
             yield
     else:
-        handle.begin_collectives()
+        is_outermost = handle.begin_collectives()
         try:
-            yield
+            with _whole(handle) if is_outermost else nullcontext():
+                yield
         finally:
             handle.end_collectives()
+
+
+@contextmanager
+def _whole(handle: _core.RunnerHandle) -> Iterator[None]:
+    try:
+        yield
+    except AmbiguousBuild:  # refused before anything began
+        raise
+    except BaseException:
+        ownership.break_communicators(handle)
+        raise
 
 
 def hold_experts(handle: _core.RunnerHandle) -> None:

@@ -56,6 +56,16 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
         state.end()
 
 
+@contextmanager
+def forced(force: bool = True) -> Iterator[None]:
+    """What is torn down inside the with block is so also while runners hold it."""
+    token = _force.set(force)
+    try:
+        yield
+    finally:
+        _force.reset(token)
+
+
 def lets_go(key: str) -> bool:
     """Whether the running code takes down what somebody else made: that is not destroyed."""
     state = _active.get().get(key)
@@ -84,14 +94,10 @@ def teardown(*, force: bool = False) -> None:
     sglang = sys.modules.get("sglang.srt.distributed.parallel_state")
     if sglang is None:  # nothing can have been made
         return
-    token = _force.set(force)
-    try:
-        keys = groups.all_keys()
-        with tearing_down(WORLD, *keys) as (_world, *states):
-            for key, state in zip(keys, states, strict=True):
-                if key != groups.GROUPS and state.resource is not None:
-                    groups.destroy(state.resource)
-            sglang.destroy_model_parallel()
-            sglang.destroy_distributed_environment()
-    finally:
-        _force.reset(token)
+    keys = groups.all_keys()
+    with forced(force), tearing_down(WORLD, *keys) as (_world, *states):
+        for key, state in zip(keys, states, strict=True):
+            if key != groups.GROUPS and state.resource is not None:
+                groups.destroy(state.resource)
+        sglang.destroy_model_parallel()
+        sglang.destroy_distributed_environment()

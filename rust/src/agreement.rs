@@ -35,10 +35,10 @@ impl Agreement {
             details.set_item("name", name)?;
             details.set_item("thread", &other.thread_name)?;
             let text = format!(
-                "thread {} of this process is building a runner named '{name}' on several ranks \
-                 right now, and the ranks could not tell another of that name from it. Give each \
-                 runner that is built concurrently its own name, the same on every rank: \
-                 build_runner(name=...) or runner_scope(name=...).",
+                "thread {} of this process is at '{name}' together with the other ranks right \
+                 now, and they could not tell another of that name from it. Use one runner from \
+                 one thread at a time, and give each runner that is built concurrently its own \
+                 name, the same on every rank: build_runner(name=...) or runner_scope(name=...).",
                 other.thread_name
             );
             Err(make(py, "AmbiguousBuild", &text, &details)?)
@@ -75,6 +75,26 @@ impl Agreement {
         Ok(self.core.apply(convert::whole("index", index)?, entry))
     }
 
+    /// (name, round) of who has the turn.
+    fn turn(&self) -> Option<(String, u64)> {
+        self.core.turn()
+    }
+
+    fn wrote(&self, index: &Bound<'_, PyInt>) -> PyResult<()> {
+        self.core.wrote(convert::whole("index", index)?);
+        Ok(())
+    }
+
+    fn outlived(
+        &self,
+        name: &str,
+        round: &Bound<'_, PyInt>,
+        stage_name: &str,
+    ) -> PyResult<Vec<u64>> {
+        let round = convert::whole("round", round)?;
+        Ok(self.core.outlived(name, round, stage(stage_name)?))
+    }
+
     fn lose(&self, reason: &str) {
         self.core.lose(reason);
     }
@@ -107,6 +127,10 @@ impl Agreement {
 
     fn next_to_read(&self) -> Option<u64> {
         self.core.next_to_read()
+    }
+
+    fn end_reading(&self) {
+        self.core.end_reading();
     }
 
     fn is_reading(&self) -> bool {

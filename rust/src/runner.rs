@@ -30,8 +30,8 @@ pub struct RunnerHandle {
     leases: Mutex<Vec<(Key, LeaseId)>>,
     /// Tells it from all other runners of the process.
     number: u64,
-    /// Whether the ranks agree on the order in which it and others compute.
-    ordered: bool,
+    /// The name under which it takes turns with others on all ranks; None when it need not.
+    turns: Option<String>,
     closed: AtomicBool,
     /// Which process built it, for people, and by `process::forks` for us.
     pid: u32,
@@ -49,10 +49,11 @@ impl RunnerHandle {
         py: Python<'_>,
         place: Place,
         message: impl FnOnce(&str, &Actor) -> String,
-    ) -> PyResult<()> {
+    ) -> PyResult<usize> {
         let me = convert::actor(py, Some(self.name.clone()))?;
-        let Err(other) = occupancy().enter(place, &me) else {
-            return Ok(());
+        let other = match occupancy().enter(place, &me) {
+            Ok(depth) => return Ok(depth),
+            Err(other) => other,
         };
         let details = PyDict::new(py);
         details.set_item("runner", &self.name)?;
@@ -109,14 +110,14 @@ fn lease(
 #[pymethods]
 impl RunnerHandle {
     #[new]
-    #[pyo3(signature = (name, scope, keys, *, ordered=false))]
+    #[pyo3(signature = (name, scope, keys, *, turns=None))]
     #[allow(clippy::needless_pass_by_value)]
     fn new(
         py: Python<'_>,
         name: String,
         scope: Option<Bound<'_, Scope>>,
         keys: Vec<String>,
-        ordered: bool,
+        turns: Option<String>,
     ) -> PyResult<Self> {
         let keys: Vec<_> = keys
             .iter()
@@ -133,7 +134,7 @@ impl RunnerHandle {
             scope_id,
             leases: Mutex::new(leases),
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            ordered,
+            turns,
             closed: AtomicBool::new(false),
             pid: std::process::id(),
             forks: forks(),
@@ -146,8 +147,8 @@ impl RunnerHandle {
     }
 
     #[getter]
-    fn ordered(&self) -> bool {
-        self.ordered
+    fn turns(&self) -> Option<&str> {
+        self.turns.as_deref()
     }
 
     #[getter]
@@ -214,22 +215,25 @@ impl RunnerHandle {
                  one runner per thread",
                 other.thread_name
             )
-        })
+        })?;
+        Ok(())
     }
 
     fn end_forward(&self) {
         occupancy().leave(Place::Runner(self.number));
     }
 
-    /// Claims the communicators of the runner's scope; end it with `end_collectives`.
-    fn begin_collectives(&self, py: Python<'_>) -> PyResult<()> {
-        self.occupy(py, Place::Communicators(self.scope_id), |name, other| {
+    /// Claims the communicators of the runner's scope; end it with `end_collectives`. False inside
+    /// of another claim of the calling thread.
+    fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
+        let depth = self.occupy(py, Place::Communicators(self.scope_id), |name, other| {
             format!(
                 "runner '{name}' uses the communicators over which {other} computes now: a runner \
                  and its drafts share them, and the collectives of two threads would meet. Use \
                  them from one thread at a time"
             )
-        })
+        })?;
+        Ok(depth == 1)
     }
 
     fn end_collectives(&self) {

@@ -23,16 +23,24 @@ from sglang_distguard.ranks.world import PREFIX, Ranks
 #: The part of the deadline in which a turn's groups are created; the rest is for telling each other.
 _CREATE = 0.8
 _READER = "distguard-ranks"
+#: Stages that end with an entry.
+_ENDS = ("ask", "turn", "build")
 #: Seconds in which a rank that lost a connection hears from the others why.
 _HEAR = 5.0
 
 _turn: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.turn", default=None)
 #: What the running code builds a runner with, until it has told the others how that went.
 _asked: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.asked", default=None)
-_building: ContextVar[bool] = ContextVar("sglang_distguard.building", default=False)
+_building: ContextVar[Optional[_Block]] = ContextVar("sglang_distguard.building", default=None)
 
 
-@dataclass(frozen=True)
+class _Block:
+    """A with block. A context that was copied inside of it, by a task, may outlive it."""
+
+    is_over = False
+
+
+@dataclass
 class Ask:
     """One round of one name.
 
@@ -41,12 +49,18 @@ class Ask:
         what: the name the ranks know it by: "runner NAME", "world" …
         round: how often they had tried before.
         deadline: seconds for each stage.
+        creates: whether the turn is there to create something; else to compute with what there is.
+        has_left_turn: whether the turn is over here.
+        has_built: whether what was built with it is over here.
     """
 
     ranks: Ranks
     what: str
     round: int
     deadline: float
+    creates: bool = True
+    has_left_turn: bool = False
+    has_built: bool = False
 
     @property
     def name(self) -> str:
@@ -54,21 +68,37 @@ class Ask:
         return self.what.removeprefix("runner ")
 
     @property
+    def known_as(self) -> str:
+        """The same on all ranks, and of no other runner of this world."""
+        return f"{self.what} #{self.round}"
+
+    @property
     def prefix(self) -> str:
         """Begins the names of the process groups that are created in the turn."""
         return f"{PREFIX}/{self.what}/{self.round}:"
 
-    def _key(self, stage: str) -> str:
-        return f"{self.what}/{self.round}/{stage}"
+    def _key(self, stage: str, *, before: int = 0) -> str:
+        return f"{self.what}/{self.round - before}/{stage}"
 
     def tell(self, stage: str, report: Mapping[str, Any]) -> None:
         """Report to the others; the last one to report judges and writes the end of the stage."""
         key = self._key(stage)
         if self.ranks.state.arrive(self.what, self.round, stage) and self.ranks.tell(key, report):
-            reports = self.ranks.told(key)
             judge = failures.disagree if stage == "ask" else failures.failed
-            self.write(stage, judge(reports))
-            self.ranks.tidy(key, f"{key}/told")
+            self.write(stage, judge(self.ranks.told(key)))
+            self._tidy(stage)
+
+    def _tidy(self, stage: str) -> None:
+        """All ranks have told of ``stage``, and so have left what was before it."""
+        left = {
+            "ask": [self._key("turn", before=1), self._key("build", before=1)],
+            "turn": [self._key("ask")],
+            "build": [self._key("turn")],
+        }[stage]
+        read = self.ranks.state.outlived(self.what, self.round, stage)
+        keys = [] if stage == "ask" and self.round == 0 else left
+        told = [part for key in keys for part in (key, f"{key}/told")]
+        self.ranks.tidy(*told, *(f"log/{index}" for index in read))
 
     def write(self, stage: str, failure: Optional[str]) -> None:
         """Write that ``stage`` has ended."""
@@ -81,10 +111,27 @@ class Ask:
         standing = self.ranks.state.stands(self.what, self.round, stage)
         return None if standing[0] == "open" else standing
 
+    def error(self, stage: str, failure: str) -> DistGuardError:
+        """What this rank raises for a ``failure`` of ``stage``."""
+        rank = self.ranks.rank
+        return failures.error_of(self.what, stage, rank, failure, creates=self.creates)
+
     def give_up(self, stage: str, waited: float) -> None:
         """Write that this rank no longer waits for ``stage`` to end, and for whom it waited."""
-        told = self.ranks.told(self._key(stage))
-        self.write(stage, failures.missing(self.ranks.rank, told, self.ranks.size, waited))
+        ranks = self.ranks
+        if stage == "begin":
+            self.write("turn", failures.queued(ranks.rank, ranks.state.turn(), waited))
+            return
+        told = ranks.told(self._key(stage))
+        self.write(stage, failures.missing(ranks.rank, told, ranks.size, waited))
+
+    def abandon(self, stage: str, error: BaseException) -> None:
+        """Write that this rank has left ``stage``, for ``error``. What stands already, stands."""
+        with suppress(Exception):  # without a store nobody can be told
+            failure = failures.failed({self.ranks.rank: failures.report(error)})
+            # The others may have agreed on this stage before: then the next one is what fails.
+            for later in _ENDS[_ENDS.index("turn" if stage == "begin" else stage) :]:
+                self.write(later, failure)
 
 
 class _Wait:
@@ -110,27 +157,40 @@ class _TimedOut(Exception):
 def _await(ask: Ask, stage: str, timeout: float) -> None:
     """Until all ranks have ended ``stage``; raise what it ended with, or what the wait did."""
     ranks = ask.ranks
-    if ranks.state.begin_wait(ask.what, ask.round, stage):
-        # Short-lived: it ends with the last wait. A daemon, for it may sleep in the store.
-        threading.Thread(target=_read, args=(ranks,), name=_READER, daemon=True).start()
+    what = f"the other ranks ({ask.what}, {stage})"
+
+    def wait(seconds: float) -> tuple[str, Optional[str]]:
+        return waiting.until(
+            lambda: ask.stands(stage), _Wait(ask, stage), timeout=seconds, what=what
+        )
+
     try:
-        what = f"the other ranks ({ask.what}, {stage})"
+        if ranks.state.begin_wait(ask.what, ask.round, stage):
+            _start_reader(ranks)
         try:
-            standing = waiting.until(
-                lambda: ask.stands(stage), _Wait(ask, stage), timeout=timeout, what=what
-            )
+            standing = wait(timeout)
         except _TimedOut as error:
             ask.give_up(stage, error.waited)
-            standing = waiting.until(
-                lambda: ask.stands(stage), _Wait(ask, stage), timeout=_HEAR, what=what
-            )
+            standing = wait(_HEAR)
     except _TimedOut:
-        reason = f"no answer within {_HEAR:.0f} s"
-        raise failures.error_of(ask.what, stage, ranks.rank, failures.lost(reason)) from None
+        unheard = failures.unheard(_HEAR)
+        raise ask.error(stage, unheard) from None
+    except BaseException as error:  # interrupted, say: the others must not wait for this rank
+        ask.abandon(stage, error)
+        raise
     finally:
         ranks.state.end_wait(ask.what, ask.round, stage)
     if standing[0] == "failed":
-        raise failures.error_of(ask.what, stage, ranks.rank, standing[1] or "")
+        raise ask.error(stage, standing[1] or "")
+
+
+def _start_reader(ranks: Ranks) -> None:
+    # Short-lived: it ends with the last wait. A daemon, for it may sleep in the store.
+    try:
+        threading.Thread(target=_read, args=(ranks,), name=_READER, daemon=True).start()
+    except BaseException:
+        ranks.state.end_reading()
+        raise
 
 
 def _read(ranks: Ranks) -> None:
@@ -143,7 +203,7 @@ def _read(ranks: Ranks) -> None:
                     index, entry["name"], entry["round"], entry["stage"], entry["failure"]
                 )
         except Exception as error:  # whatever it is, those who wait must hear of it
-            ranks.state.lose(failures.describe(error))
+            ranks.state.lose(failures.lost(failures.describe(error)))
 
 
 @contextmanager
@@ -155,11 +215,18 @@ def _store_errors(ask: Ask, stage: str) -> Iterator[None]:
         yield
     except dist.DistError as error:
         reason = failures.lost(failures.describe(error))
-        raise failures.error_of(ask.what, stage, ask.ranks.rank, reason) from error
+        raise ask.error(stage, reason) from error
 
 
 @contextmanager
-def turn(ranks: Ranks, what: str, spec: Mapping[str, Any], *, keep: bool = False) -> Iterator[Ask]:
+def turn(
+    ranks: Ranks,
+    what: str,
+    spec: Mapping[str, Any],
+    *,
+    keep: bool = False,
+    creates: bool = True,
+) -> Iterator[Ask]:
     """Run the with block when all ranks have asked for the same, after one another in one order.
 
     Process groups created inside have names that the ranks agreed on, and the deadline. A turn
@@ -170,6 +237,7 @@ def turn(ranks: Ranks, what: str, spec: Mapping[str, Any], *, keep: bool = False
         what: the name by which the ranks know it.
         spec: what must be equal, JSON values.
         keep: remember the ask as what the running code builds a runner with (``building``).
+        creates: whether something is created; else it computes with what there is.
 
     Raises:
         AmbiguousBuild: another thread of this process is at it under the same name.
@@ -177,27 +245,30 @@ def turn(ranks: Ranks, what: str, spec: Mapping[str, Any], *, keep: bool = False
         Whatever the with block raised, on the rank where it did; the others raise RankFailed.
     """
     outer = _turn.get()
-    if outer is not None:
+    if outer is not None and not outer.has_left_turn:
         yield outer
         return
-    deadline = settings.current().agreement_timeout
-    ask = Ask(ranks, what, ranks.state.begin(what), deadline)
+    chosen = settings.current()
+    deadline = chosen.agreement_timeout
+    ask = Ask(ranks, what, ranks.state.begin(what), deadline, creates)
     token = _turn.set(ask)
     try:
         with _store_errors(ask, "ask"):
-            _ask(ask, spec)
+            _tell_and_await(ask, "ask", {"spec": dict(spec)})
+            # Others may have their turns first: that is a wait for them, not for ranks.
+            _await(ask, "begin", chosen.timeout)
         try:
-            with creating(deadline * _CREATE, ask.prefix):
+            with creating(deadline * _CREATE, ask.prefix, ranks.store):
                 yield ask
         except BaseException as error:
             explain(ask, "turn", error)
         with _store_errors(ask, "turn"):
-            ask.tell("turn", {})
-            _await(ask, "turn", deadline)
+            _tell_and_await(ask, "turn", {})
     except BaseException:
         ranks.state.end(what)
         raise
     finally:
+        ask.has_left_turn = True
         _turn.reset(token)
     if keep:
         _asked.set(ask)
@@ -205,19 +276,13 @@ def turn(ranks: Ranks, what: str, spec: Mapping[str, Any], *, keep: bool = False
         ranks.state.end(what)
 
 
-def _ask(ask: Ask, spec: Mapping[str, Any]) -> None:
+def _tell_and_await(ask: Ask, stage: str, report: Mapping[str, Any]) -> None:
     try:
-        ask.tell("ask", {"spec": dict(spec)})
-        _await(ask, "ask", ask.deadline)
-    except DistGuardError:
+        ask.tell(stage, report)
+    except BaseException as error:  # interrupted: the others may not have been told
+        ask.abandon(stage, error)
         raise
-    except BaseException as error:  # interrupted: the others must not wait for this rank
-        with suppress(Exception):
-            report = failures.report(error)
-            ask.write("ask", failures.failed({ask.ranks.rank: report}))
-            # They may have agreed before: then the turn is what fails.
-            ask.tell("turn", report)
-        raise
+    _await(ask, stage, ask.deadline)
 
 
 def explain(ask: Ask, stage: str, error: BaseException) -> NoReturn:
@@ -253,21 +318,25 @@ def building() -> Iterator[None]:
     Raises:
         RankFailed, AgreementTimeout: it raised because another rank failed, or is gone.
     """
-    if _building.get():
+    outer = _building.get()
+    if outer is not None and not outer.is_over:
         yield
         return
-    token = _building.set(True)
+    block = _Block()
+    token = _building.set(block)
     try:
         yield
     except BaseException as error:
-        ask = _asked.get()
+        ask = asked()
         if ask is None:
             raise
         explain(ask, "build", error)
     finally:
+        block.is_over = True
         _building.reset(token)
-        ask = _asked.get()
+        ask = asked()
         if ask is not None:
+            ask.has_built = True
             _asked.set(None)
             ask.ranks.state.end(ask.what)
 
@@ -278,21 +347,22 @@ def built() -> None:
     Raises:
         RankFailed, AgreementTimeout, StoreLost: another rank's build failed, or did not end.
     """
-    ask = _asked.get()
+    ask = asked()
     if ask is not None:
         with _store_errors(ask, "build"):
-            ask.tell("build", {})
-            _await(ask, "build", ask.deadline)
+            _tell_and_await(ask, "build", {})
 
 
 def asked() -> Optional[Ask]:
     """What the running code builds a runner with."""
-    return _asked.get()
+    ask = _asked.get()
+    return None if ask is None or ask.has_built else ask
 
 
 def has_turn() -> bool:
     """Whether the running code is in a turn."""
-    return _turn.get() is not None
+    ask = _turn.get()
+    return ask is not None and not ask.has_left_turn
 
 
 def leave(ranks: Ranks, seconds: float) -> None:
@@ -300,7 +370,7 @@ def leave(ranks: Ranks, seconds: float) -> None:
 
     A daemon thread that comes back from a call into torch after the interpreter has gone aborts.
     """
-    ranks.state.lose("this process exits")
+    ranks.state.lose(failures.lost("this process exits"))
     with suppress(Exception):
         if ranks.state.is_reading():
             ranks.write({"name": "(exit)", "round": 0, "stage": "build", "failure": None})

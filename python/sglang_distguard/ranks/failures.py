@@ -14,6 +14,7 @@ from sglang_distguard.errors import (
     RanksDisagree,
     StoreLost,
 )
+from sglang_distguard.ranks.creation import NotTogether
 
 #: What a backend says when another rank is gone or does not come (gloo and NCCL of torch 2.14.1, and
 #: sglang 0.5.23 where it has caught that: `load_model_utils`).
@@ -71,6 +72,17 @@ def _causes(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
     return _told({rank: it for rank, it in reports.items() if not it.get("consequence")})
 
 
+def queued(rank: int, turn: Optional[tuple[str, int]], waited: float) -> str:
+    """The failure of rank ``rank``, which gave up waiting for its turn; ``turn`` has it."""
+    holder = None if turn is None else turn[0]
+    return json.dumps({"kind": "queued", "by": rank, "holder": holder, "waited": round(waited, 3)})
+
+
+def unheard(waited: float) -> str:
+    """The failure of this rank alone, which does not hear from the others any more."""
+    return lost(f"no answer within {waited:.0f} s")
+
+
 def lost(reason: str) -> str:
     """The failure of this rank alone, which cannot reach the store any more."""
     return json.dumps({"kind": "lost", "reason": reason})
@@ -88,27 +100,37 @@ def is_consequence(error: BaseException) -> bool:
 
     if isinstance(error, DistGuardError):
         return False
-    if isinstance(error, dist.DistError):
+    if isinstance(error, (dist.DistError, NotTogether)):
         return True
     kinds = (RuntimeError, ValueError, TimeoutError, ConnectionError)
     return isinstance(error, kinds) and bool(_CONSEQUENCE.search(str(error)))
 
 
-def error_of(what: str, stage: str, rank: int, failure: str) -> DistGuardError:
+def error_of(
+    what: str, stage: str, rank: int, failure: str, *, creates: bool = True
+) -> DistGuardError:
     """The error that rank ``rank`` raises for a ``failure`` of the log.
 
     Args:
         what: what the ranks were at, "runner NAME".
-        stage: "ask", "turn" or "build".
+        stage: "ask", "begin", "turn" or "build".
         rank: the rank that raises.
-        failure: as the functions above make it, or plain text.
+        failure: as the functions above make it; plain text is the core's: the ranks are in a later
+            round of that name.
+        creates: whether something was to be created; else computed with what there is.
     """
     facts: dict[str, Any]
     try:
         facts = json.loads(failure)
     except ValueError:
-        facts = {"kind": "lost", "reason": failure}
+        facts = {"kind": "left", "reason": failure}
     details = {"name": what, "stage": stage, "rank": rank}
+    remedy = (
+        "What this rank had made for it is destroyed; build it again once the cause is gone."
+        if creates
+        else "The communicators that it ran over are out of step and were given up: build again "
+        "what used them."
+    )
     if facts["kind"] == "disagree":
         return _disagreement(what, facts["fields"], details)
     if facts["kind"] == "missing":
@@ -117,11 +139,19 @@ def error_of(what: str, stage: str, rank: int, failure: str) -> DistGuardError:
         failures = {int(other): text for other, text in facts["failures"].items()}
         told = "; ".join(f"rank {other}: {text}" for other, text in failures.items())
         return RankFailed(
-            f"{what} failed on {_ranks(failures)} and was given up on all ranks ({told}). "
-            "What this rank had made for it is destroyed; build it again once the cause is gone.",
+            f"{what} failed on {_ranks(failures)} and was given up on all ranks ({told}). {remedy}",
             **details,
             failures=failures,
         )
+    if facts["kind"] == "left":
+        return RankFailed(
+            f"{what} was given up by another rank, which has begun it anew ({facts['reason']}). "
+            f"{remedy}",
+            **details,
+            failures={},
+        )
+    if facts["kind"] == "queued":
+        return _overlong_turn(what, facts, details)
     return StoreLost(
         f"{what}: the store of the world cannot be reached from rank {rank} ({facts['reason']}). "
         "Its server lives in rank 0's process, or in torchrun's agent: look whether that has ended. "
@@ -166,6 +196,23 @@ def _absence(
         missing=absent,
         waited=facts["waited"],
         failures={int(rank): text for rank, text in failures.items()},
+    )
+
+
+def _overlong_turn(
+    what: str, facts: Mapping[str, Any], details: Mapping[str, Any]
+) -> DistGuardError:
+    holder = facts["holder"]
+    has_it = "nobody had it any more" if holder is None else f"{holder} has it"
+    return AgreementTimeout(
+        f"{what}: the turn did not come within {facts['waited']:.1f} s, for {has_it}, and rank "
+        f"{facts['by']} gave up for all ranks. What takes turns runs one after the other on all "
+        "ranks: look at what that one does (py-spy dump); timeout=... changes the deadline.",
+        **details,
+        missing=[],
+        waited=facts["waited"],
+        failures={},
+        holder=holder,
     )
 
 

@@ -1,7 +1,7 @@
 """The ranks of one world, and the log that all of them append to and read, in their world's store.
 
 Every operation on the store counts: an ask, or the end of a turn or build, costs a rank two (``tell``)
-and each entry of the log two more (``read``); the rank that tells last, three to six to judge and write.
+and each entry of the log two more (``read``); the rank that tells last, a few to judge, write and tidy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 from sglang_distguard import _core
 
@@ -23,6 +24,8 @@ READ = 600.0
 OPERATION = 30.0
 
 _ATTRIBUTE = "_sglang_distguard_ranks"
+#: By torch's default group: ranks that failed to agree on their world try again in the same log.
+_opened: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,23 @@ class Ranks:
 
     def told(self, key: str) -> dict[int, dict[str, Any]]:
         """What the ranks have told under ``key``, by rank; this one has."""
-        if not self.store.check([key]):  # judged and tidied up since
+        if not self.store.check([key]):
             return {}
         lines = self.store.get(key).decode().splitlines()
         reports = [json.loads(line) for line in lines]
         return {report.pop("rank"): report for report in reports}
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append ``entry`` to the log."""
+        """Append ``entry`` to the log.
+
+        Entries that were deleted are before all that anybody has yet to read: none is written there.
+        """
         # The rank makes equal entries of two ranks differ, so that each knows whose was taken.
         text = json.dumps({**entry, "by": self.rank}, sort_keys=True)
         index = self.state.next()
         while self.store.compare_set(f"log/{index}", "", text).decode() != text:
             index += 1
+        self.state.wrote(index)
 
     def read(self, index: int) -> Optional[dict[str, Any]]:
         """Entry ``index`` of the log; None when there is none after ``READ`` seconds."""
@@ -78,7 +85,7 @@ class Ranks:
 
     def tidy(self, *keys: str) -> None:
         """Delete what no rank will look at again, so that the store does not grow with every turn."""
-        for key in keys:
+        for key in keys:  # no rank tells or reads them any more
             with suppress(RuntimeError):  # stores in files cannot
                 self.store.delete_key(key)
 
@@ -105,16 +112,22 @@ def open_ranks(process_group: Any) -> Optional[Ranks]:
         return None
     import torch.distributed.distributed_c10d as c10d
 
-    _, world_store = c10d._world.pg_map[process_group]
-    return connect(process_group.rank(), process_group.size(), world_store)
+    opened = _opened.get(process_group)
+    if opened is None:
+        _, world_store = c10d._world.pg_map[process_group]
+        opened = connect(process_group.rank(), process_group.size(), world_store)
+        _opened[process_group] = opened
+    return opened
 
 
 def connect(rank: int, size: int, world_store: Any) -> Ranks:
     """Rank ``rank`` of the ``size`` that share ``world_store``."""
     import torch.distributed.distributed_c10d as c10d
 
-    store = c10d.PrefixStore(PREFIX, _another_connection(world_store))
-    store.set_timeout(timedelta(seconds=OPERATION))
+    connection = _another_connection(world_store)
+    if connection is not world_store:  # the timeout of that one is its owner's
+        connection.set_timeout(timedelta(seconds=OPERATION))
+    store = c10d.PrefixStore(PREFIX, connection)
     generation = store.add(f"generation/{rank}", 1)
     return Ranks(
         rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -90,12 +91,16 @@ def _one_thread_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if runners.find_handle(self) is not None:  # a subclass calling up
             original(self, *args, **kwargs)
             return
         with agreement.building():
+            call = signature.bind_partial(self, *args, **kwargs).arguments
+            runners.agree_on_one_more(call.get("server_args"))
             handle = runners.bind(self, args, kwargs)
             token = handle.enter()
             try:

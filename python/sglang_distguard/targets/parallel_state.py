@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
-from sglang_distguard import _core, groups, ownership, settings, world
+from sglang_distguard import _core, groups, ownership, runners, settings, world
 from sglang_distguard.errors import AgreementTimeout, DistGuardError, NotSupported
 from sglang_distguard.groups import GROUPS, MODULE, WORLD
 from sglang_distguard.patching import Around, Needs
 from sglang_distguard.ranks import agreement, specs
-from sglang_distguard.ranks.agreement import Ask
 from sglang_distguard.ranks.creation import creating
+from sglang_distguard.ranks.creation import current as current_creation
 from sglang_distguard.ranks.failures import describe
 from sglang_distguard.ranks.world import attach, open_ranks, ranks_of
 from sglang_distguard.scoping import accessor
@@ -106,11 +106,9 @@ def _undo_world(
         namespace["torch"].distributed.destroy_process_group()
 
 
-def _undo_groups(
-    parallel: Any, *, stamp: dict[str, Any], made: list[Any], ask: Optional[Ask]
-) -> None:
+def _undo_groups(parallel: Any, *, stamp: dict[str, Any], made: list[Any], prefix: str) -> None:
     groups.discard(groups.read())
-    groups.discard_process_groups(keep=made, prefix=ask.prefix if ask else "")
+    groups.discard_process_groups(keep=made, prefix=prefix)
     parallel._stamp = stamp
 
 
@@ -220,59 +218,68 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         ranks = world.ranks()
         own = ranks is not None and settings.current().groups == "own"
         undoing = ExitStack()
+        led = False
 
-        def make(ask: Optional[Ask]) -> groups.Groups:
+        def initialise() -> groups.Groups:
+            nonlocal led
+            creation = current_creation()
             undoing.callback(
                 _undo_groups,
                 parallel,
                 stamp=dict(parallel._stamp),
                 made=groups.process_groups(),
-                ask=ask,
+                prefix=(creation and creation.prefix) or "",
             )
             groups.forget_dead_names()
             if groups.identity(groups.read()) is None:
                 groups.write(dict.fromkeys(groups.FIELDS))  # left by groups destroyed elsewhere
-            owned = {}
-            if own:
-                owned[groups.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
-                parallel.override_permanently(world_group=owned[groups.OWN_WORLD])
+            made = {}
+            if ranks is not None:
+                made[groups.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
+                parallel.override_permanently(world_group=made[groups.OWN_WORLD])
             original(*args, **kwargs)
-            return {**groups.read(), **owned}
-
-        def initialise() -> groups.Groups:
-            if ranks is None:
-                return make(None)
-            what, spec = "groups", specs.plain(requested)
-            server_args = namespace["get_parallel"].__globals__["get_server_args"]()
-            _refuse_growing(server_args)
-            if own:
-                spec |= specs.model_spec(server_args)
-                what = f"runner {specs.name_for(spec)}"
-            with agreement.turn(ranks, what, spec, keep=own) as ask:
-                try:
-                    return make(ask)
-                except BaseException:
-                    # Before the others are told: whoever waits for this rank hears at once.
-                    undoing.close()
-                    raise
+            led = True
+            return {**groups.read(), **made}
 
         def adopt() -> tuple[groups.Groups, dict[str, Any]]:
             found = groups.find()
             return found, {**requested, **groups.widths(found)}
 
         scope = _core.current_scope()
+        key = groups.own_key(scope) if own else GROUPS
+
+        def acquire() -> None:
+            run_once(
+                key,
+                requested,
+                observe=groups.own_identity if own else groups.shared_identity,
+                initialise=initialise,
+                adopt=adopt,
+                join=groups.stamp,
+                undo=undoing.close,
+            )
+
+        if ranks is None:
+            acquire()
+            return
+        ownership.collect()
         if own:
-            ownership.collect()
-            ownership.release(scope)
-        run_once(
-            groups.own_key(scope) if own else GROUPS,
-            requested,
-            observe=groups.own_identity if own else groups.shared_identity,
-            initialise=initialise,
-            adopt=adopt,
-            join=groups.stamp,
-            undo=undoing.close,
-        )
+            ownership.discard(key, scope)  # of a runner that was collected
+        server_args = namespace["get_parallel"].__globals__["get_server_args"]()
+        _refuse_growing(server_args)
+        if not runners.may_overlap(key):
+            _refuse_stages(requested["pp_size"])
+        # Widths as they came out, not as they were asked for.
+        spec = specs.model_spec(server_args) | specs.plain(requested)
+        spec["groups"] = "own" if own else "share"
+        # Whoever joins what is there takes a turn, too: the ranks must join with the same runner.
+        try:
+            with agreement.turn(ranks, f"runner {specs.name_for(spec)}", spec, keep=True):
+                acquire()
+        except BaseException:
+            if led:  # here it went well, and not on another rank
+                ownership.discard(key, scope)
+            raise
 
     return initialize_model_parallel
 
@@ -286,6 +293,17 @@ def _refuse_growing(server_args: Any) -> None:
             "runners own groups of it is not supported. Leave it unset, or run one runner per "
             "process without sglang_distguard.",
             elastic_ep_backend=backend,
+        )
+
+
+def _refuse_stages(stages: int) -> None:
+    """Stages of a pipeline call the same step one after the other, so that no turn has them all."""
+    if stages > 1:
+        raise NotSupported(
+            f"pp_size={stages} with steps that take turns on all ranks "
+            '(groups="share", GPUs, and CPUs with AMX or of arm64): a stage would wait in its turn '
+            'for the one before. Use pp_size=1; on other CPUs groups="own" runs pipelines.',
+            pp_size=stages,
         )
 
 

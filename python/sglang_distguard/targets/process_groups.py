@@ -62,17 +62,22 @@ def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
         creating = creation.current()
-        if creating is None:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        timeout = call.arguments.get("timeout")
-        call.arguments["timeout"] = creating.limit(timeout)
-        group, store = original(*call.args, **call.kwargs)
-        if timeout is not None and hasattr(group, "set_timeout"):
-            group.set_timeout(timeout)  # the deadline was for its creation alone
-        return group, store
+        if creating is not None:
+            call = signature.bind(*args, **kwargs).arguments
+            members = call["global_ranks_in_group"]  # empty for the default group
+            # Not groups with strangers, say a trainer: those do not come to meet.
+            agreed = not members or creating.names(call["group_name"])
+            size, is_member = call["group_size"], not members or _rank() in members
+            if agreed and is_member and size > 1:
+                creating.meet(call["group_name"], size, call["store"])
+        return original(*args, **kwargs)
 
     return new_process_group_helper
+
+
+def _rank() -> int:
+    group = groups.default_process_group()
+    return -1 if group is None else group.rank()
 
 
 def _rendezvous(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,17 +5,20 @@
 //! name; what two ranks know after the same entries is the same, so that nobody has to ask a leader.
 //!
 //! ```text
-//! stage   begins with                        ends with an entry that says
-//! ask     a rank wants to create something   all ranks want it with equal specs | why not
-//! turn    nobody else has the turn, and it   all ranks have created it          | which rank failed
-//!         is the first ready one by name
-//! build   whenever a rank has built with it  all ranks have                     | which rank failed
+//! stage   begins with                        ends with
+//! ask     a rank wants to create something   an entry: all ranks want it with equal specs | why not
+//! begin   the ask passed                     no entry: nobody else has the turn, and of those that
+//!                                            are ready it is the first by name
+//! turn    the turn                           an entry: all ranks have created it | which rank failed
+//! build   whenever a rank has built with it  an entry: all ranks have | which rank failed
 //! ```
 //!
 //! Invariants:
 //! - Of several entries that end the same stage of the same round the first counts, on every rank.
 //! - At most one round has the turn. The next is the first by name of those that are ready, not by
 //!   arrival, and every rank finds the same one.
+//! - A round keeps the turn until an entry about its own turn, also when some rank has gone on to a
+//!   later round of that name: another may still be inside.
 //! - In one process at most one living thread works under a name.
 //! - At most one thread reads the log, and one does while anybody waits for what is open: with the
 //!   last entry that somebody waits for it ends, and does not fall asleep over the next.
@@ -35,6 +38,8 @@ use crate::sync::{self, lock, Condvar, Mutex};
 pub enum Stage {
     /// All ranks want the same.
     Ask,
+    /// Waiting for the turn. Nobody writes an entry for it.
+    Begin,
     /// One after the other, what is created collectively is created.
     Turn,
     /// What was built with it is complete on every rank.
@@ -43,13 +48,14 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage there is.
-    pub const ALL: [Self; 3] = [Self::Ask, Self::Turn, Self::Build];
+    pub const ALL: [Self; 4] = [Self::Ask, Self::Begin, Self::Turn, Self::Build];
 }
 
 impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ask => "ask",
+            Self::Begin => "begin",
             Self::Turn => "turn",
             Self::Build => "build",
         })
@@ -61,7 +67,7 @@ impl FromStr for Stage {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|it| it.to_string() == text);
-        found.ok_or_else(|| format!("unknown stage {text:?}; known: ask, turn, build"))
+        found.ok_or_else(|| format!("unknown stage {text:?}; known: ask, begin, turn, build"))
     }
 }
 
@@ -92,7 +98,8 @@ pub enum Standing {
 #[derive(Debug, Default)]
 struct Round {
     number: u64,
-    ended: BTreeMap<Stage, Option<String>>,
+    /// How each stage ended, and which entry says so.
+    ended: BTreeMap<Stage, (Option<String>, u64)>,
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +118,8 @@ struct Inner {
     /// What is waited for, once for each who does.
     waiting: Vec<(String, u64, Stage)>,
     reading: bool,
+    /// Entries that this rank wrote and that may still be in the log.
+    wrote: BTreeSet<u64>,
     lost: Option<String>,
 }
 
@@ -175,7 +184,7 @@ impl Agreement {
             return false;
         }
         inner.next += 1;
-        inner.apply(entry);
+        inner.apply(index, entry);
         drop(inner);
         self.changed.notify_all();
         true
@@ -187,7 +196,37 @@ impl Agreement {
         self.changed.notify_all();
     }
 
-    /// How `stage` of a round stands. An ask is passed when the round has the turn.
+    /// Which round has the turn.
+    pub fn turn(&self) -> Option<(String, u64)> {
+        lock(&self.inner).turn.clone()
+    }
+
+    /// This rank wrote entry `index`.
+    pub fn wrote(&self, index: u64) {
+        lock(&self.inner).wrote.insert(index);
+    }
+
+    /// All ranks have told of `stage`, so that all have read what had to be known before: the
+    /// entries of this rank that nobody will read again. Each is returned once.
+    pub fn outlived(&self, name: &str, round: u64, stage: Stage) -> Vec<u64> {
+        let before = match stage {
+            Stage::Turn => Stage::Ask,
+            Stage::Build => Stage::Turn,
+            // Whoever asks again may have left the round before without reading how it ended.
+            Stage::Ask | Stage::Begin => return Vec::new(),
+        };
+        let mut inner = lock(&self.inner);
+        let known = inner.rounds.get(name).filter(|it| it.number == round);
+        let Some(&(_, index)) = known.and_then(|it| it.ended.get(&before)) else {
+            return Vec::new();
+        };
+        let later = inner.wrote.split_off(&(index + 1));
+        std::mem::replace(&mut inner.wrote, later)
+            .into_iter()
+            .collect()
+    }
+
+    /// How `stage` of a round stands.
     pub fn stands(&self, name: &str, round: u64, stage: Stage) -> Standing {
         let inner = lock(&self.inner);
         if let Some(standing) = inner.stands(name, round, stage) {
@@ -220,6 +259,11 @@ impl Agreement {
         inner.reading.then_some(inner.next)
     }
 
+    /// The thread that was to read could not be started.
+    pub fn end_reading(&self) {
+        lock(&self.inner).reading = false;
+    }
+
     /// Whether a thread reads the log.
     pub fn is_reading(&self) -> bool {
         lock(&self.inner).reading
@@ -246,33 +290,40 @@ impl Inner {
         number
     }
 
-    fn apply(&mut self, entry: Entry) {
+    fn apply(&mut self, index: u64, entry: Entry) {
+        if entry.stage == Stage::Turn {
+            self.turn
+                .take_if(|it| (&it.0, it.1) == (&entry.name, entry.round));
+        }
+        self.end_stage(index, entry);
+        if self.turn.is_none() {
+            self.turn = self.ready.pop_first();
+        }
+    }
+
+    /// The first entry for a stage of a name's latest round counts.
+    fn end_stage(&mut self, index: u64, entry: Entry) {
         let round = self.rounds.entry(entry.name.clone()).or_default();
         if entry.round > round.number {
             *round = Round {
                 number: entry.round,
                 ended: BTreeMap::new(),
             };
-            // Whoever is in an earlier round of this name has been left by another rank.
+            // A rank has left the earlier round: whoever is in line for its turn would be alone.
             self.ready.remove(&entry.name);
-            self.turn.take_if(|(name, _)| *name == entry.name);
         }
-        if entry.round < round.number || round.ended.contains_key(&entry.stage) {
+        let counts = entry.round == round.number && !round.ended.contains_key(&entry.stage);
+        if entry.stage == Stage::Begin || !counts {
             return;
         }
         let agreed = entry.stage == Stage::Ask
             && entry.failure.is_none()
             && !round.ended.contains_key(&Stage::Turn);
-        round.ended.insert(entry.stage, entry.failure);
+        round.ended.insert(entry.stage, (entry.failure, index));
         if agreed {
             self.ready.insert(entry.name, entry.round);
         } else if entry.stage == Stage::Turn {
-            self.ready
-                .retain(|name, it| (name, *it) != (&entry.name, entry.round));
-            self.turn.take_if(|it| *it == (entry.name, entry.round));
-        }
-        if self.turn.is_none() {
-            self.turn = self.ready.pop_first();
+            self.ready.remove(&entry.name);
         }
     }
 
@@ -291,209 +342,23 @@ impl Inner {
         if known.number < round {
             return None;
         }
-        let ended = known.ended.get(&stage)?;
-        if let Some(failure) = ended {
-            return Some(Standing::Failed(failure.clone()));
+        if stage != Stage::Begin {
+            let (failure, _) = known.ended.get(&stage)?;
+            return Some(failure.clone().map_or(Standing::Passed, Standing::Failed));
         }
-        if stage != Stage::Ask {
-            return Some(Standing::Passed);
+        // The turn comes, or somebody has given it up before this rank noticed.
+        for before in [Stage::Ask, Stage::Turn] {
+            if let Some((Some(failure), _)) = known.ended.get(&before) {
+                return Some(Standing::Failed(failure.clone()));
+            }
         }
-        if let Some(Some(failure)) = known.ended.get(&Stage::Turn) {
-            // Others had the turn and gave up before this rank noticed.
-            return Some(Standing::Failed(failure.clone()));
-        }
-        let turn = self.turn.as_ref();
-        if turn.is_none_or(|(it, number)| it != name || *number != round) {
-            return None;
-        }
-        Some(Standing::Passed)
+        let has_turn = self
+            .turn
+            .as_ref()
+            .is_some_and(|it| it.0 == name && it.1 == round);
+        has_turn.then_some(Standing::Passed)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(name: &str, round: u64, stage: Stage, failure: Option<&str>) -> Entry {
-        Entry {
-            name: name.into(),
-            round,
-            stage,
-            failure: failure.map(Into::into),
-        }
-    }
-
-    fn read(agreement: &Agreement, entries: &[Entry]) {
-        for entry in entries {
-            assert!(agreement.apply(agreement.next(), entry.clone()));
-        }
-    }
-
-    fn actor(thread: u64) -> Actor {
-        Actor {
-            thread: ThreadId(thread),
-            thread_name: format!("t{thread}"),
-            runner: None,
-        }
-    }
-
-    fn begin(agreement: &Agreement, thread: u64, alive: &[ThreadId]) -> Result<u64, Actor> {
-        let begun: Result<_, ()> =
-            agreement.begin("a", &actor(thread), |other| Ok(alive.contains(&other)));
-        begun.expect("everybody can tell who lives")
-    }
-
-    #[test]
-    fn the_first_that_is_ready_has_the_turn_and_after_it_the_first_by_name() {
-        let ranks = Agreement::new();
-        read(
-            &ranks,
-            &["m", "z", "a"].map(|name| entry(name, 0, Stage::Ask, None)),
-        );
-        assert_eq!(ranks.stands("m", 0, Stage::Ask), Standing::Passed);
-        assert_eq!(ranks.stands("a", 0, Stage::Ask), Standing::Open);
-        read(&ranks, &[entry("m", 0, Stage::Turn, None)]);
-        assert_eq!(ranks.stands("a", 0, Stage::Ask), Standing::Passed);
-        assert_eq!(ranks.stands("z", 0, Stage::Ask), Standing::Open);
-        assert_eq!(ranks.stands("m", 0, Stage::Turn), Standing::Passed);
-    }
-
-    #[test]
-    fn of_two_entries_about_the_same_stage_the_first_counts() {
-        let ranks = Agreement::new();
-        let gave_up = entry("a", 0, Stage::Ask, Some("rank 1 gave up"));
-        read(&ranks, &[gave_up, entry("a", 0, Stage::Ask, None)]);
-        let failed = Standing::Failed("rank 1 gave up".into());
-        assert_eq!(ranks.stands("a", 0, Stage::Ask), failed);
-        read(&ranks, &[entry("b", 0, Stage::Ask, None)]);
-        assert_eq!(ranks.stands("b", 0, Stage::Ask), Standing::Passed);
-    }
-
-    #[test]
-    fn a_failed_turn_passes_on_and_its_name_may_be_asked_for_again() {
-        let ranks = Agreement::new();
-        assert_eq!(begin(&ranks, 1, &[]), Ok(0));
-        read(
-            &ranks,
-            &[
-                entry("a", 0, Stage::Ask, None),
-                entry("b", 0, Stage::Ask, None),
-                entry("a", 0, Stage::Turn, Some("rank 0 failed")),
-            ],
-        );
-        assert_eq!(ranks.stands("b", 0, Stage::Ask), Standing::Passed);
-        assert_eq!(begin(&ranks, 1, &[]), Ok(1));
-        assert_eq!(ranks.stands("a", 1, Stage::Ask), Standing::Open);
-        read(&ranks, &[entry("b", 0, Stage::Turn, None)]);
-        read(&ranks, &[entry("a", 1, Stage::Ask, None)]);
-        assert_eq!(ranks.stands("a", 1, Stage::Ask), Standing::Passed);
-    }
-
-    #[test]
-    fn what_is_ready_and_given_up_before_its_turn_never_has_it() {
-        let ranks = Agreement::new();
-        read(
-            &ranks,
-            &[
-                entry("a", 0, Stage::Ask, None),
-                entry("b", 0, Stage::Ask, None),
-                entry("b", 0, Stage::Turn, Some("rank 1 was interrupted")),
-                entry("a", 0, Stage::Turn, None),
-                entry("c", 0, Stage::Ask, None),
-            ],
-        );
-        assert_eq!(ranks.stands("c", 0, Stage::Ask), Standing::Passed);
-        assert!(matches!(
-            ranks.stands("b", 0, Stage::Turn),
-            Standing::Failed(_)
-        ));
-    }
-
-    #[test]
-    fn two_living_threads_do_not_work_under_one_name() {
-        let ranks = Agreement::new();
-        let alive = [ThreadId(1), ThreadId(2)];
-        assert_eq!(begin(&ranks, 1, &alive), Ok(0));
-        assert_eq!(begin(&ranks, 2, &alive), Err(actor(1)));
-        assert_eq!(begin(&ranks, 1, &alive), Ok(0));
-        assert_eq!(begin(&ranks, 2, &alive[1..]), Ok(0));
-        ranks.end("a");
-        assert_eq!(begin(&ranks, 1, &alive), Ok(0));
-    }
-
-    #[test]
-    fn a_thread_that_begins_while_its_predecessor_is_found_dead_keeps_the_name() {
-        let ranks = Agreement::new();
-        assert_eq!(begin(&ranks, 1, &[]), Ok(0));
-        let third = ThreadId(3);
-        let begun: Result<_, ()> = ranks.begin("a", &actor(2), |other| {
-            if other != third {
-                assert_eq!(begin(&ranks, 3, &[]), Ok(0));
-            }
-            Ok(other == third)
-        });
-        assert_eq!(begun, Ok(Err(actor(3))));
-    }
-
-    #[test]
-    fn a_rank_tells_the_others_once_how_a_stage_went() {
-        let ranks = Agreement::new();
-        assert_eq!(begin(&ranks, 1, &[]), Ok(0));
-        assert!(ranks.arrive("a", 0, Stage::Build));
-        assert!(!ranks.arrive("a", 0, Stage::Build));
-        assert!(ranks.arrive("a", 0, Stage::Turn));
-        read(&ranks, &[entry("a", 0, Stage::Ask, Some("failed"))]);
-        assert_eq!(begin(&ranks, 1, &[]), Ok(1));
-        assert!(!ranks.arrive("a", 0, Stage::Build));
-        assert!(ranks.arrive("a", 1, Stage::Build));
-    }
-
-    #[test]
-    fn a_round_that_this_rank_told_of_is_over_for_it_also_when_it_did_not_read_how_it_ended() {
-        let ranks = Agreement::new();
-        assert_eq!(begin(&ranks, 1, &[]), Ok(0));
-        assert!(ranks.arrive("a", 0, Stage::Ask));
-        ranks.end("a");
-        assert_eq!(begin(&ranks, 1, &[]), Ok(1));
-        // Not told of: the others may be in it.
-        assert_eq!(begin(&ranks, 1, &[]), Ok(1));
-    }
-
-    #[test]
-    fn entries_are_taken_in_order_and_once() {
-        let ranks = Agreement::new();
-        let ready = entry("a", 0, Stage::Ask, None);
-        let taken = [1, 0, 0].map(|index| ranks.apply(index, ready.clone()));
-        assert_eq!((taken, ranks.next()), ([false, true, false], 1));
-    }
-
-    #[test]
-    fn one_thread_reads_until_nothing_is_open_that_anybody_waits_for() {
-        let ranks = Agreement::new();
-        assert!(ranks.begin_wait("a", 0, Stage::Ask));
-        assert!(!ranks.begin_wait("b", 0, Stage::Ask));
-        assert_eq!(ranks.next_to_read(), Some(0));
-        read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
-        assert_eq!(ranks.next_to_read(), Some(1));
-        ranks.end_wait("b", 0, Stage::Ask);
-        assert!(ranks.is_reading());
-        // Whoever waits for "a" has not noticed yet that it came.
-        assert_eq!(ranks.next_to_read(), None);
-        assert!(!ranks.is_reading());
-        assert!(!ranks.begin_wait("a", 0, Stage::Ask));
-        assert!(ranks.begin_wait("a", 0, Stage::Turn));
-    }
-
-    #[test]
-    fn a_lost_log_fails_what_is_open_and_nothing_else() {
-        let ranks = Agreement::new();
-        read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
-        ranks.lose("connection refused");
-        assert_eq!(ranks.stands("a", 0, Stage::Ask), Standing::Passed);
-        let lost = Standing::Failed("connection refused".into());
-        assert_eq!(ranks.stands("a", 0, Stage::Turn), lost);
-        assert_eq!(ranks.stands("b", 0, Stage::Ask), lost);
-        assert!(!ranks.begin_wait("a", 0, Stage::Turn));
-        assert_eq!(ranks.next_to_read(), None);
-    }
-}
+mod tests;

@@ -31,18 +31,19 @@ impl Occupancy {
         Self::default()
     }
 
-    /// `actor`'s thread is in `place` until it has left as often as it came.
+    /// `actor`'s thread is in `place` until it has left as often as it came; returns how often it
+    /// has come.
     ///
     /// # Errors
     /// Who is there, when that is another thread.
-    pub fn enter(&self, place: Place, actor: &Actor) -> Result<(), Actor> {
+    pub fn enter(&self, place: Place, actor: &Actor) -> Result<usize, Actor> {
         let mut inside = lock(&self.inside);
         let (other, depth) = inside.entry(place).or_insert_with(|| (actor.clone(), 0));
         if other.thread != actor.thread {
             return Err(other.clone());
         }
         *depth += 1;
-        Ok(())
+        Ok(*depth)
     }
 
     /// Takes one `enter` back.
@@ -75,12 +76,12 @@ mod tests {
     fn a_second_thread_is_told_who_is_inside_until_that_one_has_left_as_often_as_it_came() {
         let occupancy = Occupancy::new();
         let place = Place::Runner(1);
-        assert_eq!(occupancy.enter(place, &actor(1)), Ok(()));
-        assert_eq!(occupancy.enter(place, &actor(1)), Ok(()));
+        assert_eq!(occupancy.enter(place, &actor(1)), Ok(1));
+        assert_eq!(occupancy.enter(place, &actor(1)), Ok(2));
         occupancy.leave(place);
         assert_eq!(occupancy.enter(place, &actor(2)), Err(actor(1)));
         occupancy.leave(place);
-        assert_eq!(occupancy.enter(place, &actor(2)), Ok(()));
+        assert_eq!(occupancy.enter(place, &actor(2)), Ok(1));
         assert_eq!(occupancy.enter(place, &actor(1)), Err(actor(2)));
     }
 
@@ -94,7 +95,7 @@ mod tests {
             Place::Communicators(ScopeId(1)),
         ];
         for (thread, place) in (1..).zip(places) {
-            assert_eq!(occupancy.enter(place, &actor(thread)), Ok(()));
+            assert_eq!(occupancy.enter(place, &actor(thread)), Ok(1));
         }
     }
 
@@ -102,6 +103,6 @@ mod tests {
     fn leaving_where_nobody_is_changes_nothing() {
         let occupancy = Occupancy::new();
         occupancy.leave(Place::Runner(1));
-        assert_eq!(occupancy.enter(Place::Runner(1), &actor(1)), Ok(()));
+        assert_eq!(occupancy.enter(Place::Runner(1), &actor(1)), Ok(1));
     }
 }

@@ -1,0 +1,255 @@
+//! Unit tests of `agreement`.
+
+use super::*;
+
+fn entry(name: &str, round: u64, stage: Stage, failure: Option<&str>) -> Entry {
+    Entry {
+        name: name.into(),
+        round,
+        stage,
+        failure: failure.map(Into::into),
+    }
+}
+
+fn read(agreement: &Agreement, entries: &[Entry]) {
+    for entry in entries {
+        assert!(agreement.apply(agreement.next(), entry.clone()));
+    }
+}
+
+fn actor(thread: u64) -> Actor {
+    Actor {
+        thread: ThreadId(thread),
+        thread_name: format!("t{thread}"),
+        runner: None,
+    }
+}
+
+fn begin(agreement: &Agreement, thread: u64, alive: &[ThreadId]) -> Result<u64, Actor> {
+    let begun: Result<_, ()> =
+        agreement.begin("a", &actor(thread), |other| Ok(alive.contains(&other)));
+    begun.expect("everybody can tell who lives")
+}
+
+#[test]
+fn the_first_that_is_ready_has_the_turn_and_after_it_the_first_by_name() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &["m", "z", "a"].map(|name| entry(name, 0, Stage::Ask, None)),
+    );
+    assert_eq!(ranks.stands("m", 0, Stage::Begin), Standing::Passed);
+    assert_eq!(ranks.stands("a", 0, Stage::Ask), Standing::Passed);
+    assert_eq!(ranks.stands("a", 0, Stage::Begin), Standing::Open);
+    read(&ranks, &[entry("m", 0, Stage::Turn, None)]);
+    assert_eq!(ranks.stands("a", 0, Stage::Begin), Standing::Passed);
+    assert_eq!(ranks.stands("z", 0, Stage::Begin), Standing::Open);
+    assert_eq!(ranks.stands("m", 0, Stage::Turn), Standing::Passed);
+}
+
+#[test]
+fn of_two_entries_about_the_same_stage_the_first_counts() {
+    let ranks = Agreement::new();
+    let gave_up = entry("a", 0, Stage::Ask, Some("rank 1 gave up"));
+    read(&ranks, &[gave_up, entry("a", 0, Stage::Ask, None)]);
+    let failed = Standing::Failed("rank 1 gave up".into());
+    assert_eq!(ranks.stands("a", 0, Stage::Ask), failed);
+    read(&ranks, &[entry("b", 0, Stage::Ask, None)]);
+    assert_eq!(ranks.stands("b", 0, Stage::Begin), Standing::Passed);
+}
+
+#[test]
+fn a_failed_turn_passes_on_and_its_name_may_be_asked_for_again() {
+    let ranks = Agreement::new();
+    assert_eq!(begin(&ranks, 1, &[]), Ok(0));
+    read(
+        &ranks,
+        &[
+            entry("a", 0, Stage::Ask, None),
+            entry("b", 0, Stage::Ask, None),
+            entry("a", 0, Stage::Turn, Some("rank 0 failed")),
+        ],
+    );
+    assert_eq!(ranks.stands("b", 0, Stage::Begin), Standing::Passed);
+    assert_eq!(begin(&ranks, 1, &[]), Ok(1));
+    assert_eq!(ranks.stands("a", 1, Stage::Ask), Standing::Open);
+    read(&ranks, &[entry("b", 0, Stage::Turn, None)]);
+    read(&ranks, &[entry("a", 1, Stage::Ask, None)]);
+    assert_eq!(ranks.stands("a", 1, Stage::Begin), Standing::Passed);
+}
+
+#[test]
+fn what_is_ready_and_given_up_before_its_turn_never_has_it() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &[
+            entry("a", 0, Stage::Ask, None),
+            entry("b", 0, Stage::Ask, None),
+            entry("b", 0, Stage::Turn, Some("rank 1 was interrupted")),
+            entry("a", 0, Stage::Turn, None),
+            entry("c", 0, Stage::Ask, None),
+        ],
+    );
+    assert_eq!(ranks.stands("c", 0, Stage::Begin), Standing::Passed);
+    for stage in [Stage::Begin, Stage::Turn] {
+        let stands = ranks.stands("b", 0, stage);
+        assert_eq!(stands, Standing::Failed("rank 1 was interrupted".into()));
+    }
+}
+
+#[test]
+fn two_living_threads_do_not_work_under_one_name() {
+    let ranks = Agreement::new();
+    let alive = [ThreadId(1), ThreadId(2)];
+    assert_eq!(begin(&ranks, 1, &alive), Ok(0));
+    assert_eq!(begin(&ranks, 2, &alive), Err(actor(1)));
+    assert_eq!(begin(&ranks, 1, &alive), Ok(0));
+    assert_eq!(begin(&ranks, 2, &alive[1..]), Ok(0));
+    ranks.end("a");
+    assert_eq!(begin(&ranks, 1, &alive), Ok(0));
+}
+
+#[test]
+fn a_thread_that_begins_while_its_predecessor_is_found_dead_keeps_the_name() {
+    let ranks = Agreement::new();
+    assert_eq!(begin(&ranks, 1, &[]), Ok(0));
+    let third = ThreadId(3);
+    let begun: Result<_, ()> = ranks.begin("a", &actor(2), |other| {
+        if other != third {
+            assert_eq!(begin(&ranks, 3, &[]), Ok(0));
+        }
+        Ok(other == third)
+    });
+    assert_eq!(begun, Ok(Err(actor(3))));
+}
+
+#[test]
+fn a_rank_tells_the_others_once_how_a_stage_went() {
+    let ranks = Agreement::new();
+    assert_eq!(begin(&ranks, 1, &[]), Ok(0));
+    assert!(ranks.arrive("a", 0, Stage::Build));
+    assert!(!ranks.arrive("a", 0, Stage::Build));
+    assert!(ranks.arrive("a", 0, Stage::Turn));
+    read(&ranks, &[entry("a", 0, Stage::Ask, Some("failed"))]);
+    assert_eq!(begin(&ranks, 1, &[]), Ok(1));
+    assert!(!ranks.arrive("a", 0, Stage::Build));
+    assert!(ranks.arrive("a", 1, Stage::Build));
+}
+
+#[test]
+fn a_round_that_this_rank_told_of_is_over_for_it_also_when_it_did_not_read_how_it_ended() {
+    let ranks = Agreement::new();
+    assert_eq!(begin(&ranks, 1, &[]), Ok(0));
+    assert!(ranks.arrive("a", 0, Stage::Ask));
+    ranks.end("a");
+    assert_eq!(begin(&ranks, 1, &[]), Ok(1));
+    // Not told of: the others may be in it.
+    assert_eq!(begin(&ranks, 1, &[]), Ok(1));
+}
+
+#[test]
+fn entries_are_taken_in_order_and_once() {
+    let ranks = Agreement::new();
+    let ready = entry("a", 0, Stage::Ask, None);
+    let taken = [1, 0, 0].map(|index| ranks.apply(index, ready.clone()));
+    assert_eq!((taken, ranks.next()), ([false, true, false], 1));
+}
+
+#[test]
+fn one_thread_reads_until_nothing_is_open_that_anybody_waits_for() {
+    let ranks = Agreement::new();
+    assert!(ranks.begin_wait("a", 0, Stage::Ask));
+    assert!(!ranks.begin_wait("b", 0, Stage::Ask));
+    assert_eq!(ranks.next_to_read(), Some(0));
+    read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
+    assert_eq!(ranks.next_to_read(), Some(1));
+    ranks.end_wait("b", 0, Stage::Ask);
+    assert!(ranks.is_reading());
+    // Whoever waits for "a" has not noticed yet that it came.
+    assert_eq!(ranks.next_to_read(), None);
+    assert!(!ranks.is_reading());
+    assert!(!ranks.begin_wait("a", 0, Stage::Ask));
+    assert!(ranks.begin_wait("a", 0, Stage::Turn));
+}
+
+#[test]
+fn a_lost_log_fails_what_is_open_and_nothing_else() {
+    let ranks = Agreement::new();
+    read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
+    ranks.lose("connection refused");
+    assert_eq!(ranks.stands("a", 0, Stage::Ask), Standing::Passed);
+    let lost = Standing::Failed("connection refused".into());
+    assert_eq!(ranks.stands("a", 0, Stage::Turn), lost);
+    assert_eq!(ranks.stands("b", 0, Stage::Ask), lost);
+    assert!(!ranks.begin_wait("a", 0, Stage::Turn));
+    assert_eq!(ranks.next_to_read(), None);
+}
+
+#[test]
+fn a_round_that_a_rank_has_left_keeps_the_turn_until_the_others_are_out_of_it() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &[
+            entry("a", 0, Stage::Ask, None),
+            entry("b", 0, Stage::Ask, None),
+            entry("a", 1, Stage::Ask, Some("rank 0 did not ask")),
+        ],
+    );
+    assert_eq!(ranks.turn(), Some(("a".into(), 0)));
+    assert_eq!(ranks.stands("b", 0, Stage::Begin), Standing::Open);
+    read(&ranks, &[entry("a", 0, Stage::Turn, Some("rank 1 failed"))]);
+    assert_eq!(ranks.stands("b", 0, Stage::Begin), Standing::Passed);
+}
+
+#[test]
+fn a_round_in_line_that_a_rank_has_left_never_has_the_turn() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &[
+            entry("a", 0, Stage::Ask, None),
+            entry("b", 0, Stage::Ask, None),
+            entry("b", 1, Stage::Ask, Some("rank 0 did not ask")),
+            entry("a", 0, Stage::Turn, None),
+        ],
+    );
+    assert_eq!(ranks.turn(), None);
+    assert!(matches!(
+        ranks.stands("b", 0, Stage::Begin),
+        Standing::Failed(_)
+    ));
+}
+
+#[test]
+fn entries_are_outlived_once_all_ranks_have_gone_past_them() {
+    let ranks = Agreement::new();
+    let ask = entry("a", 0, Stage::Ask, None);
+    read(&ranks, &[entry("b", 0, Stage::Ask, Some("x")), ask]);
+    for index in [0, 1, 2] {
+        ranks.wrote(index);
+    }
+    assert!(ranks.outlived("a", 0, Stage::Ask).is_empty());
+    assert!(ranks.outlived("a", 1, Stage::Turn).is_empty());
+    assert_eq!(ranks.outlived("a", 0, Stage::Turn), [0, 1]);
+    assert!(ranks.outlived("a", 0, Stage::Turn).is_empty());
+    read(&ranks, &[entry("a", 0, Stage::Turn, None)]);
+    assert_eq!(ranks.outlived("a", 0, Stage::Build), [2]);
+}
+
+#[test]
+fn nobody_writes_an_entry_about_beginning() {
+    let ranks = Agreement::new();
+    read(&ranks, &[entry("a", 0, Stage::Begin, None)]);
+    assert_eq!(ranks.stands("a", 0, Stage::Begin), Standing::Open);
+}
+
+#[test]
+fn another_thread_may_read_when_the_first_could_not_be_started() {
+    let ranks = Agreement::new();
+    assert!(ranks.begin_wait("a", 0, Stage::Ask));
+    assert!(!ranks.begin_wait("a", 0, Stage::Ask));
+    ranks.end_reading();
+    assert!(ranks.begin_wait("a", 0, Stage::Ask));
+}
