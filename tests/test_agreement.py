@@ -229,8 +229,9 @@ def test_a_context_copied_in_a_turn_is_not_in_it_when_it_is_over() -> None:
 def test_members_of_a_group_do_not_wait_longer_than_they_may_for_one_that_does_not_come() -> None:
     server = serve()
     creation = Creation(SHORT, "prefix ", server)
-    with pytest.raises(NotTogether, match="timed out"):
-        creation.meet("prefix 0", 2, server)
+    for _ in range(2):  # whoever comes again does not count twice
+        with pytest.raises(NotTogether, match="timed out"):
+            creation.meet("prefix 0", 2, server)
     creation.fail()
     lasting = Creation(LONG, "prefix ", server)
     with pytest.raises(NotTogether, match="another rank failed"):

@@ -66,8 +66,9 @@ def _destroy(key: str, destroy: Callable[[groups.Groups], None]) -> None:
     if made is None:
         return
     try:
-        with tearing_down(key):
-            destroy(made)
+        with tearing_down(key) as (state,):
+            if state.origin != "adopted":  # somebody else's are let go
+                destroy(made)
     except (
         StateInUse
     ):  # a runner that is being built took a lease meanwhile, or it is going already

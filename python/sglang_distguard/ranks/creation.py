@@ -73,13 +73,14 @@ class Creation:
             store.set(f"{key}/all", "1")
         deadline = time.monotonic() + self.seconds
         while not _wait(store, f"{key}/all", min(_SLICE, deadline - time.monotonic())):
+            why = None
             if time.monotonic() >= deadline:
-                raise NotTogether(
-                    f"timed out after {self.seconds:.1f} s waiting for the other members of group "
-                    f"{group_name}"
-                )
-            if self._has_failed():
-                raise NotTogether(f"another rank failed before it created group {group_name}")
+                why = f"timed out after {self.seconds:.1f} s waiting for the other members of"
+            elif self._has_failed():
+                why = "another rank failed before it created"
+            if why is not None:
+                store.add(key, -1)  # this rank may come again, to a group of that name
+                raise NotTogether(f"{why} group {group_name}")
 
     def fail(self) -> None:
         """Let nobody wait for this rank."""
