@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rank_programs import (
@@ -48,7 +48,7 @@ def forward_in_opposite_order(
     return dict(zip(order, results, strict=True))
 
 
-def draft_beside_target() -> dict[str, Any]:
+def draft_beside_target(step: str) -> dict[str, Any]:
     """A draft over its target's groups: from one thread, and while another thread is in its target."""
     import sglang_distguard
 
@@ -67,20 +67,92 @@ def draft_beside_target() -> dict[str, Any]:
         assert leave.wait(60)
         return forward(*args, **kwargs)
 
+    steps: dict[str, Callable[[], Any]] = {
+        "forward of the draft": lambda: draft.forward(forward_batch=None),
+        "sample": lambda: target.sample(None, None),
+        "weight update": lambda: target.weight_updater.update_weights_from_disk("no", "auto"),
+    }
     target.model.forward = held
-    again: list[str] = []
-    first = threading.Thread(target=lambda: again.append(generated(target)), name="first")
+    ended: list[Any] = []
+    first = threading.Thread(
+        target=lambda: ended.append(attempt(lambda: generated(target))), name="first"
+    )
     first.start()
     assert inside.wait(60)
-    refused = [
-        attempt(lambda: draft.forward(forward_batch=None)),
-        attempt(lambda: target.sample(None, None)),
-        attempt(lambda: target.weight_updater.update_weights_from_disk("nowhere", "auto")),
-    ]
+    refused = attempt(steps[step])
     leave.set()
     first.join()
     target.model.forward = forward
-    return {"made": made, "refused": refused, "again": [*again, generated(draft)]}
+    return {
+        "made": made,
+        "refused": refused,
+        "first": ended[0] is None,
+        "later": [attempt(lambda it=it: generated(it)) for it in (target, draft)],
+        "after": again(["half"]),
+    }
+
+
+def queue_behind_a_long_step() -> dict[str, Any]:
+    """A forward over shared groups waits for another's, and gives up; nobody else is the worse for it."""
+    import sglang_distguard
+
+    start(groups="share")
+    built = {name: build(name) for name in ("dense", "experts")}
+    inside, leave = threading.Event(), threading.Event()
+    forward = built["experts"].model.forward
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        assert leave.wait(60)
+        return forward(*args, **kwargs)
+
+    built["experts"].model.forward = held
+    made: list[str] = []
+    long = threading.Thread(target=lambda: made.append(generated(built["experts"])))
+    long.start()
+    assert inside.wait(60)
+    with sglang_distguard.runner_scope(timeout=0.5):
+        error = attempt(lambda: generated(built["dense"]))
+    leave.set()
+    long.join()
+    built["experts"].model.forward = forward
+    return {"error": error, "made": made, "after": generated(built["dense"])}
+
+
+def close_beside_a_build() -> dict[str, Any]:
+    """The first runner's groups are being destroyed while another thread builds."""
+    import sglang_distguard
+    from sglang_distguard import ownership
+
+    start()
+    first = build("dense")
+    discard = ownership.discard
+    inside, leave = threading.Event(), threading.Event()
+
+    def held(*args: Any) -> None:
+        inside.set()
+        assert leave.wait(60)
+        discard(*args)
+
+    ownership.discard = held
+    closing = threading.Thread(target=lambda: sglang_distguard.close(first))
+    closing.start()
+    assert inside.wait(60)
+    ownership.discard = discard
+    second = build("experts")
+    leave.set()
+    closing.join()
+    return {"experts": generated(second), **again(["half"])}
+
+
+def build_after_a_refused_one() -> dict[str, Any]:
+    """The first build asks for a world that the user's is not; then from two threads, in opposite order."""
+    start()
+    error = attempt(lambda: build("dense", tp_size=1))
+    names = ["dense", "experts"] if rank() == 0 else ["experts", "dense"]
+    results = in_threads([lambda n=n: build(n) for n in names])
+    raise_errors(results)
+    return {"error": error, "made": forward_both(dict(zip(names, results, strict=True)))}
 
 
 def build_with_own_and_shared_groups(order: Sequence[str]) -> dict[str, Any]:
@@ -122,7 +194,7 @@ def forward_two_of_one_name() -> dict[str, Any]:
     made = [generated(it) for it in built]
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         error = attempt(lambda: generated(built[rank() % 2]))
-    return {"made": made, "error": error, "after": again(["experts"])}
+    return {"made": made, "error": error, "after": [generated(it) for it in built]}
 
 
 def build_two_unnamed(delay: float = 0.5) -> list[Any]:
@@ -178,8 +250,10 @@ def refuse(policy: str, overrides: dict[str, Any], force: dict[str, Any]) -> dic
     return {"error": error, "after": again(["experts"])}
 
 
-def build_in_other_layouts(policy: str) -> list[str]:
+def build_in_other_layouts(policy: str, closed: bool) -> list[str]:
     """Runners of different widths one after the other, in the scope that the one before has left."""
+    import gc
+
     import sglang_distguard
 
     start(groups=policy)
@@ -188,7 +262,11 @@ def build_in_other_layouts(policy: str) -> list[str]:
     for overrides in layouts:
         runner = build("dense", **overrides)
         made.append(generated(runner))
-        sglang_distguard.close(runner)
+        if closed:
+            sglang_distguard.close(runner)
+        _built.remove(runner)
+        del runner
+        gc.collect()
         if policy == "share":
             sglang_distguard.teardown()
     return made

@@ -232,12 +232,77 @@ def test_members_of_a_group_do_not_wait_longer_than_they_may_for_one_that_does_n
     for _ in range(2):  # whoever comes again does not count twice
         with pytest.raises(NotTogether, match="timed out"):
             creation.meet("prefix 0", 2, server)
+    both = [Creation(LONG, "prefix ", it) for it in (server, server.clone())]
+    for _ in range(2):  # and a store may outlive a meeting that went well
+        assert (
+            in_threads([lambda it=it: it.meet("prefix 0", 2, it.store) for it in both])
+            == [None] * 2
+        )
     creation.fail()
-    lasting = Creation(LONG, "prefix ", server)
     with pytest.raises(NotTogether, match="another rank failed"):
-        lasting.meet("prefix 1", 2, server)
-    assert server.add("sglang_distguard/meet/prefix 2", 1) == 1
-    lasting.meet("prefix 2", 2, server)
+        both[0].meet("prefix 1", 2, server)
+
+
+def test_a_member_that_is_interrupted_on_its_way_to_a_group_is_not_waited_for() -> None:
+    class Interrupted(Creation):
+        def _has_failed(self) -> bool:
+            waits.set()
+            others_wait.wait(LONG)
+            raise KeyboardInterrupt
+
+    waits, others_wait = threading.Event(), threading.Event()
+    server = serve()
+    interrupted, other = Interrupted(LONG, "p", server), Creation(LONG, "p", server.clone())
+
+    def come() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.meet("p 0", 3, interrupted.store)
+
+    def wait() -> None:
+        assert waits.wait(LONG)
+        others_wait.set()
+        other.meet("p 0", 3, other.store)
+
+    assert [type(it) for it in in_threads([come, wait])] == [type(None), NotTogether]
+    late = Creation(SHORT, "p", server)
+    with pytest.raises(NotTogether):  # is not taken for the one that has left
+        late.meet("p 0", 3, server)
+
+
+def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_gave_up() -> None:
+    with world(2) as ranks:
+        inside, leave = threading.Event(), threading.Event()
+        undone: list[str] = []
+
+        def stay(it: Ranks) -> None:
+            with deadline(LONG), turn(it, "runner a", {}, undo=lambda: undone.append("a")):
+                inside.set()
+                assert leave.wait(LONG)
+
+        def give_up(it: Ranks) -> None:
+            with deadline(SHORT):
+                take(it, "runner a")
+
+        def follow(it: Ranks) -> list[str]:
+            assert inside.wait(LONG)
+            with deadline(LONG), turn(it, "runner b", {}):
+                return list(undone)
+
+        def watch() -> tuple[str, str]:
+            state = ranks[0].state
+            while state.turn() != ("runner b", 0):
+                state.wait("runner b", 0, "turn", 0.1)
+            standing = state.stands("runner b", 0, "begin")[0]
+            leave.set()
+            return standing, state.stands("runner a", 0, "turn")[0]
+
+        works = [lambda: stay(ranks[0]), lambda: give_up(ranks[1]), watch]
+        works += [lambda it=it: follow(it) for it in ranks]
+        stayed, gave_up, watched, first, _ = in_threads(works)
+    assert isinstance(stayed, AgreementTimeout)
+    assert isinstance(gave_up, AgreementTimeout)
+    assert watched == ("open", "failed")
+    assert first == ["a"]
 
 
 def test_two_threads_of_one_rank_under_one_name_are_refused_at_once() -> None:

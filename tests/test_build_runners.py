@@ -72,6 +72,29 @@ def test_several_ranks_are_refused_where_nobody_would_start_the_others(
     sglang_distguard.close(runner)
 
 
+def test_runners_agree_on_what_sglang_switches_on_for_the_whole_process(
+    guard: None, model: Model
+) -> None:
+    path = model("gpt2")
+    plain = sglang_distguard.build_runner(server_args(path), name="plain")
+    with pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul") as caught:
+        sglang_distguard.build_runner(server_args(path, enable_tf32_matmul=True))
+    assert "'plain'" in str(caught.value)
+    assert caught.value.details["key"] == "process"
+    sglang_distguard.close(plain)
+    sglang_distguard.close(
+        sglang_distguard.build_runner(server_args(path, enable_tf32_matmul=True))
+    )
+    import torch
+
+    try:
+        with pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul"):
+            sglang_distguard.build_runner(server_args(path))  # it was never switched off
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        assert _core.forget("process")
+
+
 def test_a_draft_of_what_is_no_open_runner_is_refused(guard: None, model: Model) -> None:
     runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="target")
     with pytest.raises(ValueError, match="is_draft_worker must be True"):

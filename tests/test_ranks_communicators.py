@@ -41,17 +41,44 @@ def test_forwards_over_shared_groups_in_no_order_are_wrong_or_fail(
     assert made is not None or "gloo" in failure or ": hung" in failure
 
 
-def test_a_draft_and_its_target_share_communicators_and_are_used_by_one_thread_at_a_time(
-    repeated: Any, alone: Any
+@pytest.mark.parametrize("step", ["forward of the draft", "sample", "weight update"])
+def test_a_second_thread_over_a_draft_and_its_target_is_refused_and_neither_is_used_again(
+    repeated: Any, alone: Any, step: str
 ) -> None:
+    """Each rank refuses for itself: another may have let the step in, and be one ahead ever after."""
     expected = {name: alone(name) for name in ("experts", "dense")}
-    for results in repeated(programs.draft_beside_target, 2):
+    for results in repeated(programs.draft_beside_target, 2, step=step):
         for it in results:
             assert it["made"] == expected
-            assert [refused["type"] for refused in it["refused"]] == ["StateInUse"] * 3
-            for refused in it["refused"]:
-                assert "'experts' (thread first)" in refused["text"]
-            assert it["again"] == list(expected.values())
+            assert it["refused"]["type"] == "StateInUse"
+            assert "'experts' (thread first)" in it["refused"]["text"]
+            assert not it["first"]
+            assert [later["type"] for later in it["later"]] == ["LeaseBroken"] * 2
+            assert it["after"] == {"half": alone("half")}
+
+
+def test_who_gives_up_in_line_for_a_turn_leaves_the_communicators_as_they_are(
+    repeated: Any, alone: Any
+) -> None:
+    for results in repeated(programs.queue_behind_a_long_step, 2):
+        for it in results:
+            assert it["error"]["type"] == "AgreementTimeout"
+            assert "has it" in it["error"]["text"]
+            assert it["made"] == [alone("experts")]
+            assert it["after"] == alone("dense")
+
+
+def test_a_scope_that_is_being_left_is_nobody_elses_yet(repeated: Any, alone: Any) -> None:
+    for results in repeated(programs.close_beside_a_build, 2):
+        assert results == [{name: alone(name) for name in ("experts", "half")}] * 2
+
+
+def test_a_refused_world_is_not_remembered_as_one_that_nobody_agrees_in(
+    ranks: RankRunner, alone: Any
+) -> None:
+    for it in ranks.run(programs.build_after_a_refused_one, 2):
+        assert it["error"] is not None
+        assert it["made"] == {name: alone(name) for name in ("dense", "experts")}
 
 
 @pytest.mark.parametrize("order", [["own", "share"], ["share", "own"]])
@@ -69,7 +96,7 @@ def test_runners_of_one_name_are_told_apart_over_shared_groups(repeated: Any, al
         for it in results:
             assert it["made"] == expected
             assert it["error"]["type"] == "AgreementTimeout"
-            assert it["after"] == {"experts": alone("experts")}
+            assert it["after"] == expected  # no rank had begun
 
 
 def test_runners_without_names_are_told_apart_by_what_they_are(repeated: Any, alone: Any) -> None:
@@ -106,11 +133,12 @@ def test_what_could_not_be_right_is_refused_on_all_ranks(
         assert it["after"] == {"experts": alone("experts")}
 
 
+@pytest.mark.parametrize("closed", [True, False])
 def test_a_scope_that_was_left_takes_a_runner_of_other_widths(
-    ranks: RankRunner, alone: Any
+    ranks: RankRunner, alone: Any, closed: bool
 ) -> None:
     wide, deep = alone("dense"), alone("dense", tp_size=1, pp_size=2)
-    made = ranks.run(programs.build_in_other_layouts, 2, policy="own")
+    made = ranks.run(programs.build_in_other_layouts, 2, policy="own", closed=closed)
     assert made == [[wide, deep, wide]] * 2
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "begin_exit",
     "begin_teardown",
     "choose_scope",
+    "claim_vacant",
     "current_scope",
     "depth",
     "enter",
@@ -70,6 +71,17 @@ class Agreement:
 
     def turn(self) -> tuple[str, int] | None:
         """Name and round of who has the turn."""
+
+    def enter(
+        self, name: str, round: int
+    ) -> tuple[Literal["open", "passed", "failed"], str | None]:
+        """As ``stands`` of "begin"; when that is passed, this rank is inside of the turn."""
+
+    def leave(self, name: str, round: int) -> None:
+        """This rank is out of the turn, if it was inside, and has undone what is to be."""
+
+    def began(self, name: str, round: int) -> bool | None:
+        """Whether the round has had the turn; None when what was read does not tell."""
 
     def wrote(self, index: int) -> None:
         """This rank wrote entry ``index``."""
@@ -300,4 +312,5 @@ def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...
 def choose_scope(label: str) -> tuple[Scope | None, bool]: ...
 def abandon_scope(scope: Scope | None, /) -> None: ...
+def claim_vacant(scope: Scope | None, /) -> bool: ...
 def live_runners(scope: Scope | None, /) -> int: ...

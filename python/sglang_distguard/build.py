@@ -14,7 +14,7 @@ from sglang_distguard.errors import DistGuardError
 from sglang_distguard.groups import default_process_group
 from sglang_distguard.installation import is_installed
 from sglang_distguard.naming import name_of_model
-from sglang_distguard.ownership import release
+from sglang_distguard.ownership import give_back
 from sglang_distguard.ranks.agreement import building, built
 from sglang_distguard.runners import activate, find_handle, give_up
 from sglang_distguard.scoping import context_snapshot
@@ -117,11 +117,11 @@ def build_runner(
         before = _core.current_scope()
         try:
             if target is not None:
-                with activate(target), building():
+                with activate(target), building(asks=True):
                     return _construct(
                         server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
                     )
-            with building():
+            with building(asks=True):
                 _initialise(server_args, gpu_id, nccl_port)
                 return _construct(server_args, gpu_id, nccl_port, options)
         finally:
@@ -255,7 +255,7 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
     except BaseException:
         # The scope is this thread's alone until a runner is constructed in it, so that what is put
         # back cannot be another's. Later it may be: then SGLang's next publish replaces it.
-        release(scope)  # at once: other ranks may wait for this one in a collective
+        give_back(scope)  # at once: other ranks may wait for this one in a collective
         if scope is before:
             restore_context(context)
         _core.abandon_scope(scope)

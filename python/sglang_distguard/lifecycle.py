@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 
-from sglang_distguard import _core, groups, installation, world
+from sglang_distguard import _core, groups, installation
 from sglang_distguard.ranks import agreement
+from sglang_distguard.ranks.world import opened
 
 #: Seconds that the exit waits for daemon threads that are inside a runner's method, or read a log.
 EXIT_GRACE = 5.0
@@ -26,8 +27,7 @@ def _in_child() -> None:
 
 
 def _at_exit() -> None:
-    ranks = world.ranks()
-    if ranks is not None:
+    for ranks in opened():
         agreement.leave(ranks, EXIT_GRACE)
     _core.begin_exit(EXIT_GRACE)
 

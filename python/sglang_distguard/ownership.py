@@ -6,22 +6,36 @@ from collections.abc import Callable
 from typing import Optional
 
 from sglang_distguard import _core, groups, settings, world
-from sglang_distguard.errors import StateInUse
+from sglang_distguard.errors import DistGuardError, LeaseBroken, StateInUse
 from sglang_distguard.scoping import scope_active
 from sglang_distguard.teardowns import forced, tearing_down
 
 
-def release(scope: Optional[_core.Scope]) -> None:
-    """The runners of ``scope`` are gone, unless one of them lives: destroy what they own.
+def vacate(scope: Optional[_core.Scope]) -> None:
+    """Destroy what the runners of ``scope`` own, unless one lives there or is about to be built."""
+    if world.ranks() is None or not _core.claim_vacant(scope):
+        return
+    try:
+        give_back(scope)
+    finally:
+        _core.abandon_scope(scope)
 
-    gloo closes its connections then, so that whoever waits for this rank in a collective of that
-    runner on another rank gets an error instead (torch 2.14.1; not so NCCL).
-    """
-    if _core.live_runners(scope) == 0:
+
+def give_back(scope: Optional[_core.Scope]) -> None:
+    """Destroy what ``scope``, claimed by the calling thread, owns, so that it may have other widths."""
+    if world.ranks() is None:
+        return
+    with scope_active(scope):
+        stamped = groups.read()["_TP"]
         discard(groups.own_key(scope), scope)
-        if world.ranks() is not None:
-            with scope_active(scope):
-                groups.unstamp()
+        # What somebody else made, and nobody has adopted yet, stays.
+        if stamped is not None and (_is_shared(stamped) or not groups.is_alive(stamped)):
+            groups.unstamp()
+
+
+def _is_shared(tensor_parallel: object) -> bool:
+    shared: Optional[groups.Groups] = _core.resource(groups.GROUPS)
+    return shared is not None and shared["_TP"] is tensor_parallel
 
 
 def collect() -> None:
@@ -51,22 +65,24 @@ def break_communicators(handle: _core.RunnerHandle) -> None:
     this rank hears at once (``groups.sever``), and every runner that uses the same communicators
     raises LeaseBroken from now on.
     """
-    key = groups.key_in_use(handle.scope)
-
-    def end(made: groups.Groups) -> None:
-        groups.sever(made)
-        groups.destroy(made)
-
+    try:
+        handle.check()
+    except LeaseBroken:  # they are gone: what is there now is not what it computed over
+        return
+    except DistGuardError:  # closed meanwhile
+        pass
     with settings.runner_scope(handle.name), forced():
-        _destroy(key, end)
+        _destroy(groups.key_in_use(handle.scope), groups.destroy, sever=True)
 
 
-def _destroy(key: str, destroy: Callable[[groups.Groups], None]) -> None:
+def _destroy(key: str, destroy: Callable[[groups.Groups], None], *, sever: bool = False) -> None:
     made: Optional[groups.Groups] = _core.resource(key)
     if made is None:
         return
     try:
         with tearing_down(key) as (state,):
+            if sever:
+                groups.sever(made)
             if state.origin != "adopted":  # somebody else's are let go
                 destroy(made)
     except (

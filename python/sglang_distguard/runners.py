@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import _core, default_dtype, groups, ownership, settings, world
-from sglang_distguard.errors import AmbiguousBuild
+from sglang_distguard.errors import AmbiguousBuild, StateInUse
 from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.naming import name_of_model
+from sglang_distguard.process_wide import PROCESS
 from sglang_distguard.ranks import agreement, specs
 from sglang_distguard.targets.expert_location import experts_key
 
@@ -37,7 +38,7 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     own = groups.own_key(scope)
     used = own if _core.has_joined(own) else GROUPS
     # What this scope joined and was torn down since is asked for, too: to be refused.
-    keys = [key for key in (WORLD, used) if _core.is_ready(key) or _core.has_joined(key)]
+    keys = [key for key in (WORLD, PROCESS, used) if _core.is_ready(key) or _core.has_joined(key)]
     turns = None if ask is None or may_overlap(used) else ask.known_as
     handle = _core.RunnerHandle(name, scope, keys, turns=turns)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
@@ -80,22 +81,35 @@ def agree_on_one_more(server_args: Any) -> None:
 def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
     """Run a step that computes together with other ranks; after one another where it must be.
 
-    A step that raises leaves its communicators out of step: they are given up (``ownership``).
+    A step that raises leaves its communicators out of step, and so does one that is refused while
+    another thread is in one: other ranks may have let it in. They are given up (``ownership``).
 
     Raises:
-        StateInUse: another thread is in a step over the same communicators.
-        AmbiguousBuild, RankFailed, AgreementTimeout, StoreLost: see ``errors``.
+        StateInUse, AmbiguousBuild: another thread is in a step over the same communicators.
+        LeaseBroken: they were given up while this step waited for its turn.
+        RankFailed, AgreementTimeout, StoreLost: see ``errors``.
     """
     ranks = world.ranks()
     if ranks is None or agreement.has_turn():
         yield
     elif handle.turns is not None:
-        turn = agreement.turn(ranks, f"{handle.turns}, {step}", {}, creates=False)
-        # The inner one before the others are told: those that wait for this rank hear at once.
-        with _whole(handle), turn, _whole(handle):
-            yield
+        turn = agreement.turn(
+            ranks,
+            f"{handle.turns}, {step}",
+            {},
+            creates=False,
+            undo=lambda: ownership.break_communicators(handle),
+        )
+        with ExitStack() as stack:
+            with _let_in(handle):
+                stack.enter_context(turn)
+            handle.check()
+            # Before the others are told: those that wait for this rank hear at once.
+            with _whole(handle):
+                yield
     else:
-        is_outermost = handle.begin_collectives()
+        with _let_in(handle):
+            is_outermost = handle.begin_collectives()
         try:
             with _whole(handle) if is_outermost else nullcontext():
                 yield
@@ -104,11 +118,39 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
 
 
 @contextmanager
+def one_thread_at_a_time(handle: _core.RunnerHandle) -> Iterator[None]:
+    """Refuse a second thread in the with block: a forward writes the runner's static buffers (0.5.23).
+
+    Raises:
+        StateInUse: another thread is in it.
+    """
+    with _let_in(handle):
+        handle.begin_forward()
+    try:
+        yield
+    finally:
+        handle.end_forward()
+
+
+@contextmanager
+def _let_in(handle: _core.RunnerHandle) -> Iterator[None]:
+    """Give the communicators up when the with block refuses a step: other ranks may let it in."""
+    try:
+        yield
+    except (AmbiguousBuild, StateInUse) as error:
+        if world.ranks() is not None:
+            error.add_note(
+                "Other ranks may have let this step in, so that its collectives would meet those of "
+                "another: the runner's communicators are given up on this rank, and so on all."
+            )
+            ownership.break_communicators(handle)
+        raise
+
+
+@contextmanager
 def _whole(handle: _core.RunnerHandle) -> Iterator[None]:
     try:
         yield
-    except AmbiguousBuild:  # refused before anything began
-        raise
     except BaseException:
         ownership.break_communicators(handle)
         raise
@@ -183,7 +225,7 @@ def give_up(handle: _core.RunnerHandle) -> bool:
     scope = handle.scope
     closed = handle.close()
     if closed:
-        ownership.release(scope)
+        ownership.vacate(scope)
     return closed
 
 

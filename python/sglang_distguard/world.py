@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.groups import WORLD, default_process_group
-from sglang_distguard.ranks.world import Ranks, ranks_of
+from sglang_distguard.ranks.world import Ranks, open_ranks
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class World:
 
     Attributes:
         coordinator: SGLang's `_WORLD`; None when nobody has asked SGLang for one yet.
+        ranks: who has to agree in it; None for one rank.
         process_group: kept, so that no other object gets its ``id`` while it counts as the world.
         excepthook: what ``sys.excepthook`` was before torch put its own on top, and torch's.
     """
 
     coordinator: Any
+    ranks: Optional[Ranks]
     process_group: Any
     excepthook: Optional[tuple[Any, Any]] = None
 
@@ -39,7 +41,7 @@ class World:
 def ranks() -> Optional[Ranks]:
     """Who has to agree in the world there is; None for one rank, or none."""
     world: Optional[World] = _core.resource(WORLD)
-    return None if world is None else ranks_of(world.coordinator)
+    return None if world is None else world.ranks
 
 
 def make(initialise: Callable[[], Any]) -> World:
@@ -52,4 +54,5 @@ def make(initialise: Callable[[], Any]) -> World:
         raise
     after = sys.excepthook
     hooks = None if after is before else (before, after)
-    return World(coordinator, default_process_group(), hooks)
+    process_group = default_process_group()
+    return World(coordinator, open_ranks(process_group), process_group, hooks)

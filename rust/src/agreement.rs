@@ -13,6 +13,15 @@ fn stage(text: &str) -> PyResult<Stage> {
     text.parse().map_err(PyValueError::new_err)
 }
 
+/// ("open", None), ("passed", None), or ("failed", why).
+fn told(standing: Standing) -> (&'static str, Option<String>) {
+    match standing {
+        Standing::Open => ("open", None),
+        Standing::Passed => ("passed", None),
+        Standing::Failed(why) => ("failed", Some(why)),
+    }
+}
+
 /// What the ranks of one world agreed on, as far as this process has read their log.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Agreement {
@@ -80,6 +89,25 @@ impl Agreement {
         self.core.turn()
     }
 
+    /// As `stands` of "begin"; when that is passed, this rank is inside of the turn.
+    fn enter(
+        &self,
+        name: &str,
+        round: &Bound<'_, PyInt>,
+    ) -> PyResult<(&'static str, Option<String>)> {
+        let round = convert::whole("round", round)?;
+        Ok(told(self.core.enter(name, round)))
+    }
+
+    fn leave(&self, name: &str, round: &Bound<'_, PyInt>) -> PyResult<()> {
+        self.core.leave(name, convert::whole("round", round)?);
+        Ok(())
+    }
+
+    fn began(&self, name: &str, round: &Bound<'_, PyInt>) -> PyResult<Option<bool>> {
+        Ok(self.core.began(name, convert::whole("round", round)?))
+    }
+
     fn wrote(&self, index: &Bound<'_, PyInt>) -> PyResult<()> {
         self.core.wrote(convert::whole("index", index)?);
         Ok(())
@@ -99,7 +127,6 @@ impl Agreement {
         self.core.lose(reason);
     }
 
-    /// ("open", None), ("passed", None), or ("failed", why).
     fn stands(
         &self,
         name: &str,
@@ -107,11 +134,7 @@ impl Agreement {
         stage_name: &str,
     ) -> PyResult<(&'static str, Option<String>)> {
         let round = convert::whole("round", round)?;
-        Ok(match self.core.stands(name, round, stage(stage_name)?) {
-            Standing::Open => ("open", None),
-            Standing::Passed => ("passed", None),
-            Standing::Failed(why) => ("failed", Some(why)),
-        })
+        Ok(told(self.core.stands(name, round, stage(stage_name)?)))
     }
 
     fn begin_wait(&self, name: &str, round: &Bound<'_, PyInt>, stage_name: &str) -> PyResult<bool> {

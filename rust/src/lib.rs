@@ -32,8 +32,9 @@ mod _core {
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
-        abandon_scope, adopt_scope, choose_scope, current_scope, depth, enter, has_joined, leave,
-        live_runners, live_scopes, new_scope, note_joined, switch, switch_back, Scope,
+        abandon_scope, adopt_scope, choose_scope, claim_vacant, current_scope, depth, enter,
+        has_joined, leave, live_runners, live_scopes, new_scope, note_joined, switch, switch_back,
+        Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

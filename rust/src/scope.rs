@@ -324,6 +324,15 @@ pub fn abandon_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResul
     Ok(())
 }
 
+/// Whether `scope`, in which nobody builds or runs, is the calling thread's until `abandon_scope`.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+pub fn claim_vacant(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<bool> {
+    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
+    let thread = convert::thread_id(py)?;
+    Ok(process::scopes().with(|ledger| ledger.claim_vacant(id, thread)))
+}
+
 /// The current scope uses this generation of `key` from now on.
 #[pyfunction]
 pub fn note_joined(py: Python<'_>, key: &str, generation: &Bound<'_, PyInt>) -> PyResult<()> {

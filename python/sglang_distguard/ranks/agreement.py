@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Ask:
     @property
     def prefix(self) -> str:
         """Begins the names of the process groups that are created in the turn."""
-        return f"{PREFIX}/{self.what}/{self.round}:"
+        return f"{PREFIX}/{self.ranks.generation}/{self.what}/{self.round}:"
 
     def _key(self, stage: str, *, before: int = 0) -> str:
         return f"{self.what}/{self.round - before}/{stage}"
@@ -107,8 +107,13 @@ class Ask:
         )
 
     def stands(self, stage: str) -> Optional[tuple[str, Optional[str]]]:
-        """How ``stage`` ended; None while it has not."""
-        standing = self.ranks.state.stands(self.what, self.round, stage)
+        """How ``stage`` ended, None while it has not; this rank is in the turn when "begin" passed."""
+        state = self.ranks.state
+        standing = (
+            state.enter(self.what, self.round)
+            if stage == "begin"
+            else state.stands(self.what, self.round, stage)
+        )
         return None if standing[0] == "open" else standing
 
     def error(self, stage: str, failure: str) -> DistGuardError:
@@ -132,6 +137,10 @@ class Ask:
             # The others may have agreed on this stage before: then the next one is what fails.
             for later in _ENDS[_ENDS.index("turn" if stage == "begin" else stage) :]:
                 self.write(later, failure)
+
+    def may_have_begun(self) -> bool:
+        """Whether some rank may have been inside of the turn."""
+        return self.ranks.state.began(self.what, self.round) is not False
 
 
 class _Wait:
@@ -177,11 +186,25 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
         raise ask.error(stage, unheard) from None
     except BaseException as error:  # interrupted, say: the others must not wait for this rank
         ask.abandon(stage, error)
+        if stage in ("ask", "begin"):
+            _learn_whether_it_began(ask)
         raise
     finally:
         ranks.state.end_wait(ask.what, ask.round, stage)
     if standing[0] == "failed":
         raise ask.error(stage, standing[1] or "")
+
+
+def _learn_whether_it_began(ask: Ask) -> None:
+    """Read on until this rank's own entry at the latest: what stands before it counts."""
+    state = ask.ranks.state
+    with suppress(Exception):
+        waiting.until(
+            lambda: None if state.began(ask.what, ask.round) is None else True,
+            _Wait(ask, "turn"),
+            timeout=_HEAR,
+            what=f"the log ({ask.what})",
+        )
 
 
 def _start_reader(ranks: Ranks) -> None:
@@ -226,6 +249,7 @@ def turn(
     *,
     keep: bool = False,
     creates: bool = True,
+    undo: Callable[[], object] = lambda: None,
 ) -> Iterator[Ask]:
     """Run the with block when all ranks have asked for the same, after one another in one order.
 
@@ -238,6 +262,8 @@ def turn(
         spec: what must be equal, JSON values.
         keep: remember the ask as what the running code builds a runner with (``building``).
         creates: whether something is created; else it computes with what there is.
+        undo: called when this or another rank failed and some may have been inside of the turn;
+            no other turn begins here before it returns.
 
     Raises:
         AmbiguousBuild: another thread of this process is at it under the same name.
@@ -265,11 +291,16 @@ def turn(
         with _store_errors(ask, "turn"):
             _tell_and_await(ask, "turn", {})
     except BaseException:
-        ranks.state.end(what)
+        try:
+            if ask.may_have_begun():
+                undo()
+        finally:
+            ranks.state.end(what)
         raise
     finally:
         ask.has_left_turn = True
         _turn.reset(token)
+        ranks.state.leave(what, ask.round)
     if keep:
         _asked.set(ask)
     else:
@@ -310,10 +341,14 @@ def _verdict(ask: Ask, stage: str) -> Optional[DistGuardError]:
 
 
 @contextmanager
-def building() -> Iterator[None]:
+def building(*, asks: bool = False) -> Iterator[None]:
     """Tell the other ranks if the with block, which builds a runner, raises.
 
     What is built inside another such with block is a part of that.
+
+    Args:
+        asks: the block itself asks the other ranks: what the running code asked for before, and
+            built nothing with, is over.
 
     Raises:
         RankFailed, AgreementTimeout: it raised because another rank failed, or is gone.
@@ -322,6 +357,8 @@ def building() -> Iterator[None]:
     if outer is not None and not outer.is_over:
         yield
         return
+    if asks:
+        _forget_asked()
     block = _Block()
     token = _building.set(block)
     try:
@@ -334,11 +371,15 @@ def building() -> Iterator[None]:
     finally:
         block.is_over = True
         _building.reset(token)
-        ask = asked()
-        if ask is not None:
-            ask.has_built = True
-            _asked.set(None)
-            ask.ranks.state.end(ask.what)
+        _forget_asked()
+
+
+def _forget_asked() -> None:
+    ask = asked()
+    if ask is not None:
+        ask.has_built = True
+        _asked.set(None)
+        ask.ranks.state.end(ask.what)
 
 
 def built() -> None:

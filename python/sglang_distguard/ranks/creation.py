@@ -18,9 +18,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Optional
 
+from sglang_distguard.ranks.world import PREFIX
+
 _current: ContextVar[Optional[Creation]] = ContextVar("sglang_distguard.creation", default=None)
 #: Seconds that a rank sleeps in the store without looking whether another one failed, or at signals.
 _SLICE = 0.5
+#: How a meeting ends.
+_TOGETHER, _FAILED = "together", "failed"
 
 
 class NotTogether(TimeoutError):
@@ -68,19 +72,23 @@ class Creation:
         Raises:
             NotTogether: they did not come within ``seconds``, or one has failed.
         """
-        key = f"sglang_distguard/meet/{group_name}"
-        if store.add(key, 1) == size:
-            store.set(f"{key}/all", "1")
-        deadline = time.monotonic() + self.seconds
-        while not _wait(store, f"{key}/all", min(_SLICE, deadline - time.monotonic())):
-            why = None
-            if time.monotonic() >= deadline:
-                why = f"timed out after {self.seconds:.1f} s waiting for the other members of"
-            elif self._has_failed():
-                why = "another rank failed before it created"
-            if why is not None:
-                store.add(key, -1)  # this rank may come again, to a group of that name
-                raise NotTogether(f"{why} group {group_name}")
+        meeting = _Meeting.next(f"{PREFIX}/meet/{group_name}", store)
+        why = "another rank failed before it created"
+        try:
+            meeting.come(size)
+            deadline = time.monotonic() + self.seconds
+            while not meeting.wait(min(_SLICE, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    why = f"timed out after {self.seconds:.1f} s waiting for the other members of"
+                    meeting.decide(_FAILED)
+                elif self._has_failed():
+                    meeting.decide(_FAILED)
+        except BaseException:  # interrupted, say
+            with suppress(Exception):  # without a store nobody can be told
+                meeting.decide(_FAILED)
+            raise
+        if meeting.outcome() == _FAILED or self._has_failed():
+            raise NotTogether(f"{why} group {group_name}")
 
     def fail(self) -> None:
         """Let nobody wait for this rank."""
@@ -92,14 +100,45 @@ class Creation:
         return self.store is not None and self.store.check([f"{self.prefix}failed"])
 
 
-def _wait(store: Any, key: str, seconds: float) -> bool:
-    import torch.distributed as dist
+@dataclass(frozen=True)
+class _Meeting:
+    """One attempt of the members of a group to come together: the first decision counts for all."""
 
-    try:
-        store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-    except dist.DistStoreError:
-        return bool(store.check([key]))
-    return True
+    key: str
+    store: Any
+
+    @classmethod
+    def next(cls, key: str, store: Any) -> _Meeting:
+        """The first that is not decided: a store may outlive what met there, or failed to."""
+        for number in itertools.count():
+            meeting = cls(f"{key}/{number}", store)
+            if not store.check([meeting._outcome]):
+                return meeting
+        raise AssertionError
+
+    @property
+    def _outcome(self) -> str:
+        return f"{self.key}/outcome"
+
+    def come(self, size: int) -> None:
+        if self.store.add(self.key, 1) == size:
+            self.decide(_TOGETHER)
+
+    def decide(self, outcome: str) -> None:
+        self.store.compare_set(self._outcome, "", outcome)
+
+    def outcome(self) -> str:
+        return self.store.get(self._outcome).decode()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it was decided within ``seconds``."""
+        import torch.distributed as dist
+
+        try:
+            self.store.wait([self._outcome], timedelta(seconds=max(seconds, 0.001)))
+        except dist.DistStoreError:
+            return bool(self.store.check([self._outcome]))
+        return True
 
 
 def current() -> Optional[Creation]:

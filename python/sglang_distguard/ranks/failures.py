@@ -183,6 +183,7 @@ def _absence(
     absent, failures = facts["missing"], facts["failures"]
     doing = {
         "ask": "ask for it",
+        "begin": "finish its turn",
         "turn": "finish creating its groups",
         "build": "finish building it",
     }[stage]

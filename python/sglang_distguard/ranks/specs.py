@@ -20,6 +20,8 @@ _OWN = re.compile(
     r"|admin_api_key|custom_sigquit_handler|stat_loggers|served_model_name|forward_pass_metrics_.*"
     r"|load_publish_endpoint|watermark_key(_b)?|remote_instance_weight_loader_seed_.*)$"
 )
+#: 0.5.23: whether it is set decides about a collective, not what it is (docs/COLLECTIVES.md).
+_PRESENCE = "gated_launch_port"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 #: Longer values are told by their digest.
 _LONG = 200
@@ -31,6 +33,8 @@ def model_spec(server_args: Any) -> dict[str, Any]:
 
     names = [name for name in sorted(field_names(type(server_args))) if not _OWN.search(name)]
     found = {name: getattr(server_args, name, None) for name in names}
+    if getattr(server_args, _PRESENCE, None) is not None:
+        found[_PRESENCE] = "set"
     return plain({name: value for name, value in found.items() if value is not None})
 
 

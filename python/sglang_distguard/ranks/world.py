@@ -23,7 +23,6 @@ READ = 600.0
 #: Seconds that one operation may take that does not wait for other ranks.
 OPERATION = 30.0
 
-_ATTRIBUTE = "_sglang_distguard_ranks"
 #: By torch's default group: ranks that failed to agree on their world try again in the same log.
 _opened: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
 
@@ -35,6 +34,7 @@ class Ranks:
     Attributes:
         rank: this process's.
         size: how many there are.
+        generation: number of the world among those that its ranks opened over one store.
         store: the world's store under a prefix and over a connection of our own.
         reading: one more connection: who sleeps in it must not keep others from asking.
         state: what was agreed on, as far as this process has read the log.
@@ -42,6 +42,7 @@ class Ranks:
 
     rank: int
     size: int
+    generation: int
     store: Any
     reading: Any
     state: _core.Agreement = field(default_factory=_core.Agreement)
@@ -132,6 +133,7 @@ def connect(rank: int, size: int, world_store: Any) -> Ranks:
     return Ranks(
         rank,
         size,
+        generation,
         c10d.PrefixStore(f"{generation}", store),
         c10d.PrefixStore(f"{PREFIX}/{generation}", _another_connection(world_store)),
     )
@@ -145,11 +147,6 @@ def _another_connection(store: Any) -> Any:
         return store
 
 
-def attach(coordinator: Any, ranks: Optional[Ranks]) -> None:
-    """Remember ``ranks`` as those of the world whose coordinator this is."""
-    setattr(coordinator, _ATTRIBUTE, ranks)
-
-
-def ranks_of(coordinator: Any) -> Optional[Ranks]:
-    """The ranks of the world whose coordinator this is; None for one rank, or none."""
-    return getattr(coordinator, _ATTRIBUTE, None)
+def opened() -> list[Ranks]:
+    """Those of every world that this process was in and that still exists."""
+    return list(_opened.values())

@@ -74,18 +74,13 @@ def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _one_thread_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward writes the runner's attention metadata and static buffers (0.5.23)."""
-
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = runners.find_handle(self)
         if handle is None:
             return original(self, *args, **kwargs)
-        handle.begin_forward()
-        try:
+        with runners.one_thread_at_a_time(handle):
             return original(self, *args, **kwargs)
-        finally:
-            handle.end_forward()
 
     return forward
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
-from sglang_distguard import _core, groups, ownership, runners, settings, world
+from sglang_distguard import _core, groups, ownership, process_wide, runners, settings, world
 from sglang_distguard.errors import AgreementTimeout, DistGuardError, NotSupported
 from sglang_distguard.groups import GROUPS, MODULE, WORLD
 from sglang_distguard.patching import Around, Needs
@@ -18,7 +18,7 @@ from sglang_distguard.ranks import agreement, specs
 from sglang_distguard.ranks.creation import creating
 from sglang_distguard.ranks.creation import current as current_creation
 from sglang_distguard.ranks.failures import describe
-from sglang_distguard.ranks.world import attach, open_ranks, ranks_of
+from sglang_distguard.ranks.world import open_ranks
 from sglang_distguard.scoping import accessor
 from sglang_distguard.singleflight import run_once
 from sglang_distguard.teardowns import tearing_down
@@ -75,22 +75,7 @@ def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
     """What two requests for groups must agree on: every width, and what is fixed with them."""
     widths = {width: getattr(parallel, width) for width in _WIDTHS}
     flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in _FLAGS}
-    return {**widths, **flags, **call, **process_switches()}
-
-
-def process_switches() -> dict[str, Any]:
-    """Settings that SGLang applies to the whole process, so that runners must agree on them.
-
-    0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
-    `set_float32_matmul_precision("high")` is torch-wide; neither is ever undone.
-    """
-    from sglang.srt.runtime_context import get_exec
-
-    execution = get_exec()
-    return {
-        "enable_deterministic_inference": execution.deterministic.enable_deterministic_inference,
-        "enable_tf32_matmul": execution.features.enable_tf32_matmul,
-    }
+    return {**widths, **flags, **call}
 
 
 def _undo_world(
@@ -162,10 +147,7 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
             def make() -> Any:
                 with _deadline(requested["world_size"]):
                     original(*args, **kwargs)
-                coordinator = namespace["_WORLD"]
-                if ranks_of(coordinator) is None:  # SGLang's own, from before install()
-                    attach(coordinator, open_ranks(groups.default_process_group()))
-                return coordinator
+                return namespace["_WORLD"]
 
             return world.make(make)
 
@@ -176,6 +158,9 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
                 initialise() if actual == requested else world.make(lambda: namespace["_WORLD"])
             ), actual
 
+        refused = _core.resource(WORLD)
+        if refused is not None and refused.coordinator is None:
+            _core.forget(WORLD)  # who adopted it was refused: adopt it as a whole
         run_once(
             WORLD,
             requested,
@@ -198,9 +183,7 @@ def _init_world_group(original: Callable[..., Any]) -> Callable[..., Any]:
         if ranks is None:
             return original(*args, **kwargs)
         with agreement.turn(ranks, "world", {"size": ranks.size}):
-            coordinator = original(*args, **kwargs)
-        attach(coordinator, ranks)
-        return coordinator
+            return original(*args, **kwargs)
 
     return init_world_group
 
@@ -214,6 +197,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
+        process_wide.agree()
         requested = groups_spec(dict(call.arguments), parallel)
         ranks = world.ranks()
         own = ranks is not None and settings.current().groups == "own"
@@ -272,14 +256,15 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         # Widths as they came out, not as they were asked for.
         spec = specs.model_spec(server_args) | specs.plain(requested)
         spec["groups"] = "own" if own else "share"
-        # Whoever joins what is there takes a turn, too: the ranks must join with the same runner.
-        try:
-            with agreement.turn(ranks, f"runner {specs.name_for(spec)}", spec, keep=True):
-                acquire()
-        except BaseException:
+
+        def undo() -> None:
             if led:  # here it went well, and not on another rank
                 ownership.discard(key, scope)
-            raise
+
+        # Whoever joins what is there takes a turn, too: the ranks must join with the same runner.
+        name = f"runner {specs.name_for(spec)}"
+        with agreement.turn(ranks, name, spec, keep=True, undo=undo):
+            acquire()
 
     return initialize_model_parallel
 

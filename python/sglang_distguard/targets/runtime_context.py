@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_distguard import _core, settings
+from sglang_distguard import _core, ownership, settings
 from sglang_distguard.patching import Around, Needs
 from sglang_distguard.scoping import (
     CONTEXT_MODULE,
@@ -27,6 +27,9 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def publish(*args: Any, **kwargs: Any) -> Any:
         previous = _core.current_scope()
+        ownership.vacate(
+            previous
+        )  # of a runner that was collected: SGLang compares with its groups
         scope, fresh = _core.choose_scope(settings.current().name or "")
         if fresh:
             _core.adopt_scope(scope)

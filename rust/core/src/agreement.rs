@@ -19,6 +19,8 @@
 //!   arrival, and every rank finds the same one.
 //! - A round keeps the turn until an entry about its own turn, also when some rank has gone on to a
 //!   later round of that name: another may still be inside.
+//! - A rank enters its turn only when it has left the one before, which others may have given up for
+//!   it: what it undoes there, it has undone before anybody here sees it.
 //! - In one process at most one living thread works under a name.
 //! - At most one thread reads the log, and one does while anybody waits for what is open: with the
 //!   last entry that somebody waits for it ends, and does not fall asleep over the next.
@@ -100,6 +102,10 @@ struct Round {
     number: u64,
     /// How each stage ended, and which entry says so.
     ended: BTreeMap<Stage, (Option<String>, u64)>,
+    /// Whether it has had the turn.
+    began: bool,
+    /// The one before: whoever waited for it may look after this one has begun.
+    before: Option<Box<Round>>,
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +117,8 @@ struct Inner {
     /// Agreed and not created yet: name and round, the first by name goes first.
     ready: BTreeMap<String, u64>,
     turn: Option<(String, u64)>,
+    /// The round whose turn this rank has entered and not left.
+    inside: Option<(String, u64)>,
     /// Who works here under which name.
     working: BTreeMap<String, Actor>,
     /// Which stages of a name's latest rounds this rank has told the others about.
@@ -201,6 +209,38 @@ impl Agreement {
         lock(&self.inner).turn.clone()
     }
 
+    /// How the begin of a round stands; when it is passed, this rank is inside of its turn now.
+    pub fn enter(&self, name: &str, round: u64) -> Standing {
+        let mut inner = lock(&self.inner);
+        let standing = inner.standing(name, round, Stage::Begin);
+        if standing == Standing::Passed {
+            inner.inside = Some((name.to_owned(), round));
+        }
+        standing
+    }
+
+    /// This rank is out of the turn of a round, if it was inside, and has undone what is to be.
+    pub fn leave(&self, name: &str, round: u64) {
+        let mut inner = lock(&self.inner);
+        inner
+            .inside
+            .take_if(|it| (it.0.as_str(), it.1) == (name, round));
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Whether a round has had the turn, so that some rank may have been inside; None when what was
+    /// read does not tell.
+    pub fn began(&self, name: &str, round: u64) -> Option<bool> {
+        let inner = lock(&self.inner);
+        let round = inner.round(name, round)?;
+        let refused = matches!(round.ended.get(&Stage::Ask), Some((Some(_), _)));
+        if round.began {
+            return Some(true);
+        }
+        (refused || round.ended.contains_key(&Stage::Turn)).then_some(false)
+    }
+
     /// This rank wrote entry `index`.
     pub fn wrote(&self, index: u64) {
         lock(&self.inner).wrote.insert(index);
@@ -228,11 +268,7 @@ impl Agreement {
 
     /// How `stage` of a round stands.
     pub fn stands(&self, name: &str, round: u64, stage: Stage) -> Standing {
-        let inner = lock(&self.inner);
-        if let Some(standing) = inner.stands(name, round, stage) {
-            return standing;
-        }
-        inner.lost.clone().map_or(Standing::Open, Standing::Failed)
+        lock(&self.inner).standing(name, round, stage)
     }
 
     /// One more waits for the end of `stage` of a round. True when the caller must see to it that
@@ -298,6 +334,10 @@ impl Inner {
         self.end_stage(index, entry);
         if self.turn.is_none() {
             self.turn = self.ready.pop_first();
+            if let Some((name, _)) = &self.turn {
+                let round = self.rounds.get_mut(name);
+                round.expect("what is ready was agreed on").began = true;
+            }
         }
     }
 
@@ -305,10 +345,10 @@ impl Inner {
     fn end_stage(&mut self, index: u64, entry: Entry) {
         let round = self.rounds.entry(entry.name.clone()).or_default();
         if entry.round > round.number {
-            *round = Round {
-                number: entry.round,
-                ended: BTreeMap::new(),
-            };
+            let mut before = std::mem::take(round);
+            before.before = None;
+            round.number = entry.round;
+            round.before = Some(Box::new(before));
             // A rank has left the earlier round: whoever is in line for its turn would be alone.
             self.ready.remove(&entry.name);
         }
@@ -333,15 +373,36 @@ impl Inner {
         self.lost.is_none() && self.waiting.iter().any(is_open)
     }
 
-    fn stands(&self, name: &str, round: u64, stage: Stage) -> Option<Standing> {
+    fn round(&self, name: &str, number: u64) -> Option<&Round> {
         let known = self.rounds.get(name)?;
-        if known.number > round {
-            // Only when this rank stopped waiting and another round began since.
-            return Some(Standing::Failed("overtaken by a later round".to_owned()));
-        }
-        if known.number < round {
+        [Some(known), known.before.as_deref()]
+            .into_iter()
+            .flatten()
+            .find(|it| it.number == number)
+    }
+
+    fn standing(&self, name: &str, round: u64, stage: Stage) -> Standing {
+        self.stands(name, round, stage)
+            .or_else(|| self.lost.clone().map(Standing::Failed))
+            .unwrap_or(Standing::Open)
+    }
+
+    fn stands(&self, name: &str, round: u64, stage: Stage) -> Option<Standing> {
+        let latest = self.rounds.get(name)?.number;
+        if latest < round {
             return None;
         }
+        let found = self
+            .round(name, round)
+            .and_then(|it| self.ended(name, it, stage));
+        if found.is_none() && latest > round {
+            // Another rank has given this round up: no entry of it counts any more.
+            return Some(Standing::Failed("overtaken by a later round".to_owned()));
+        }
+        found
+    }
+
+    fn ended(&self, name: &str, known: &Round, stage: Stage) -> Option<Standing> {
         if stage != Stage::Begin {
             let (failure, _) = known.ended.get(&stage)?;
             return Some(failure.clone().map_or(Standing::Passed, Standing::Failed));
@@ -352,11 +413,10 @@ impl Inner {
                 return Some(Standing::Failed(failure.clone()));
             }
         }
-        let has_turn = self
-            .turn
-            .as_ref()
-            .is_some_and(|it| it.0 == name && it.1 == round);
-        has_turn.then_some(Standing::Passed)
+        let is_own = |it: &(String, u64)| it.0 == name && it.1 == known.number;
+        let may_enter =
+            self.turn.as_ref().is_some_and(is_own) && self.inside.as_ref().is_none_or(is_own);
+        may_enter.then_some(Standing::Passed)
     }
 }
 

@@ -127,10 +127,15 @@ impl fmt::Display for Error {
             Self::SpecMismatch { key, diff, owner } => write!(
                 f,
                 "{key} was requested with other values than it has: {}. It is {owner}. \
-                 Request the existing values, or {}tear the existing {key} down first, or use \
-                 another process.",
+                 Request the existing values, or {}use another process.",
                 join(diff, "; "),
-                close_first(&owner.holders)
+                match key {
+                    Key::Process => String::new(), // what SGLang switches on it never switches off
+                    _ => format!(
+                        "{}tear the existing {key} down first, or ",
+                        close_first(&owner.holders)
+                    ),
+                },
             ),
             Self::ReuseForbidden { key, owner } => write!(
                 f,

@@ -3,13 +3,16 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// What is initialised once: the world, model-parallel groups, expert-location metadata.
+/// What is initialised once: the world, settings of the whole process, model-parallel groups,
+/// expert-location metadata.
 ///
 /// The string is a scope's label; the empty one is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// torch's default process group and SGLang's coordinator of it.
     World,
+    /// Settings that are applied to the whole process and never undone.
+    Process,
     /// A scope's model-parallel groups.
     Groups(String),
     /// A scope's expert-location metadata.
@@ -20,6 +23,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, label) = match self {
             Self::World => ("world", ""),
+            Self::Process => ("process", ""),
             Self::Groups(label) => ("groups", label.as_str()),
             Self::Experts(label) => ("experts", label.as_str()),
         };
@@ -40,13 +44,15 @@ impl FromStr for Key {
         match (name, label) {
             _ if text.ends_with(':') && label.is_empty() => None,
             ("world", "") => Some(Self::World),
+            ("process", "") => Some(Self::Process),
             ("groups", label) => Some(Self::Groups(label.into())),
             ("experts", label) => Some(Self::Experts(label.into())),
             _ => None,
         }
         .ok_or_else(|| {
             format!(
-                "unknown key {text:?}; known: world, groups, groups:NAME, experts, experts:NAME"
+                "unknown key {text:?}; known: world, process, groups, groups:NAME, experts, \
+                 experts:NAME"
             )
         })
     }
@@ -60,6 +66,7 @@ mod tests {
     fn every_key_is_parsed_from_what_it_prints() {
         let keys = [
             (Key::World, "world"),
+            (Key::Process, "process"),
             (Key::Groups(String::new()), "groups"),
             (Key::Groups("draft".into()), "groups:draft"),
             (Key::Groups("a:b".into()), "groups:a:b"),

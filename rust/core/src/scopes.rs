@@ -102,6 +102,17 @@ impl ScopeLedger {
         scope
     }
 
+    /// Claims a scope in which no runner lives and nobody is about to build one, for `thread` to
+    /// tidy up in; `abandon` gives it back.
+    pub fn claim_vacant(&mut self, scope: ScopeId, thread: ThreadId) -> bool {
+        let entry = self.entries.get_mut(&scope);
+        let Some(entry) = entry.filter(|it| it.runners == 0 && it.builder.is_none()) else {
+            return false;
+        };
+        entry.builder = Some(Builder { thread, claims: 1 });
+        true
+    }
+
     /// `thread`'s last publish in the scope failed: what it claimed is free again.
     pub fn abandon(&mut self, scope: ScopeId, thread: ThreadId) {
         let Some(entry) = self.entries.get_mut(&scope) else {
@@ -321,6 +332,21 @@ mod tests {
         ledger.abandon(DEFAULT, ONE);
         assert_eq!(ledger.builder(DEFAULT), Some(ONE));
         let _ = new(ledger.publish(DEFAULT, TWO, everyone));
+    }
+
+    #[test]
+    fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
+        let mut ledger = ScopeLedger::default();
+        assert!(ledger.claim_vacant(DEFAULT, ONE));
+        assert!(!ledger.claim_vacant(DEFAULT, TWO));
+        let _ = new(ledger.publish(DEFAULT, TWO, everyone));
+        ledger.abandon(DEFAULT, ONE);
+        let publish = ledger.publish(DEFAULT, TWO, everyone);
+        assert_eq!(publish, Publish::Replace(DEFAULT));
+        assert!(!ledger.claim_vacant(DEFAULT, TWO));
+        ledger.bind_runner(DEFAULT);
+        assert!(!ledger.claim_vacant(DEFAULT, ONE));
+        assert!(!ledger.claim_vacant(ScopeId(99), ONE));
     }
 
     #[test]

@@ -48,6 +48,61 @@ fn the_first_that_is_ready_has_the_turn_and_after_it_the_first_by_name() {
 }
 
 #[test]
+fn a_rank_enters_its_turn_when_it_has_left_the_one_before() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &["a", "b"].map(|name| entry(name, 0, Stage::Ask, None)),
+    );
+    assert_eq!(ranks.enter("b", 0), Standing::Open);
+    assert_eq!(ranks.enter("a", 0), Standing::Passed);
+    read(&ranks, &[entry("a", 0, Stage::Turn, Some("given up"))]);
+    assert_eq!(ranks.turn(), Some(("b".into(), 0)));
+    assert_eq!(ranks.enter("b", 0), Standing::Open);
+    ranks.leave("b", 0);
+    assert_eq!(ranks.enter("b", 0), Standing::Open);
+    ranks.leave("a", 0);
+    assert_eq!(ranks.enter("b", 0), Standing::Passed);
+}
+
+#[test]
+fn whether_a_round_began_is_known_as_soon_as_the_log_tells() {
+    let ranks = Agreement::new();
+    assert_eq!(ranks.began("a", 0), None);
+    read(
+        &ranks,
+        &["a", "b"].map(|name| entry(name, 0, Stage::Ask, None)),
+    );
+    assert_eq!(ranks.began("a", 0), Some(true));
+    assert_eq!(ranks.began("b", 0), None);
+    read(&ranks, &[entry("b", 0, Stage::Turn, Some("queued"))]);
+    assert_eq!(ranks.began("b", 0), Some(false));
+    read(&ranks, &[entry("a", 0, Stage::Turn, None)]);
+    assert_eq!(ranks.began("a", 0), Some(true));
+    read(&ranks, &[entry("c", 0, Stage::Ask, Some("they disagree"))]);
+    assert_eq!(ranks.began("c", 0), Some(false));
+}
+
+#[test]
+fn what_a_round_ended_with_is_told_when_the_next_one_has_begun() {
+    let ranks = Agreement::new();
+    read(
+        &ranks,
+        &[
+            entry("a", 0, Stage::Ask, None),
+            entry("a", 0, Stage::Turn, None),
+            entry("a", 1, Stage::Ask, Some("given up")),
+        ],
+    );
+    assert_eq!(ranks.stands("a", 0, Stage::Turn), Standing::Passed);
+    assert_eq!(ranks.began("a", 0), Some(true));
+    let overtaken = Standing::Failed("overtaken by a later round".into());
+    assert_eq!(ranks.stands("a", 0, Stage::Build), overtaken);
+    read(&ranks, &[entry("a", 2, Stage::Ask, None)]);
+    assert_eq!(ranks.stands("a", 0, Stage::Turn), overtaken);
+}
+
+#[test]
 fn of_two_entries_about_the_same_stage_the_first_counts() {
     let ranks = Agreement::new();
     let gave_up = entry("a", 0, Stage::Ask, Some("rank 1 gave up"));

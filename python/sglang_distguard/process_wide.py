@@ -1,0 +1,54 @@
+"""Settings that SGLang applies to the whole process: runners that live at once must agree on them.
+
+0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher, and
+`set_float32_matmul_precision("high")` is torch-wide; neither is ever undone.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from sglang_distguard import _core
+from sglang_distguard.singleflight import run_once
+
+#: Registry key.
+PROCESS = "process"
+
+
+def switches() -> dict[str, bool]:
+    """What the current scope's configuration asks for."""
+    from sglang.srt.runtime_context import get_exec
+
+    execution = get_exec()
+    return {
+        "enable_deterministic_inference": bool(
+            execution.deterministic.enable_deterministic_inference
+        ),
+        "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
+    }
+
+
+def agree() -> None:
+    """Join the settings that the runners of this process live with, or be the first.
+
+    Raises:
+        SpecMismatch: a runner lives with others, or one did that cannot be undone.
+    """
+    requested = switches()
+    known: Optional[dict[str, bool]] = _core.resource(PROCESS)
+    if known not in (None, requested) and all(on <= requested[name] for name, on in known.items()):
+        _core.forget(PROCESS)  # more may be switched on; nothing happens while a runner holds it
+    run_once(
+        PROCESS,
+        requested,
+        observe=_identity,
+        initialise=lambda: requested,
+        adopt=lambda: (requested, requested),
+        join=lambda joined: joined,
+        undo=lambda: None,
+    )
+
+
+def _identity() -> Optional[int]:
+    # There is no object that these settings are; what the registry knows is all there is.
+    return None if _core.resource(PROCESS) is None else 0
