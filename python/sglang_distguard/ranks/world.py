@@ -2,6 +2,8 @@
 
 Every operation on the store counts: an ask, or the end of a turn or build, costs a rank two (``tell``)
 and each entry of the log two more (``read``); the rank that tells last, a few to judge, write and tidy.
+What is to wait for ranks has a deadline. The rest is answered by the store at once, or fails with its
+connection; torch 2.14.1 neither limits nor interrupts that.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sglang_distguard import _core
 PREFIX = "sglang_distguard"
 #: Seconds that a reader sleeps in the store at most; whoever gives up writes an entry, which wakes it.
 READ = 600.0
-#: Seconds that one operation may take that does not wait for other ranks.
+#: Seconds that a connection waits for keys that should be there.
 OPERATION = 30.0
 
 #: By torch's default group: ranks that failed to agree on their world try again in the same log.
