@@ -59,6 +59,29 @@ proptest! {
     }
 
     #[test]
+    fn a_rank_is_inside_of_one_turn_at_a_time(
+        log in entries(),
+        stays in prop::collection::vec(prop::bool::ANY, 40),
+    ) {
+        let rank = Agreement::new();
+        let mut inside: Option<(&str, u64)> = None;
+        for (entry, stay) in log.iter().zip(stays) {
+            apply(&rank, entry);
+            if let Some((name, round)) = inside.take_if(|_| !stay) {
+                rank.leave(name, round);
+            }
+            for name in NAMES {
+                for round in 0..ROUNDS {
+                    if rank.enter(name, round) == Standing::Passed {
+                        prop_assert!(inside.is_none_or(|it| it == (name, round)));
+                        inside = Some((name, round));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn when_every_turn_is_ended_nothing_that_was_agreed_is_left_waiting(log in entries()) {
         let rank = Agreement::new();
         for entry in &log {
