@@ -198,9 +198,15 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
 def _learn_whether_it_began(ask: Ask) -> None:
     """Read on until this rank's own entry at the latest: what stands before it counts."""
     state = ask.ranks.state
+
+    def is_known() -> Optional[bool]:
+        if state.began(ask.what, ask.round) is not None or ask.stands("turn") is not None:
+            return True
+        return None
+
     with suppress(Exception):
         waiting.until(
-            lambda: None if state.began(ask.what, ask.round) is None else True,
+            is_known,
             _Wait(ask, "turn"),
             timeout=_HEAR,
             what=f"the log ({ask.what})",
