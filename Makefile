@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks verify clean
+.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,9 +69,12 @@ format: setup ## format and fix what can be fixed
 stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every reference afresh (12 minutes)
 	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py tests/test_references.py
 
-ranks: setup ## the tests of several ranks, 50 times each (an hour and a half)
-	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 30 --durations-min 60 \
-		tests/test_agreement.py tests/test_ranks.py tests/test_ranks_communicators.py tests/test_ranks_layouts.py
+ranks: ranks-builds ranks-communicators ## the tests of several ranks, 50 times each (make -j2 ranks: an hour and a half)
+
+ranks-builds: RANKS_TESTS := tests/test_agreement.py tests/test_ranks.py
+ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test_ranks_layouts.py
+ranks-builds ranks-communicators: setup
+	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
