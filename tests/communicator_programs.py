@@ -186,15 +186,32 @@ def tp_group(runner: Any) -> int:
 
 
 def forward_two_of_one_name() -> dict[str, Any]:
-    """Two runners of one name over shared groups, forwarded in opposite order by one thread each."""
+    """Two runners of one name over shared groups; each rank forwards another one first."""
     import sglang_distguard
+    import torch.distributed as dist
 
     start(groups="share")
     built = [build("dense", name="x"), build("dense", name="x", seed=1)]
     made = [generated(it) for it in built]
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         error = attempt(lambda: generated(built[rank() % 2]))
-    return {"made": made, "error": error, "after": [generated(it) for it in built]}
+    # Or the first to give up would meet the other in the very forward that it still waits in.
+    dist.barrier()
+    return {
+        "made": made,
+        "error": error,
+        "after": [late(lambda it=it: generated(it)) for it in built],
+    }
+
+
+def late(work: Callable[[], str]) -> str:
+    """Whoever did not wait when the others gave a round up learns of it when it comes, once."""
+    from sglang_distguard import AgreementTimeout
+
+    try:
+        return work()
+    except AgreementTimeout:
+        return work()
 
 
 def build_two_unnamed(delay: float = 0.5) -> list[Any]:

@@ -112,6 +112,7 @@ def _serve() -> None:
     """Read jobs from standard input, run each on forked ranks, write what became of them."""
     from sglang_distguard.testing.solo import import_sglang
 
+    _end_with_parent()  # or a killed test run would leave ranks that nobody waits for
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what sglang prints is no answer
         prepare_environment(ranks=_MOST)
@@ -138,6 +139,11 @@ def _run(
         return [_outcome(file, status) for file, status in zip(files, statuses, strict=True)]
 
 
+def _end_with_parent() -> None:
+    """Be killed when the process (more exactly: the thread) that started this one ends. Linux only."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _fork(
     file: Path,
     rank: int,
@@ -151,7 +157,7 @@ def _fork(
         return child
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent()
         os.close(hold[1])
         with file.with_suffix(".out").open("w") as output:
             os.dup2(output.fileno(), 1)
