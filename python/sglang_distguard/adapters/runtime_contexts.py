@@ -14,6 +14,8 @@ from sglang_distguard.targets import (
     runtime_context,
     threads,
     torch_dtype,
+    torch_module,
+    transformers_models,
     weight_updater,
 )
 
@@ -27,6 +29,8 @@ _TARGETS = (
     model_loader,
     weight_updater,
     torch_dtype,
+    torch_module,
+    transformers_models,
     threads,
 )
 
