@@ -95,6 +95,36 @@ def test_runners_agree_on_what_sglang_switches_on_for_the_whole_process(
         assert _core.forget("process")
 
 
+def test_who_agreed_and_holds_nothing_yet_is_asked_again_when_another_wants_more(
+    guard: None, model: Model
+) -> None:
+    """Before the hook asked again: "process cannot be held: it is not initialised, or was rebuilt"."""
+    import torch
+
+    path, beside = model("gpt2"), []
+
+    def build_another(step: str) -> None:
+        if step == "init":
+            args = server_args(path, enable_tf32_matmul=True)
+            thread = threading.Thread(
+                target=lambda: beside.append(sglang_distguard.build_runner(args, name="another"))
+            )
+            thread.start()
+            thread.join()
+
+    try:
+        with (
+            sglang_distguard.runner_scope("first"),
+            pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul") as caught,
+        ):
+            steps.build(server_args(path), after=build_another)
+        assert "'another'" in str(caught.value)
+        sglang_distguard.close(beside.pop())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        assert _core.forget("process")
+
+
 def test_a_draft_of_what_is_no_open_runner_is_refused(guard: None, model: Model) -> None:
     runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="target")
     with pytest.raises(ValueError, match="is_draft_worker must be True"):

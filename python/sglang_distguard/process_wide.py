@@ -1,12 +1,13 @@
 """Settings that SGLang applies to the whole process: runners that live at once must agree on them.
 
-0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher, and
-`set_float32_matmul_precision("high")` is torch-wide; neither is ever undone.
+0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
+`set_float32_matmul_precision("high")` is torch-wide, and `handle_environment_variables` writes settings
+into `os.environ` that every runner reads; what is set is never unset.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.singleflight import run_once
@@ -15,9 +16,9 @@ from sglang_distguard.singleflight import run_once
 PROCESS = "process"
 
 
-def switches() -> dict[str, bool]:
-    """What the current scope's configuration asks for."""
-    from sglang.srt.runtime_context import get_exec
+def switches() -> dict[str, Any]:
+    """What the current scope's configuration asks for; false or None for what it leaves alone."""
+    from sglang.srt.runtime_context import get_exec, get_server_args
 
     execution = get_exec()
     return {
@@ -25,6 +26,7 @@ def switches() -> dict[str, bool]:
             execution.deterministic.enable_deterministic_inference
         ),
         "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
+        "mamba_ssm_dtype": getattr(get_server_args(), "mamba_ssm_dtype", None),
     }
 
 
@@ -35,9 +37,11 @@ def agree() -> None:
         SpecMismatch: a runner lives with others, or one did that cannot be undone.
     """
     requested = switches()
-    known: Optional[dict[str, bool]] = _core.resource(PROCESS)
-    if known not in (None, requested) and all(on <= requested[name] for name, on in known.items()):
-        _core.forget(PROCESS)  # more may be switched on; nothing happens while a runner holds it
+    known: Optional[dict[str, Any]] = _core.resource(PROCESS)
+    if known not in (None, requested) and all(
+        requested[name] == value for name, value in known.items() if value
+    ):
+        _core.forget(PROCESS)  # more may be set; nothing happens while a runner holds it
     run_once(
         PROCESS,
         requested,

@@ -7,8 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_distguard import _core, default_dtype, groups, ownership, settings, world
-from sglang_distguard.errors import AmbiguousBuild, StateInUse
+from sglang_distguard import (
+    _core,
+    default_dtype,
+    groups,
+    ownership,
+    process_wide,
+    settings,
+    world,
+)
+from sglang_distguard.errors import AmbiguousBuild, DistGuardError, NotSupported, StateInUse
 from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.naming import name_of_model
 from sglang_distguard.process_wide import PROCESS
@@ -40,11 +48,24 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     # What this scope joined and was torn down since is asked for, too: to be refused.
     keys = [key for key in (WORLD, PROCESS, used) if _core.is_ready(key) or _core.has_joined(key)]
     turns = None if ask is None or may_overlap(used) else ask.known_as
-    handle = _core.RunnerHandle(name, scope, keys, turns=turns)
+    handle = _handle(name, scope, keys, turns)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
         scope.label = name
     setattr(runner, _ATTRIBUTE, handle)
     return handle
+
+
+def _handle(
+    name: str, scope: Optional[_core.Scope], keys: Sequence[str], turns: Optional[str]
+) -> _core.RunnerHandle:
+    while True:
+        try:
+            return _core.RunnerHandle(name, scope, keys, turns=turns)
+        except DistGuardError as error:
+            if type(error) is not DistGuardError or error.details.get("key") != PROCESS:
+                raise
+        # Between `agree` and here nobody held it, and another thread asked for more.
+        process_wide.agree()
 
 
 def may_overlap(key: str) -> bool:
@@ -115,6 +136,20 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
                 yield
         finally:
             handle.end_collectives()
+
+
+def refuse_capture_without_turns(handle: _core.RunnerHandle) -> None:
+    """A capture waits for the forwards of this rank, and they for those of ranks that capture already.
+
+    Raises:
+        NotSupported: there are several ranks, and their steps take no turns.
+    """
+    if world.ranks() is not None and handle.turns is None:
+        raise NotSupported(
+            f"runner '{handle.name}' captures graphs on one of several ranks while others may run "
+            'in any order. Build the runners of this process with runner_scope(groups="share"), '
+            "whose steps take turns, or without graphs (disable_cuda_graph, no torch.compile)."
+        )
 
 
 @contextmanager

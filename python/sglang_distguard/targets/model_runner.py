@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from sglang_distguard import runners
+from sglang_distguard import rooms, runners
 from sglang_distguard.patching import AroundMethods
 from sglang_distguard.ranks import agreement
 
@@ -39,7 +39,48 @@ _COLLECTIVE = frozenset(
 )
 
 
+#: Which room a step is in (rust/core/src/rooms.rs says which of them overlap); the others are in none.
+_ROOMS: dict[str, rooms.Room] = {
+    "load_model": "load",
+    "alloc_memory_pool": "load",
+    "init_attention_backends": "load",
+    "post_capture_resize_kv_pool": "load",
+    "finalize_startup_weight_load": "load",
+    "forward": "forward",
+    "forward_split_prefill": "forward",
+    "sample": "forward",
+    "compute_logprobs_only": "forward",
+    "init_cuda_graphs": "capture",
+    "recapture_decode_cuda_graph": "capture",
+    "init_decode_cuda_graph": "capture",
+    "init_prefill_cuda_graph": "capture",
+    "ensure_decode_cuda_graphs": "capture",
+}
+
+
+def _room_of(step: str) -> rooms.Room:
+    room = _ROOMS[step]
+    return room if room != "capture" or _captures() else "load"
+
+
+def _captures() -> bool:
+    """Whether the current scope's runner captures graphs (0.5.23: `cuda_graph_setup`)."""
+    from sglang.srt.model_executor.cuda_graph_config import (
+        Backend,
+        Phase,
+        check_cuda_graph_backend,
+    )
+    from sglang.srt.runtime_context import get_device, get_flags
+
+    if get_device().device == "cpu":
+        return get_flags().capture.enable_torch_compile
+    phases = (Phase.PREFILL, Phase.DECODE)
+    return not all(check_cuda_graph_backend(phase, Backend.DISABLED) for phase in phases)
+
+
 def _method(original: Callable[..., Any]) -> Callable[..., Any]:
+    if original.__name__ in _ROOMS:
+        original = _in_room(original)
     if original.__name__ in _COLLECTIVE:
         original = _in_order(original)
     if original.__name__ == "forward":
@@ -73,6 +114,23 @@ def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _in_room(original: Callable[..., Any]) -> Callable[..., Any]:
+    step = original.__name__
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = runners.find_handle(self)
+        if handle is None:
+            return original(self, *args, **kwargs)
+        room = _room_of(step)
+        if room == "capture":
+            runners.refuse_capture_without_turns(handle)
+        with rooms.room(room, handle.name):
+            return original(self, *args, **kwargs)
+
+    return method
+
+
 def _one_thread_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +157,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
             handle = runners.bind(self, args, kwargs)
             token = handle.enter()
             try:
-                with runners.in_order(handle, "construction"):
+                with runners.in_order(handle, "construction"), rooms.room("load", handle.name):
                     original(self, *args, **kwargs)
                 runners.hold_experts(handle)
             except BaseException:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_distguard import runners
+from sglang_distguard import rooms, runners
 from sglang_distguard.patching import AroundMethods
 
 
@@ -23,7 +23,7 @@ def _method(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         token = handle.enter()
         try:
-            with runners.in_order(handle, step):
+            with runners.in_order(handle, step), rooms.room("load", handle.name):
                 return original(self, *args, **kwargs)
         finally:
             runners.leave(token)

@@ -1,0 +1,95 @@
+"""Graphs captured while other runners work: nothing else computes or loads meanwhile, and all are right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import graph_programs
+import pytest
+import sglang_distguard
+from conftest import CACHE, CLOSE
+from graph_programs import GRAPHS
+from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args, solo
+
+Model = Callable[[str], Path]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.model_executor import cpu_graph_runner
+
+    backends = attention_registry.ATTENTION_BACKENDS
+    monkeypatch.setitem(backends, "torch_native", backends["torch_native"])  # put back afterwards
+    monkeypatch.setattr(cpu_graph_runner, "register_fake_ops", None)
+    graph_programs.prepare()
+
+
+def test_graphs_captured_from_two_threads_beside_a_third_that_forwards_are_right(
+    guard: None, graphs: None, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from sglang.srt.model_executor.cpu_graph_runner import CPUGraphRunner
+
+    captured, bystander = model("llama"), model("gpt2")
+    program = [sys.executable, graph_programs.__file__, str(captured), str(tmp_path / "alone")]
+    subprocess.run(program, check=True, capture_output=True, timeout=500)
+    alone = torch.load(tmp_path / "alone")
+    eager = solo(captured, "float32", cache_dir=CACHE).logits
+    expected = solo(bystander, "float32", cache_dir=CACHE).logits
+
+    capturing: set[int] = set()
+    met: list[str] = []
+    both = threading.Barrier(2)
+    capture = CPUGraphRunner.capture
+
+    def noted(self: Any) -> None:
+        if capturing:
+            met.append("another capture")
+        capturing.add(id(self))
+        try:
+            capture(self)
+        finally:
+            capturing.remove(id(self))
+
+    monkeypatch.setattr(CPUGraphRunner, "capture", noted)
+    third = sglang_distguard.build_runner(server_args(bystander), name="bystander")
+    forward = third.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if capturing:
+            met.append("a forward")
+        return forward(*args, **kwargs)
+
+    third.model.forward = watched
+    built: dict[str, Any] = {}
+    errors: list[BaseException] = []
+
+    def build(name: str) -> None:
+        try:
+            both.wait()
+            built[name] = sglang_distguard.build_runner(server_args(captured, **GRAPHS), name=name)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=build, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    rounds = 0
+    while any(thread.is_alive() for thread in threads):
+        made = generate(third, activate=sglang_distguard.activate)
+        assert bit_equal(made.logits, expected)
+        rounds += 1
+    assert errors == []
+    assert (met, rounds > 0) == ([], True)
+    for runner in built.values():
+        assert type(runner.decode_cuda_graph_runner) is CPUGraphRunner
+        assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, alone)
+    assert max_abs_error(alone, eager) < CLOSE
+    for runner in (third, *built.values()):
+        sglang_distguard.close(runner)
