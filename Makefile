@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators verify clean
+.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,12 @@ ranks-builds: RANKS_TESTS := tests/test_agreement.py tests/test_ranks.py
 ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test_ranks_layouts.py
 ranks-builds ranks-communicators: setup
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
+
+audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (5 minutes)
+	@$(BIN)/python -m sglang_distguard audit --ledger ledger/$(subst sglang==,,$(SGLANG)).csv
+
+architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (an hour)
+	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py

@@ -1,4 +1,4 @@
-"""``python -m sglang_distguard``: demo, status, version."""
+"""``python -m sglang_distguard``: demo, audit, status, version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -27,6 +27,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         help="folder for the small models and reference results (default: %(default)s)",
     )
     demo.add_argument("--unguarded", action="store_true", help=argparse.SUPPRESS)
+    _add_audit(commands)
     status = commands.add_parser(
         "status", help="whether this environment is supported, and the settings in force"
     )
@@ -41,9 +42,48 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if arguments.unguarded
             else program.run(arguments.cache)
         )
+    if arguments.command == "audit":
+        from sglang_distguard.audit import program
+
+        return program.main(
+            model=arguments.model,
+            architectures=arguments.arch or [],
+            cache=arguments.cache,
+            json_file=arguments.json,
+            ledger_file=arguments.ledger,
+            update=arguments.update,
+        )
     if arguments.command == "status":
         return _status(as_json=arguments.json)
     return _version()
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="which process-globals change while runners are built and run, and how each is treated",
+        description="Builds and runs runners alone and together, in processes of their own, and "
+        "reports every process-global that changed or that SGLang's text says could. Exit status 1 "
+        "when one is UNCOVERED or differs from the ledger, 2 when a run failed.",
+    )
+    which = audit.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, help="folder of a checkpoint")
+    which.add_argument(
+        "--arch",
+        action="append",
+        help="one of the small models that this package makes; may be given again (default: all)",
+    )
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write every finding there")
+    audit.add_argument(
+        "--ledger", type=Path, metavar="FILE", help="compare with what is known of this version"
+    )
+    audit.add_argument("--update", action="store_true", help="write the ledger, do not compare")
+    audit.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(".cache"),
+        help="folder for the small models (default: %(default)s)",
+    )
 
 
 def _status(*, as_json: bool) -> int:

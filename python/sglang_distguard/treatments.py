@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Optional
 
 
 class How(StrEnum):
@@ -39,16 +40,33 @@ def _rows(how: How, *lines: tuple[str, str, str]) -> tuple[Treatment, ...]:
 
 _SRT = "sglang.srt."
 _EXECUTOR = _SRT + "model_executor."
+_MACHINE = "remembers what machine and installation this is"
+_FIELDS = "remembers what fields SGLang's own classes have"
+_COMPILER = (
+    "torch 2.14 keeps what is set of its configuration per thread (torch.utils._config_module)"
+)
 
 TREATMENTS: tuple[Treatment, ...] = (
     *_rows(
         How.SHARED,
         (
             "torch.distributed",
-            "default_process_group",
+            "default_process_group process_groups",
             "the world: torch allows one; methods of a runner that owns its groups get its own world",
         ),
         (_SRT + "distributed.parallel_state", "_WORLD", "coordinator of the world"),
+        ("sys", "excepthook", "torch puts one on top for each world; it is taken out with it"),
+        (
+            "os",
+            "environ['SGLANG_ENABLE_DETERMINISTIC_INFERENCE'] "
+            "environ['SGLANG_FLASHINFER_MOE_FUSED_FINALIZE'] environ['SGLANG_MAMBA_SSM_DTYPE']",
+            "written from one runner's configuration: runners that live at once agree on it",
+        ),
+        (
+            "torch",
+            "float32_matmul_precision allow_tf32",
+            "enable_tf32_matmul: runners that live at once agree",
+        ),
         (
             _SRT + "distributed.parallel_state",
             "_group_name_counter _groups",
@@ -126,6 +144,12 @@ TREATMENTS: tuple[Treatment, ...] = (
             "written by one model's constructor, read in its forwards",
         ),
         (_SRT + "layers.rotary_embedding.factory", "_ROPE_DICT", "modules: a model owns its own"),
+        (_SRT + "models.torch_native_llama", "tp_size tp_rank", "from one runner's groups"),
+        (
+            _SRT + "models.transformers",
+            "_TRANSFORMERS_MOE_LAYERS",
+            "one model's layers by name: another's of the same name would compute in their place",
+        ),
         (_SRT + "layers.cp.base", "_STRATEGY", "made from one runner's configuration"),
         (
             _SRT + "layers.cp.cp_decode_attn_tp",
@@ -161,9 +185,132 @@ TREATMENTS: tuple[Treatment, ...] = (
     *_rows(
         How.THREAD_LOCAL,
         ("torch", "default_dtype", "SGLang holds it for the whole weight load"),
+        (
+            "torch.nn",
+            "Module.register_parameter",
+            "replaced while a model is built from transformers' own code",
+        ),
+        (
+            "torch._inductor.config",
+            "max_autotune_gemm_backends freezing fx_graph_cache coordinate_descent_tuning "
+            "combo_kernels benchmark_combo_kernel",
+            _COMPILER,
+        ),
+        ("torch._inductor.config.triton", "unique_kernel_names", _COMPILER),
+        (
+            "torch._dynamo.config",
+            "accumulated_cache_size_limit cache_size_limit suppress_errors",
+            _COMPILER,
+        ),
+    ),
+    *_rows(
+        How.EXCLUDED,
+        (
+            "torch",
+            "compiling",
+            "true on every thread while one compiles: nothing else computes while graphs are captured",
+        ),
     ),
     *_rows(
         How.HARMLESS,
+        (
+            "os",
+            "environ['SGLANG_DISABLE_OUTLINES_DISK_CACHE']",
+            "read once, at import: where grammars are cached",
+        ),
+        (
+            "os",
+            "environ['SGLANG_ENABLE_TORCH_COMPILE']",
+            "read at import, for what Dynamo logs, and to pad rows of FP8 matmuls without CUTLASS",
+        ),
+        (
+            "os",
+            "environ['SGLANG_USE_CUDA_IPC_TRANSPORT']",
+            "default of how images reach a runner that is resolved later, not what is computed",
+        ),
+        (
+            "torch",
+            "rng",
+            "drawn from by modules whose weights the checkpoint then replaces, and to sample with a "
+            "temperature, which is as random with one runner",
+        ),
+        (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
+        (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
+        ("os", "environ", "its variables are looked at one by one"),
+        ("logging", "flash_attn", "level of another library's log"),
+        ("threading", "threads:tqdm._monitor.TMonitor", "redraws progress bars"),
+        ("logging", "torch.__trace", "torch.compile's log of itself"),
+        ("sys", "path", "packages that torch.compile imports add their own folders"),
+        (
+            "os",
+            "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']",
+            "address of a function of torch's, for what Inductor compiles",
+        ),
+        (
+            _SRT + "utils.common",
+            "is_cuda_alike is_hpu is_sail is_sm110_supported is_gfx942_supported "
+            "get_cpu_ids_by_node get_device is_confidential_compute",
+            _MACHINE,
+        ),
+        (_SRT + "utils", "is_sm110_supported", _MACHINE),
+        (_SRT + "hardware_backend.mlx.runtime", "use_mlx", _MACHINE),
+        ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
+        ("sglang.kernels.selector", "_platform", _MACHINE),
+        ("sglang.kernels.jit.utils.arch", "_CUDA_ARCH", _MACHINE),
+        (
+            _SRT + "arg_groups.arg_utils",
+            "fallbacks_of field_names namespace_of resolvable_fields",
+            _FIELDS,
+        ),
+        (_SRT + "runtime_context", "_parallel_config_leaves _parallel_fields", _FIELDS),
+        (_SRT + "server_args", "_underscore_field_names", _FIELDS),
+        (
+            "sglang.kernels.ops.attention.clamp_position",
+            "_CLAMP_POSITION",
+            "remembers which kernel serves which device and dtype",
+        ),
+        (
+            _SRT + "layers.moe.fused_moe_triton.layer",
+            "_deferred_finalize_info_logged",
+            "a line of the log was written",
+        ),
+        (
+            _EXECUTOR + "forward_batch_info",
+            "_dp_tp_moe_masks_pad_rows",
+            "always false but on ROCm, where it keeps the first runner's answer",
+        ),
+        (
+            _SRT + "distributed.device_communicators.custom_all_reduce",
+            "CustomAllreduce.__del__",
+            "made to do nothing, for every runner, unless enable_p2p_check is set",
+        ),
+        (
+            _SRT + "models.deepseek_common.attention_backend_handler",
+            "AttentionBackendRegistry._handlers",
+            "one function per attention backend, added at import",
+        ),
+        (
+            _SRT + "models.sarvam_moe",
+            "AttentionBackendRegistry._handlers",
+            "one function per attention backend, added at import",
+        ),
+        (
+            _SRT + "layers.activation",
+            "_ACTIVATION_REGISTRY",
+            "functions without weights (no model of 0.5.23 asks it for xielu), each of which remembers "
+            "which kernel serves this machine; switched to another only inside of a capture",
+        ),
+        (
+            _SRT + "models.gemma3_causal",
+            "Gemma3ForCausalLM._can_set_experts_implementation_cached_value "
+            "EmbeddingGemmaModel._can_set_experts_implementation_cached_value",
+            "what transformers remembers of a class",
+        ),
+        (
+            _SRT + "models.transformers",
+            "TransformersBase.hf_to_sglang_mapper",
+            "names of weights, of each subclass, made with it",
+        ),
         (_SRT + "compilation.compilation_config", "SPLIT_OPS", "names of ops, appended at import"),
         (_SRT + "utils.invariants", "_REGISTRY", "names of checks, added at import"),
         (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", "one function per device"),
@@ -190,6 +337,13 @@ TREATMENTS: tuple[Treatment, ...] = (
         ),
     ),
 )
+
+_BY_KEY = {(row.module, row.name): row for row in TREATMENTS}
+
+
+def find(module: str, name: str) -> Optional[Treatment]:
+    """How ``module``.``name`` is treated; None when no line is about it."""
+    return _BY_KEY.get((module, name))
 
 
 def scoped() -> dict[str, list[str]]:

@@ -1,0 +1,113 @@
+"""Joins what was seen to change with what SGLang's text says, and with how the guard treats it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from sglang_distguard import treatments
+from sglang_distguard.audit.observe import Key
+from sglang_distguard.audit.runs import Change, Run
+from sglang_distguard.audit.sources import Write, source_of
+
+
+class Open(StrEnum):
+    """What is said of a global that no line of ``treatments`` is about."""
+
+    UNCOVERED = "UNCOVERED"  # it was seen to change, or a line that writes it ran
+    ONCE = "import"  # it was seen to change, while SGLang was imported and not later
+    UNSEEN = "not exercised"  # functions write it, and none of those that ran did
+    CONSTANT = "constant"  # a container that nothing is known to write
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One process-global.
+
+    Attributes:
+        module: where it is.
+        name: of the global; "Class.attribute" for a class's.
+        kind: "global statement", "container", "cache", "object", "written" or "process".
+        verdict: the treatment, or one of ``Open``.
+        reason: of the treatment; empty without one.
+        writes: where SGLang writes it, as far as its text tells.
+        changes: when it was seen to change.
+    """
+
+    module: str
+    name: str
+    kind: str
+    verdict: str
+    reason: str
+    writes: tuple[Write, ...]
+    changes: tuple[Change, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
+
+
+def find(
+    runs: Sequence[Run], advance: Callable[[str], None] = lambda module: None
+) -> list[Finding]:
+    """Every process-global of the modules of SGLang that the runs imported, and all that changed.
+
+    Args:
+        runs: what was seen.
+        advance: called with the name of each module whose text was read.
+    """
+    files = {module: file for run in runs for module, file in run.files.items()}
+    kinds = {(module, name): kind for run in runs for module, name, kind in run.kinds}
+    writes: dict[Key, list[Write]] = {}
+    for module, file in sorted(files.items()):
+        source = source_of(module, file)
+        for write in source.writes:
+            writes.setdefault((write.module, write.name), []).append(write)
+        for name in source.declared:
+            kinds[module, name] = "global statement"
+        advance(module)
+    for key in writes:
+        kinds.setdefault(key, _kind_of_other(key[0]))
+    seen: dict[Key, list[Change]] = {}
+    for run in runs:
+        for change in run.changes:
+            seen.setdefault((change.module, change.name), []).append(change)
+    for module, name in seen:
+        kinds.setdefault((module, name), _kind_of_other(module))
+    ran = {place for run in runs for place in run.ran}
+    return [
+        _finding(
+            key,
+            kinds[key],
+            tuple(writes.get(key, ())),
+            tuple(dict.fromkeys(seen.get(key, ()))),
+            any((write.file, write.line) in ran for write in writes.get(key, ())),
+        )
+        for key in sorted(kinds)
+    ]
+
+
+def _kind_of_other(module: str) -> str:
+    return "written" if module.startswith("sglang.") else "process"
+
+
+def _finding(
+    key: Key, kind: str, writes: tuple[Write, ...], changes: tuple[Change, ...], ran: bool
+) -> Finding:
+    row = treatments.find(*key)
+    if row is not None:
+        verdict, reason = row.how.value, row.reason
+    else:
+        verdict, reason = _open(kind, writes, changes, ran).value, ""
+    return Finding(*key, kind, verdict, reason, writes, changes)
+
+
+def _open(kind: str, writes: tuple[Write, ...], changes: tuple[Change, ...], ran: bool) -> Open:
+    # What is put back within a phase is the same after it, and another thread saw it in between.
+    if ran or any(change.phase != "import" for change in changes):
+        return Open.UNCOVERED
+    if changes:
+        return Open.ONCE
+    return Open.CONSTANT if kind == "container" and not writes else Open.UNSEEN

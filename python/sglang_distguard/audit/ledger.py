@@ -1,0 +1,81 @@
+"""What is known of the process-globals of one SGLang version: a file in the repository, one line each.
+
+The verdicts of what is treated come from ``treatments``; the file keeps them beside all others so that
+a new SGLang version, or a run that reaches more, shows as a difference.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sglang_distguard.audit.findings import Finding
+
+COLUMNS = ("module", "name", "kind", "verdict", "reason", "written by")
+
+Row = tuple[str, ...]
+Rows = dict[tuple[str, str], Row]
+
+
+def rows(findings: Sequence[Finding]) -> Rows:
+    """The lines of ``findings``: by module and name, without line numbers, which every release moves."""
+    return {(finding.module, finding.name): _row(finding) for finding in findings}
+
+
+def _row(finding: Finding) -> Row:
+    writers = sorted({f"{write.file}:{write.function}" for write in finding.writes})
+    return (
+        finding.module,
+        finding.name,
+        finding.kind,
+        finding.verdict,
+        finding.reason,
+        " ".join(writers),
+    )
+
+
+def read(file: Path) -> Rows:
+    """The lines of a ledger.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no ledger.
+    """
+    with file.open(newline="", encoding="utf-8") as lines:
+        header, *found = csv.reader(lines)
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{file} is no ledger: its columns are {header}, not {list(COLUMNS)}")
+    return {(row[0], row[1]): tuple(row) for row in found}
+
+
+def write(file: Path, found: Rows) -> None:
+    """Make ``found`` the ledger."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(found[key] for key in sorted(found))
+
+
+def differences(known: Rows, found: Rows) -> Iterator[str]:
+    """What is new, gone or changed, a line each."""
+    for key in sorted(known.keys() | found.keys()):
+        name = ".".join(key)
+        was, now = known.get(key), found.get(key)
+        if was is None:
+            assert now is not None
+            yield f"new: {name} ({now[2]}): {now[3]}{_by(now)}"
+        elif now is None:
+            yield f"gone: {name}"
+        elif was != now:
+            fields = [
+                f"{column} was {before!r}, is {after!r}"
+                for column, before, after in zip(COLUMNS, was, now, strict=True)
+                if before != after
+            ]
+            yield f"changed: {name}: {'; '.join(fields)}"
+
+
+def _by(row: Row) -> str:
+    return f", written by {row[5]}" if row[5] else ""

@@ -1,0 +1,64 @@
+"""Which of the lines ran that write process-globals: what is put back within a phase is not seen to change."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from sglang_distguard.audit.sources import source_of
+
+#: (module, line)
+Place = tuple[str, int]
+_Tracer = Callable[[types.FrameType, str, Any], Any]
+
+
+class Trace:
+    """Notes which writes of SGLang's ran.
+
+    ``sys.settrace`` asks once per call, and by line only in functions that write something global.
+    """
+
+    def __init__(self) -> None:
+        self.ran: set[Place] = set()
+        self._tracers: dict[types.CodeType, Optional[_Tracer]] = {}
+
+    def call(self, frame: types.FrameType, event: str, argument: Any) -> Optional[_Tracer]:
+        """What ``sys.settrace`` is given."""
+        code = frame.f_code
+        if code not in self._tracers:
+            self._tracers[code] = self._tracer(code, frame.f_globals.get("__name__"))
+        return self._tracers[code]
+
+    def _tracer(self, code: types.CodeType, module: Any) -> Optional[_Tracer]:
+        if not isinstance(module, str) or not module.startswith("sglang."):
+            return None
+        if not code.co_filename.endswith(".py"):
+            return None
+        lines = {line for _, _, line in code.co_lines() if line is not None}
+        lines &= {write.line for write in source_of(module, code.co_filename).writes}
+        if not lines or code.co_name == "<module>":
+            return None
+
+        def trace(frame: types.FrameType, event: str, argument: Any) -> _Tracer:
+            if event == "line" and frame.f_lineno in lines:
+                self.ran.add((module, frame.f_lineno))
+            return trace
+
+        return trace
+
+
+@contextmanager
+def tracing() -> Iterator[Trace]:
+    """Note what this thread runs inside the with block, and every thread that starts in it."""
+    trace = Trace()
+    threading.settrace(trace.call)
+    sys.settrace(trace.call)
+    try:
+        yield trace
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
