@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 VOCABULARY = 1000
+#: Returns the transformers model class and its configuration.
+Builder = Callable[[], tuple[Any, Any]]
 
 
 def _gpt2() -> tuple[Any, Any]:
@@ -34,7 +36,7 @@ def _opt() -> tuple[Any, Any]:
     )
 
 
-_DECODER: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -48,14 +50,14 @@ _DECODER: dict[str, Any] = {
 def _llama() -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM, LlamaConfig(**_DECODER)
+    return LlamaForCausalLM, LlamaConfig(**DECODER)
 
 
 def _mixtral() -> tuple[Any, Any]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     return MixtralForCausalLM, MixtralConfig(
-        **_DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+        **DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
     )
 
 
@@ -63,7 +65,7 @@ def _qwen3_moe() -> tuple[Any, Any]:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     settings: dict[str, Any] = {
-        **_DECODER,
+        **DECODER,
         "moe_intermediate_size": 64,
         "head_dim": 16,
         "num_experts": 8,
@@ -74,8 +76,8 @@ def _qwen3_moe() -> tuple[Any, Any]:
     return Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings)
 
 
-#: Name -> function returning the transformers model class and its configuration.
-ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
+#: The five that tests and demo run; `testing.catalog` has all that this package knows.
+ARCHITECTURES: dict[str, Builder] = {
     "gpt2": _gpt2,
     "opt": _opt,
     "llama": _llama,
@@ -84,7 +86,14 @@ ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
 }
 
 
-def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> Path:
+def create_model(
+    architecture: str,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    builders: Mapping[str, Builder] = ARCHITECTURES,
+    adjust: Optional[Callable[[Any], None]] = None,
+) -> Path:
     """Write a checkpoint (float32, safetensors) and return its directory; keep one that is there.
 
     Safe to call from several processes at once: a checkpoint appears whole or not at all. Leaves
@@ -92,9 +101,11 @@ def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> 
     it while no other thread draws random numbers or builds a model.
 
     Args:
-        architecture: a key of ``ARCHITECTURES``.
+        architecture: a key of ``builders``.
         directory: where checkpoints are kept; the new one is a folder inside.
         seed: of the random weights.
+        builders: the architectures that are known.
+        adjust: called with the new model before it is written; may draw random numbers.
 
     Returns:
         The checkpoint's own directory, ``directory / "<architecture>-<seed>"``.
@@ -102,7 +113,7 @@ def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> 
     Raises:
         KeyError: unknown architecture.
     """
-    builder = ARCHITECTURES[architecture]
+    builder = builders[architecture]
     target = Path(directory) / f"{architecture}-{seed}"
     if (target / "config.json").is_file():
         return target
@@ -110,7 +121,7 @@ def create_model(architecture: str, directory: str | Path, *, seed: int = 0) -> 
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         kind, config = builder()
-        _save(_random_model(kind, config, seed), scratch)
+        _save(_random_model(kind, config, seed, adjust), scratch)
         scratch.chmod(0o755)  # mkdtemp makes it private
         os.rename(scratch, target)  # atomic, and refused when another process was first
     except OSError:
@@ -136,7 +147,9 @@ def _save(model: Any, directory: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _random_model(kind: Any, config: Any, seed: int) -> Any:
+def _random_model(
+    kind: Any, config: Any, seed: int, adjust: Optional[Callable[[Any], None]]
+) -> Any:
     import torch
 
     default = torch.get_default_dtype()
@@ -145,7 +158,10 @@ def _random_model(kind: Any, config: Any, seed: int) -> Any:
         try:
             if default is not torch.float32:
                 torch.set_default_dtype(torch.float32)  # the weights depend on it
-            return kind(config)
+            model = kind(config)
+            if adjust is not None:
+                adjust(model)
+            return model
         finally:
             if default is not torch.float32:
                 torch.set_default_dtype(default)

@@ -23,6 +23,10 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
 )
 
 
+def _ignore(step: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Generation:
     """What a runner generated.
@@ -44,6 +48,7 @@ def build(
     is_draft_worker: bool = False,
     world_rank: int = 0,
     port: Optional[int] = None,
+    after: Callable[[str], None] = _ignore,
 ) -> ModelRunner:
     """Build a runner exactly as SGLang's own code does; knows nothing of distguard.
 
@@ -53,6 +58,8 @@ def build(
         is_draft_worker: publishes and initialises nothing: its target, built before, has.
         world_rank: this process's, of ``tp_size`` times ``pp_size``.
         port: where the ranks meet; default: a free one, for one rank.
+        after: called with the name of each step when it is done: "publish", "init", "load",
+            "pool", "backends", "graphs".
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.configs.model_config import ModelConfig
@@ -72,12 +79,14 @@ def build(
         initialize_fp8_gemm_config()
         initialize_bf16_gemm_config()
         initialize_fp4_gemm_config()
+    after("publish")
     model_config = ModelConfig.from_server_args(server_args)
     if not is_draft_worker:
         bootstrap.init_parallel_runtime(
             server_args=server_args, device=get_device().device, dist_port=port
         )
         bootstrap.init_layer_runtime(model_config=model_config)
+    after("init")
     runner = ModelRunner(
         model_config=model_config,
         mem_fraction_static=resolving_view(server_args).mem_fraction_static,
@@ -86,9 +95,13 @@ def build(
         server_args=server_args,
         is_draft_worker=is_draft_worker,
     )
+    after("load")
     runner.alloc_memory_pool()
+    after("pool")
     runner.init_attention_backends()
+    after("backends")
     runner.init_cuda_graphs()
+    after("graphs")
     return runner
 
 
@@ -99,6 +112,7 @@ def generate(
     *,
     forced: Optional[Sequence[Sequence[int]]] = None,
     activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
+    after: Callable[[str], None] = _ignore,
 ) -> Generation:
     """Prefill ``prompts`` as one batch, then decode.
 
@@ -110,6 +124,7 @@ def generate(
             those sampled (teacher forcing); ``Generation.tokens`` are still those sampled.
         activate: entered around everything: SGLang's batch code reads its context outside the
             runner's methods (``sglang_distguard.activate``).
+        after: called with "prefill" and "decode" when that is done.
 
     Raises:
         ValueError: too few forced tokens.
@@ -120,6 +135,7 @@ def generate(
         raise ValueError(f"forced needs {steps} tokens for each of {len(prompts)} prompts")
     with activate(runner), torch.no_grad():
         batch, token, logits = _extend(prompts, runner)
+        after("prefill")
         tokens, rows = [token], [logits]
         for step in range(steps):
             if forced is not None:
@@ -127,6 +143,7 @@ def generate(
             token, logits = _decode(token, batch, runner)
             tokens.append(token)
             rows.append(logits)
+        after("decode")
         vocabulary = runner.model_config.vocab_size
         return Generation(
             tokens=torch.stack(tokens).T.tolist(),
@@ -134,8 +151,46 @@ def generate(
         )
 
 
+def embed(
+    runner: ModelRunner,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    *,
+    activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
+    after: Callable[[str], None] = _ignore,
+) -> torch.Tensor:
+    """Prefill ``prompts`` as one batch of a model that does not generate.
+
+    Args:
+        runner: its pools are cleared first: nothing else may be computing with it.
+        prompts: token ids.
+        activate: as for ``generate``.
+        after: called with "prefill" when that is done.
+
+    Returns:
+        The embedding or the scores of each prompt, shape [prompts, width], on the CPU.
+    """
+    import torch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    with activate(runner), torch.no_grad():
+        # As `TpModelWorker.forward_batch_embedding` (0.5.23).
+        forward_batch = ForwardBatch.init_new(
+            _prefill_batch(prompts, runner), runner, return_hidden_states_before_norm=False
+        )
+        output = cast(Any, runner.forward(forward_batch).logits_output)
+        after("prefill")
+        return output.embeddings.reshape(len(prompts), -1).cpu()
+
+
 def _extend(prompts: Sequence[Sequence[int]], runner: Any) -> tuple[Any, Any, Any]:
     """As `sglang.benchmark.one_batch.extend` (0.5.23), returning the logits too."""
+    batch = _prefill_batch(prompts, runner)
+    token, logits = _forward(batch, runner)
+    return batch, token, logits
+
+
+def _prefill_batch(prompts: Sequence[Sequence[int]], runner: Any) -> Any:
+    """All prompts in one batch, its memory allocated."""
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -167,8 +222,7 @@ def _extend(prompts: Sequence[Sequence[int]], runner: Any) -> tuple[Any, Any, An
     if batch.input_ids is None and batch.prefill_input_ids_cpu is not None:
         batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
         batch.prefill_input_ids_cpu = None
-    token, logits = _forward(batch, runner)
-    return batch, token, logits
+    return batch
 
 
 def _decode(token: Any, batch: Any, runner: Any) -> tuple[Any, Any]:
