@@ -56,7 +56,7 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
 
 
 def _handle(
-    name: str, scope: Optional[_core.Scope], keys: Sequence[str], turns: Optional[str]
+    name: str, scope: Optional[_core.Scope], keys: list[str], turns: Optional[str]
 ) -> _core.RunnerHandle:
     while True:
         try:

@@ -91,4 +91,8 @@ def audit(models: Sequence[Path]) -> list[findings.Finding]:
     runs = [it.result() for it in started]
     files = {module for it in runs for module in it.files}
     with tqdm(total=len(files), desc="sources", unit="file") as bar:
-        return findings.find(runs, lambda _module: bar.update() and None)
+
+        def advance(_module: str) -> None:
+            bar.update()
+
+        return findings.find(runs, advance)

@@ -182,11 +182,11 @@ def together(subject: Subject) -> Run:
                 runner, number, activate=sglang_distguard.activate, after=watch.of(name)
             )
             runners.append(runner)
+            del runner
         _at_once(subject, runners)
         watch.after("both", "decode")
-        for runner in runners:
-            sglang_distguard.close(runner)
-        del runner, runners
+        while runners:
+            sglang_distguard.close(runners.pop())
         _tear_down()
         watch.after("both", "close")
     return _run(watch, trace)
