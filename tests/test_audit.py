@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sglang_distguard import treatments
 from sglang_distguard.__main__ import main
-from sglang_distguard.audit import findings, ledger, observe, report, sources
+from sglang_distguard.audit import findings, ledger, observe, report, runs, sources
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Run, differences
 from sglang_distguard.audit.traces import tracing
@@ -304,13 +304,16 @@ def test_a_run_that_fails_ends_with_2_and_its_error(
     assert "the audit's run of" in capsys.readouterr().err
 
 
+def test_a_run_that_takes_too_long_is_ended_and_said_to(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"did not end within 0\.1 s"):
+        runs.run(tmp_path, together=False, seconds=0.1)
+
+
 def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
     known = ledger.read(LEDGER)
     assert [key for key, row in known.items() if row[3] == Open.UNCOVERED] == []
     for row in treatments.TREATMENTS:
-        found = known.get((row.module, row.name))
-        if found is not None:
-            assert (found[3], found[4]) == (row.how.value, row.reason)
+        assert known[row.module, row.name][3:5] == (row.how.value, row.reason)
 
 
 def test_an_audit_finds_what_the_ledger_says(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sglang_distguard.treatments import How
 Model = Callable[..., Path]
 
 HARMLESS = [row for row in treatments.TREATMENTS if row.how is How.HARMLESS]
-VARIABLES = [row.name.split("'")[1] for row in HARMLESS if row.module == "os"]
+VARIABLES = [row.name.split("'")[1] for row in HARMLESS if row.name.startswith("environ['")]
 
 
 def caches() -> Iterator[tuple[str, Any]]:

@@ -52,7 +52,7 @@ class Finding:
 def find(
     runs: Sequence[Run], advance: Callable[[str], None] = lambda module: None
 ) -> list[Finding]:
-    """Every process-global of the modules of SGLang that the runs imported, and all that changed.
+    """Every process-global of the modules of SGLang that the runs imported, what is treated and what changed.
 
     Args:
         runs: what was seen.
@@ -74,7 +74,9 @@ def find(
     for run in runs:
         for change in run.changes:
             seen.setdefault((change.module, change.name), []).append(change)
-    for module, name in seen:
+    # Every treatment has its line, whether or not these runs come across what it treats.
+    treated = {(row.module, row.name) for row in treatments.TREATMENTS}
+    for module, name in seen.keys() | treated:
         kinds.setdefault((module, name), _kind_of_other(module))
     ran = {place for run in runs for place in run.ran}
     return [

@@ -69,21 +69,28 @@ class Run:
     ran: list[tuple[str, int]]
 
 
-def run(model: Path, *, together: bool) -> Run:
-    """Build and run ``model`` in a process that is observed.
+def run(model: Path, *, together: bool, seconds: float = _SECONDS) -> Run:
+    """Build and run ``model`` in a process that is observed, and killed after ``seconds``.
 
     Raises:
-        RuntimeError: the process failed; the text has the end of its error output.
+        RuntimeError: the process failed or took too long; the text has the end of its error output.
     """
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         options = ["--together"] if together else []
-        ran = subprocess.run(
-            [sys.executable, "-m", _MODULE, str(model), file.name, *options],
-            env={name: text for name, text in os.environ.items() if name != REUSE_VARIABLE},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+        try:
+            ran = subprocess.run(
+                [sys.executable, "-m", _MODULE, str(model), file.name, *options],
+                env={name: text for name, text in os.environ.items() if name != REUSE_VARIABLE},
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired as late:
+            # Bytes, though text was asked for (CPython 3.11).
+            printed = (late.stderr or b"").decode(errors="replace")
+            raise RuntimeError(
+                f"the audit's run of {model} did not end within {seconds:g} s:\n{printed[-4000:]}"
+            ) from None
         if ran.returncode != 0:
             raise RuntimeError(
                 f"the audit's run of {model} failed (exit status {ran.returncode}):\n"
