@@ -12,6 +12,13 @@ import pytest
 from sglang_distguard.testing.catalog import CATALOG
 
 ROOT = Path(__file__).resolve().parent.parent
+SAME, OTHER = {"same": True}, {"same": False}
+FINE: dict[str, Any] = {"problems": [], "other_bits": []}
+RAISED = {**FINE, "problems": ["KeyError"]}
+OTHER_BITS = {**FINE, "other_bits": ["round 0 differs"]}
+COVERED: dict[str, Any] = {"uncovered": []}
+UNCOVERED = {"uncovered": ["m.x"]}
+NOTHING = {"failed": "no", "where": ""}
 ALONE = {"error": 1e-6, "scale": 1.0, "repeatable": True, "class": "Some"}
 
 
@@ -35,28 +42,32 @@ def test_the_table_has_every_architecture_and_none_failed_with_the_guard() -> No
 
 def test_every_kind_of_model_is_among_those_that_are_right() -> None:
     kinds = {row[1] for row in rows().values() if row[4] == "right"}
-    assert {"dense", "MoE", "encoder", "embedding", "scores", "reward"} <= kinds
+    # Of those with latent attention or a state SGLang 0.5.23 runs none on a CPU without AMX.
+    assert {entry.kind for entry in CATALOG.values()} - kinds <= {"MLA", "hybrid"}
 
 
 @pytest.mark.parametrize(
     ("alone", "disturbed", "guarded", "audited", "category"),
     [
-        ({}, {"same": True}, {"problems": []}, {"uncovered": []}, "right"),
-        ({"error": 0.5}, {"same": True}, {"problems": []}, {"uncovered": []}, "off Hugging Face"),
-        (
-            {"error": float("nan")},
-            {"same": True},
-            {"problems": []},
-            {"uncovered": []},
-            "off Hugging Face",
-        ),
-        ({"repeatable": False}, {"same": True}, {"problems": []}, {"uncovered": []}, "undefined"),
-        ({}, {"same": False}, {"problems": ["other bits"]}, {"uncovered": []}, "undefined"),
-        ({}, {"same": True}, {"problems": ["other bits"]}, {"uncovered": []}, "FAILED"),
-        ({}, {"same": True}, {"problems": []}, {"uncovered": ["m.x"]}, "FAILED"),
-        ({}, {"same": True}, None, {"uncovered": []}, "FAILED"),
-        ({}, {"same": True}, {"problems": []}, {"failed": "no", "where": ""}, "FAILED"),
-        ({"failed": "no", "where": ""}, None, None, None, "does not run alone"),
+        ({}, SAME, FINE, COVERED, "right"),
+        ({"error": 0.5}, SAME, FINE, COVERED, "off Hugging Face"),
+        ({"error": float("nan")}, SAME, FINE, COVERED, "off Hugging Face"),
+        ({"repeatable": False}, SAME, FINE, COVERED, "undefined"),
+        ({"repeatable": False}, SAME, OTHER_BITS, COVERED, "undefined"),
+        ({"repeatable": False}, SAME, RAISED, COVERED, "FAILED"),
+        ({}, OTHER, OTHER_BITS, COVERED, "undefined"),
+        ({}, OTHER, RAISED, COVERED, "FAILED"),
+        ({}, OTHER, FINE, UNCOVERED, "FAILED"),
+        ({}, NOTHING, FINE, COVERED, "FAILED"),
+        ({}, None, FINE, COVERED, "FAILED"),
+        ({}, SAME, OTHER_BITS, COVERED, "FAILED"),
+        ({}, SAME, RAISED, COVERED, "FAILED"),
+        ({}, SAME, FINE, UNCOVERED, "FAILED"),
+        ({}, SAME, None, COVERED, "FAILED"),
+        ({}, SAME, FINE, None, "FAILED"),
+        ({}, SAME, FINE, NOTHING, "FAILED"),
+        ({}, SAME, NOTHING, COVERED, "FAILED"),
+        (NOTHING, None, None, None, "does not run alone"),
     ],
 )
 def test_an_outcome_is_right_only_when_everything_was_run_and_was(

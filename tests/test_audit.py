@@ -99,6 +99,77 @@ def test_rebinding_containers_class_attributes_and_caches_are_seen_to_change(
     assert changed(before) == set()
 
 
+HOLDERS = """
+import functools
+import itertools
+import threading
+import weakref
+import torch
+
+class Key:
+    pass
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self):
+        self.x = 0
+
+class Kept:
+    @staticmethod
+    @functools.lru_cache
+    def once(): return 1
+
+@functools.lru_cache(maxsize=1)
+def last(n): return n
+
+def function(): pass
+
+key = Key()
+last(0)
+slotted = Slotted()
+weak_values = weakref.WeakValueDictionary()
+weak_keys = weakref.WeakKeyDictionary()
+weak_set = weakref.WeakSet()
+raw = bytearray(3)
+local = threading.local()
+number = itertools.count()
+tensor = torch.zeros(3)
+nested = {"a": [{}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("slotted", "slotted.x = 1"),
+        ("weak_values", "weak_values['a'] = key"),
+        ("weak_keys", "weak_keys[key] = 1"),
+        ("weak_set", "weak_set.add(key)"),
+        ("raw", "raw[0] = 1"),
+        ("local", "local.x = 1"),
+        ("number", "next(number)"),
+        ("tensor", "tensor[0] = 1"),
+        ("nested", "nested['a'][0]['b'] = 1"),
+        ("function", "function.calls = 1"),
+        ("Kept.once", "Kept.once()"),
+        ("last", "last(1)"),
+        ("last", "last.cache_clear(); last(0); last(1)"),
+    ],
+)
+def test_a_change_is_seen_whatever_holds_it(name: str, line: str) -> None:
+    made: Any = types.ModuleType("sglang.made_up")
+    sys.modules[made.__name__] = made
+    try:
+        exec(HOLDERS, vars(made))
+        before = observe.observe()
+        assert changed(before) == set()
+        exec(line, vars(made))
+        assert changed(before) == {("sglang.made_up", name)}
+    finally:
+        del sys.modules[made.__name__]
+
+
 def test_an_equal_object_in_the_place_of_another_is_a_change(module: Any) -> None:
     before = observe.observe()
     module.cache = {}
@@ -151,9 +222,83 @@ def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals(
         (there, "table", "write", False),
         (there, "Shared.x", "write", True),
         (here, "Kept.made", "Kept.count", True),
+        (here, "Kept.seen", "Kept.count", False),
         (here, "Kept.seen", "Kept.clear", True),
     }
     assert sources.read("sglang.made_up", TEXT).declared == {"state"}
+
+
+WAYS = """
+import os
+from sglang.other import settings
+from sglang.srt.environ import envs
+
+CACHE = {}
+config = object()
+
+@dataclass
+class Record:
+    fields: dict = field(default_factory=dict)
+
+    def write(self, k, v):
+        self.fields[k] = v
+
+class Kept:
+    seen = {}
+    own = {}
+
+    def __init__(self):
+        self.own = {}
+        self.mine = {}
+
+    def write(self, k, v):
+        %s
+
+def write(k, v):
+    %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("in_method", "line", "name"),
+    [
+        (False, "CACHE[k][1] = v", "CACHE"),
+        (False, "CACHE[k].x = v", "CACHE"),
+        (False, "CACHE[k].append(v)", "CACHE"),
+        (False, "CACHE.setdefault(k, []).append(v)", "CACHE"),
+        (False, "CACHE.get(k).x = v", "CACHE"),
+        (False, "del CACHE[k]", "CACHE"),
+        (False, "CACHE[k] += v", "CACHE"),
+        (False, "config.x = v", "config"),
+        (False, "config.items[k] = v", "config"),
+        (False, "setattr(config, 'x', v)", "config"),
+        (False, "write.calls = v", "write"),
+        (False, "globals()['CACHE'] = v", "CACHE"),
+        (False, "Kept.seen[k] = v", "Kept.seen"),
+        (True, "self.seen[k] = v", "Kept.seen"),
+        (True, "self.seen.pop(k)", "Kept.seen"),
+        (True, "type(self).seen = v", "Kept.seen"),
+        (True, "self.__class__.seen = v", "Kept.seen"),
+        (False, "envs.MADE_UP.set(v)", "envs.MADE_UP"),
+        (False, "with envs.MADE_UP.override(v): pass", "envs.MADE_UP"),
+        (False, "os.environ.pop('MADE_UP', None)", "environ['MADE_UP']"),
+        (False, "os.environ.setdefault('MADE_UP', v)", "environ['MADE_UP']"),
+        (False, "del os.environ['MADE_UP']", "environ['MADE_UP']"),
+        (False, "os.environ[k.name] = v", "environ[k.name]"),
+        (True, "self.own[k] = v", None),
+        (True, "self.mine[k] = v", None),
+        (True, "self.seen = v", None),
+        (False, "k.seen = v", None),
+        (False, "CACHE.get(k)", None),
+        (False, "CACHE = {}", None),
+    ],
+)
+def test_a_write_is_found_however_it_is_written(
+    in_method: bool, line: str, name: str | None
+) -> None:
+    text = WAYS % ((line, "pass") if in_method else ("pass", line))
+    found = {it.name for it in sources.read("sglang.made_up", text).writes}
+    assert found == ({name} if name else set())
 
 
 ELSEWHERE = """
@@ -194,7 +339,7 @@ def test_writes_of_what_is_not_sglangs_are_found_in_its_text() -> None:
         ("torch._dynamo.config", "cache_size_limit"),
         ("torch.backends.cuda.matmul", "allow_tf32"),
         ("os", "environ['MADE_UP']"),
-        ("os", "environ"),
+        ("os", "environ[name]"),
     }
 
 
@@ -260,7 +405,7 @@ def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_
     assert verdicts[here, "cache"] == Open.UNCOVERED
     assert verdicts[here, "names"] == Open.ONCE
     assert verdicts[here, "state"] == Open.UNSEEN
-    assert verdicts[here, "fixed"] == Open.CONSTANT
+    assert verdicts[here, "fixed"] == Open.UNWRITTEN
     assert verdicts[row.module, row.name] == row.how.value
     told = report.text(findings.find([run]))
     assert "sglang.made_up.cache\n    UNCOVERED\n    load (first): dict of 0 -> dict of 1" in told

@@ -123,3 +123,45 @@ def test_what_was_compiled_for_one_runner_is_not_used_for_another_on_another_thr
     assert counter.frame_count == 2
     for runner in runners.values():
         sglang_distguard.close(runner)
+
+
+def compiling_as_another_thread_sees_it() -> tuple[bool, bool, bool]:
+    """(on the thread that compiles, on another meanwhile, on both afterwards)"""
+    inside, looked = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(torch.compiler.is_compiling())
+        inside.set()
+        assert looked.wait(60)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: x + 1, backend=backend)
+    thread = threading.Thread(target=run, args=(torch.ones(3),))
+    thread.start()
+    assert inside.wait(60)
+    meanwhile = torch.compiler.is_compiling()
+    looked.set()
+    thread.join()
+    torch._dynamo.reset()
+    return seen[0], meanwhile, torch.compiler.is_compiling()
+
+
+def test_without_the_guard_every_thread_is_told_that_it_is_compiled(sglang: None) -> None:
+    """What the test below is compared with."""
+    assert compiling_as_another_thread_sees_it() == (True, True, False)
+
+
+def test_with_the_guard_only_the_thread_that_compiles_is_told_so(guard: None) -> None:
+    assert compiling_as_another_thread_sees_it() == (True, False, False)
+
+
+def test_compiled_code_is_told_so(guard: None) -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch.compiler.is_compiling() else x
+
+    torch._dynamo.reset()
+    assert torch.compile(forward, backend="eager")(torch.ones(3)).tolist() == [2.0] * 3
+    assert forward(torch.ones(3)).tolist() == [1.0] * 3
+    torch._dynamo.reset()

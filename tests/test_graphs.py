@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import graph_programs
@@ -92,4 +93,55 @@ def test_graphs_captured_from_two_threads_beside_a_third_that_forwards_are_right
         assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, alone)
     assert max_abs_error(alone, eager) < CLOSE
     for runner in (third, *built.values()):
+        sglang_distguard.close(runner)
+
+
+def test_updates_of_weights_that_capture_graphs_anew_are_alone_from_the_start(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang captures anew on GPUs only (0.5.23); here it is told that this machine can, too."""
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+    from sglang_distguard.targets import model_runner
+
+    able = SimpleNamespace(graph_capture=True)
+    platform = SimpleNamespace(is_out_of_tree=lambda: True, capabilities=able)
+    monkeypatch.setattr(weight_updater, "current_platform", platform)
+    monkeypatch.setattr(model_runner, "_captures", lambda: True)
+    path = model("gpt2")
+    expected = solo(path, "float32", cache_dir=CACHE).logits
+    runners: dict[str, Any] = {
+        name: sglang_distguard.build_runner(server_args(path), name=name) for name in ("one", "two")
+    }
+    inside: list[Any] = []
+    outcomes: dict[str, Any] = {}
+    both = threading.Barrier(2)
+
+    def update(name: str) -> None:
+        runner = runners[name]
+        load = runner.model.load_weights
+
+        def watched(weights: Any) -> Any:
+            inside.append(
+                [it["room"] for it in sglang_distguard.snapshot()["rooms"] if it["inside"]]
+            )
+            return load(weights)
+
+        runner.model.load_weights = watched
+        both.wait()
+        try:
+            outcomes[name] = runner.weight_updater.update_weights_from_disk(
+                str(path), "auto", recapture_cuda_graph=True
+            )
+        except BaseException as error:
+            outcomes[name] = error
+
+    threads = [threading.Thread(target=update, args=(name,)) for name in runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == dict.fromkeys(runners, (True, "Succeeded to update model weights."))
+    assert inside == [["room:capture"], ["room:capture"]]
+    for runner in runners.values():
+        assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
         sglang_distguard.close(runner)

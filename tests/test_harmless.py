@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,6 @@ from sglang_distguard.treatments import How
 Model = Callable[..., Path]
 
 HARMLESS = [row for row in treatments.TREATMENTS if row.how is How.HARMLESS]
-VARIABLES = [row.name.split("'")[1] for row in HARMLESS if row.name.startswith("environ['")]
 
 
 def caches() -> Iterator[tuple[str, Any]]:
@@ -47,7 +48,7 @@ def two_runners(model: Model) -> Iterator[list[Any]]:
 def test_what_is_remembered_would_be_found_again_by_every_runner(guard: None, model: Model) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    looked_at = []
+    looked_at, told_apart = [], []
     with two_runners(model) as runners:
         for name, cache in caches():
             if name.endswith("_dp_tp_moe_masks_pad_rows"):
@@ -56,35 +57,108 @@ def test_what_is_remembered_would_be_found_again_by_every_runner(guard: None, mo
             try:
                 remembered = cache(*arguments)
             except TypeError:
-                continue  # asks for something else; its results are told apart by that
+                told_apart.append(name)  # asks for something; its results are told apart by that
+                continue
             for runner in runners:
                 with sglang_distguard.activate(runner):
                     assert cache.__wrapped__(*arguments) == remembered, name
             looked_at.append(name)
     assert len(looked_at) >= 15, looked_at
+    assert [name for name in told_apart if "arg_groups" not in name] == [], told_apart
 
 
-@pytest.mark.parametrize("variable", VARIABLES)
-def test_what_is_written_into_the_environment_changes_no_logits(
-    guard: None, model: Model, variable: str, monkeypatch: pytest.MonkeyPatch
+class Switched:
+    """Whatever another runner, or what it uses, could have made of each other harmless row."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._monkeypatch, self._folder = monkeypatch, folder
+        self.done: set[tuple[str, str]] = set()
+
+    def all(self) -> None:
+        for row in HARMLESS:
+            if not is_cache(found(row)):
+                change = self._of_process(row.module, row.name)
+                if change is None:
+                    change = self._of_sglang(row.module, row.name)
+                change()
+                self.done.add((row.module, row.name))
+
+    def _of_process(self, module: str, name: str) -> Callable[[], Any] | None:
+        import torch
+        from tqdm import tqdm
+
+        level = self._monkeypatch.setattr
+        return {
+            ("torch", "rng"): lambda: torch.rand(7),
+            ("logging", "flash_attn"): lambda: level(logging.getLogger("flash_attn"), "level", 10),
+            ("logging", "torch.__trace"): lambda: level(
+                logging.getLogger("torch.__trace"), "level", 10
+            ),
+            ("threading", "threads:tqdm._monitor.TMonitor"): lambda: list(
+                tqdm(range(2), file=(self._folder / "bar").open("w"))
+            ),
+            ("sys", "path"): lambda: self._monkeypatch.syspath_prepend(self._folder),
+            ("os", "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']"): (
+                lambda: self._monkeypatch.setenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", "1")
+            ),
+        }.get((module, name))
+
+    def _of_sglang(self, module: str, name: str) -> Callable[[], Any]:
+        *path, last = name.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in path:
+            owner = getattr(owner, part)
+        now = vars(owner).get(last)
+        changed = {
+            "_forced_backend": lambda: vars(owner)["_UNRESOLVED"],
+            "_CUDA_ARCH": lambda: None,
+            "_deferred_finalize_info_logged": lambda: not now,
+            "global_diff_realtime_monotonic": lambda: now + 5,
+            "_allowed_media_domains": lambda: frozenset(["example.org"]),
+            "_media_url_max_file_size_bytes": lambda: 1,
+            "_msgpack_decoder": lambda: None,
+            "__del__": lambda: None,
+            "gpu_p2p_access_check": lambda: None,
+            "_can_set_experts_implementation_cached_value": lambda: True,
+            "_CLAMP_POSITION": lambda: type(now)(),
+            "hf_to_sglang_mapper": lambda: copy.copy(now),
+            "SPLIT_OPS": lambda: [*now, "made.up"],
+            "_all_types": lambda: (*now, int),
+        }.get(last, lambda: _with_one_more(now))
+        return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
+
+
+def _with_one_more(table: Any) -> Any:
+    more = copy.copy(table)
+    more["made up"] = None
+    return more
+
+
+def found(row: treatments.Treatment) -> Any:
+    if not row.module.startswith("sglang."):
+        return None
+    thing = importlib.import_module(row.module)
+    for part in row.name.split("."):
+        thing = getattr(thing, part, None)  # type: ignore[assignment]
+    return thing
+
+
+def test_what_others_make_of_it_changes_no_logits(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    expected = solo(model("gpt2"), "float32", cache_dir=CACHE).logits
-    runner = sglang_distguard.build_runner(server_args(model("gpt2")))
-    # What another runner could have written; cuda_ipc is refused where there is no CUDA.
-    monkeypatch.setenv(variable, "0" if variable == "SGLANG_USE_CUDA_IPC_TRANSPORT" else "1")
-    assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
-    other = sglang_distguard.build_runner(server_args(model("gpt2")))
-    assert bit_equal(generate(other, activate=sglang_distguard.activate).logits, expected)
-    for it in (runner, other):
-        sglang_distguard.close(it)
-
-
-def test_random_numbers_drawn_elsewhere_change_no_greedy_logits(guard: None, model: Model) -> None:
-    import torch
-
-    expected = solo(model("gpt2"), "float32", cache_dir=CACHE).logits
-    torch.rand(7)
-    runner = sglang_distguard.build_runner(server_args(model("gpt2")))
-    torch.rand(7)
-    assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
-    sglang_distguard.close(runner)
+    switched = Switched(monkeypatch, tmp_path)
+    alone = [
+        solo(model(name), dtype, cache_dir=CACHE).logits
+        for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
+    ]
+    with two_runners(model) as runners:  # built before
+        switched.all()
+        for runner, expected in zip(runners, alone, strict=True):
+            made = generate(runner, activate=sglang_distguard.activate)
+            assert bit_equal(made.logits, expected)
+    with two_runners(model) as runners:  # built afterwards
+        for runner, expected in zip(runners, alone, strict=True):
+            made = generate(runner, activate=sglang_distguard.activate)
+            assert bit_equal(made.logits, expected)
+    caches_of = {(row.module, row.name) for row in HARMLESS if is_cache(found(row))}
+    assert switched.done | caches_of == {(row.module, row.name) for row in HARMLESS}

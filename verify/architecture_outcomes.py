@@ -83,16 +83,20 @@ def judge(
     served = alone[0]["class"]
     errors = [result["error"] / result["scale"] for result in alone]
     error = max(errors, key=lambda it: (math.isnan(it), it))  # a NaN is the worst of all
-    problems = _problems(guarded) + _uncovered(audited)
-    told = "bit-equal" if not problems else "; ".join(problems)
+    problems = _problems(guarded) + _uncovered(audited) + _unsettled(disturbed)
+    other_bits = [] if guarded is None else list(guarded.get("other_bits", ()))
+    told = "; ".join([*problems, *other_bits]) or "bit-equal"
+    # What a checkpoint does not decide has other bits with the guard, too, and no other fault.
+    undefined = None
     if not all(result["repeatable"] for result in alone):
-        note = "the same runner has other bits each time"
-        return Outcome(name, UNDEFINED, served, error, told, note)
-    if disturbed is None or not disturbed.get("same", False):
-        note = "" if disturbed is None else str(disturbed.get("failed", ""))
-        return Outcome(name, UNDEFINED, served, error, told, note)
-    if problems:
+        undefined = "the same runner has other bits each time"
+    elif disturbed is not None and disturbed.get("same") is False:
+        undefined = ""
+    if problems or (other_bits and undefined is None):
         return Outcome(name, FAILED, served, error, "wrong", told)
+    if undefined is not None:
+        told = "other bits each time" if other_bits else "bit-equal"
+        return Outcome(name, UNDEFINED, served, error, told, undefined)
     # A NaN is neither above nor below.
     category = RIGHT if error <= TOLERANCE else OFF
     return Outcome(name, category, served, error, told)
@@ -104,6 +108,14 @@ def _problems(guarded: Mapping[str, Any] | None) -> list[str]:
     if "failed" in guarded:
         return [f"{guarded['failed']} ({guarded['where']})"]
     return list(guarded["problems"])
+
+
+def _unsettled(disturbed: Mapping[str, Any] | None) -> list[str]:
+    if disturbed is None:
+        return ["not run again with other leavings in memory"]
+    if "failed" in disturbed:
+        return [f"with other leavings in memory: {disturbed['failed']} ({disturbed['where']})"]
+    return []
 
 
 def _uncovered(audited: Mapping[str, Any] | None) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Literal, Optional
 
 import wrapt
 
-from sglang_distguard import _core, adapters, settings
+from sglang_distguard import _core, adapters, environment, settings
 from sglang_distguard.errors import AcquireTimeout, StateInUse
 from sglang_distguard.patching import ModulePlan
 from sglang_distguard.patching.live import functions_by_module
@@ -113,6 +113,9 @@ def uninstall() -> None:
             )
         installation, _installation = _installation, None
         _undo(installation)
+        environ = _imported("sglang.srt.environ")
+        if environ is not None:
+            environment.hand_over(environ)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Settings that SGLang applies to the whole process: runners that live at once must agree on them.
 
-0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
-`set_float32_matmul_precision("high")` is torch-wide, and `handle_environment_variables` writes settings
-into `os.environ` that every runner reads; what is set is never unset.
+0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher, and
+`set_float32_matmul_precision("high")` is torch-wide; what is set is never unset.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ PROCESS = "process"
 
 
 def switches() -> dict[str, Any]:
-    """What the current scope's configuration asks for; false or None for what it leaves alone."""
-    from sglang.srt.runtime_context import get_exec, get_server_args
+    """What the current scope's configuration asks for; false for what it leaves alone."""
+    from sglang.srt.runtime_context import get_exec
 
     execution = get_exec()
     return {
@@ -26,7 +25,6 @@ def switches() -> dict[str, Any]:
             execution.deterministic.enable_deterministic_inference
         ),
         "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
-        "mamba_ssm_dtype": getattr(get_server_args(), "mamba_ssm_dtype", None),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
@@ -58,11 +59,14 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
 def _handle(
     name: str, scope: Optional[_core.Scope], keys: list[str], turns: Optional[str]
 ) -> _core.RunnerHandle:
+    deadline = time.monotonic() + settings.current().timeout
     while True:
         try:
             return _core.RunnerHandle(name, scope, keys, turns=turns)
         except DistGuardError as error:
             if type(error) is not DistGuardError or error.details.get("key") != PROCESS:
+                raise
+            if time.monotonic() > deadline:
                 raise
         # Between `agree` and here nobody held it, and another thread asked for more.
         process_wide.agree()

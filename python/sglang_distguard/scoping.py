@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-from sglang_distguard import _core
+from sglang_distguard import _core, environment
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.rewrite import accessor_name
 
@@ -65,4 +65,5 @@ def scope_of_context(context: Any) -> Optional[_core.Scope]:
     scope = _core.new_scope(f"context-{id(context):x}")
     contexts.set_value_in(scope, context)
     accessor(CONTEXT_MODULE, "_PARALLEL").set_value_in(scope, context.parallel)
+    environment.of_scope.set_value_in(scope, environment.written_by(context._server_args))
     return scope

@@ -57,12 +57,6 @@ TREATMENTS: tuple[Treatment, ...] = (
         (_SRT + "distributed.parallel_state", "_WORLD", "coordinator of the world"),
         ("sys", "excepthook", "torch puts one on top for each world; it is taken out with it"),
         (
-            "os",
-            "environ['SGLANG_ENABLE_DETERMINISTIC_INFERENCE'] "
-            "environ['SGLANG_FLASHINFER_MOE_FUSED_FINALIZE'] environ['SGLANG_MAMBA_SSM_DTYPE']",
-            "written from one runner's configuration: runners that live at once agree on it",
-        ),
-        (
             "torch",
             "float32_matmul_precision allow_tf32",
             "enable_tf32_matmul: runners that live at once agree",
@@ -82,6 +76,12 @@ TREATMENTS: tuple[Treatment, ...] = (
         How.SCOPED,
         (_SRT + "runtime_context", "_PARALLEL _CONTEXT", "configuration, flags, resources"),
         (_SRT + "runtime_context", "_GLOBAL_DWDP_MANAGER", "weights of one model"),
+        (
+            _SRT + "environ",
+            "envs.*",
+            "environment variables that a configuration or a runner writes through envs, and others read",
+        ),
+        ("os", "environ[self.name]", "the same, where a field of envs writes its variable"),
         (
             _SRT + "distributed.parallel_state",
             "_TP _ATTN_TP _SHARED_EXPERTS_TP _ATTN_CP _DCP _MOE_DP _MOE_EP _MOE_TP _PP _SELF_PP "
@@ -186,6 +186,11 @@ TREATMENTS: tuple[Treatment, ...] = (
         How.THREAD_LOCAL,
         ("torch", "default_dtype", "SGLang holds it for the whole weight load"),
         (
+            "torch",
+            "compiling",
+            "true while one thread compiles: layers compute in another way then",
+        ),
+        (
             "torch.nn",
             "Module.register_parameter",
             "replaced while a model is built from transformers' own code",
@@ -206,28 +211,14 @@ TREATMENTS: tuple[Treatment, ...] = (
     *_rows(
         How.EXCLUDED,
         (
-            "torch",
-            "compiling",
-            "true on every thread while one compiles: nothing else computes while graphs are captured",
+            _SRT + "layers.activation",
+            "_ACTIVATION_REGISTRY",
+            "functions without weights that all models use; switched to what torch.compile can trace while "
+            "graphs are captured, when nothing else computes",
         ),
     ),
     *_rows(
         How.HARMLESS,
-        (
-            "os",
-            "environ['SGLANG_DISABLE_OUTLINES_DISK_CACHE']",
-            "read once, at import: where grammars are cached",
-        ),
-        (
-            "os",
-            "environ['SGLANG_ENABLE_TORCH_COMPILE']",
-            "read at import, for what Dynamo logs, and to pad rows of FP8 matmuls without CUTLASS",
-        ),
-        (
-            "os",
-            "environ['SGLANG_USE_CUDA_IPC_TRANSPORT']",
-            "default of how images reach a runner that is resolved later, not what is computed",
-        ),
         (
             "torch",
             "rng",
@@ -236,7 +227,6 @@ TREATMENTS: tuple[Treatment, ...] = (
         ),
         (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
         (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
-        ("os", "environ", "its variables are looked at one by one"),
         ("logging", "flash_attn", "level of another library's log"),
         ("threading", "threads:tqdm._monitor.TMonitor", "redraws progress bars"),
         ("logging", "torch.__trace", "torch.compile's log of itself"),
@@ -295,12 +285,6 @@ TREATMENTS: tuple[Treatment, ...] = (
             "one function per attention backend, added at import",
         ),
         (
-            _SRT + "layers.activation",
-            "_ACTIVATION_REGISTRY",
-            "functions without weights (no model of 0.5.23 asks it for xielu), each of which remembers "
-            "which kernel serves this machine; switched to another only inside of a capture",
-        ),
-        (
             _SRT + "models.gemma3_causal",
             "Gemma3ForCausalLM._can_set_experts_implementation_cached_value "
             "EmbeddingGemmaModel._can_set_experts_implementation_cached_value",
@@ -333,7 +317,7 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _SRT + "utils.common",
             "_allowed_media_domains _media_url_max_file_size_bytes",
-            "limits of media downloads, not of a forward",
+            "limits of media downloads, of the last configuration that says any; not of a forward",
         ),
     ),
 )
@@ -342,15 +326,19 @@ _BY_KEY = {(row.module, row.name): row for row in TREATMENTS}
 
 
 def find(module: str, name: str) -> Optional[Treatment]:
-    """How ``module``.``name`` is treated; None when no line is about it."""
-    return _BY_KEY.get((module, name))
+    """How ``module``.``name`` is treated; None when no line is about it.
+
+    A line about "name.*" is about every attribute of ``name`` that has none of its own.
+    """
+    every = f"{name.partition('.')[0]}.*"
+    return _BY_KEY.get((module, name)) or _BY_KEY.get((module, every))
 
 
 def scoped() -> dict[str, list[str]]:
     """Module -> names of its globals that every scope has its own value of."""
     found: dict[str, list[str]] = {}
     for row in TREATMENTS:
-        if row.how is How.SCOPED:
+        if row.how is How.SCOPED and "." not in row.name:  # attributes have hooks of their own
             found.setdefault(row.module, []).append(row.name)
     return found
 

@@ -6,6 +6,7 @@ from sglang_distguard import treatments
 from sglang_distguard.patching import Change, Scoped
 from sglang_distguard.targets import (
     bootstrap,
+    environ,
     expert_location,
     model_loader,
     model_runner,
@@ -13,6 +14,7 @@ from sglang_distguard.targets import (
     process_groups,
     runtime_context,
     threads,
+    torch_compiler,
     torch_dtype,
     torch_module,
     transformers_models,
@@ -24,10 +26,12 @@ _TARGETS = (
     parallel_state,
     process_groups,
     bootstrap,
+    environ,
     expert_location,
     model_runner,
     model_loader,
     weight_updater,
+    torch_compiler,
     torch_dtype,
     torch_module,
     transformers_models,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from sglang_distguard import treatments
@@ -19,7 +20,9 @@ class Open(StrEnum):
     UNCOVERED = "UNCOVERED"  # it was seen to change, or a line that writes it ran
     ONCE = "import"  # it was seen to change, while SGLang was imported and not later
     UNSEEN = "not exercised"  # functions write it, and none of those that ran did
-    CONSTANT = "constant"  # a container that nothing is known to write
+    UNWRITTEN = (
+        "no writer found"  # a container that did not change; no line that writes it is known
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def find(
     for module, file in sorted(files.items()):
         source = source_of(module, file)
         for write in source.writes:
-            writes.setdefault((write.module, write.name), []).append(write)
+            writes.setdefault(_key(write, files), []).append(write)
         for name in source.declared:
             kinds[module, name] = "global statement"
         advance(module)
@@ -91,6 +94,18 @@ def find(
     ]
 
 
+def _key(write: Write, files: Mapping[str, str]) -> Key:
+    """``config`` of ``a`` for what was taken for ``x`` of a module ``a.config`` that does not exist."""
+    package, _, last = write.module.rpartition(".")
+    if write.module in files or package not in files:
+        return write.module, write.name
+    file = Path(files[package])
+    inside = file.parent / last
+    if file.name == "__init__.py" and (inside.is_dir() or Path(f"{inside}.py").exists()):
+        return write.module, write.name  # it was not imported
+    return package, last
+
+
 def _kind_of_other(module: str) -> str:
     return "written" if module.startswith("sglang.") else "process"
 
@@ -112,4 +127,4 @@ def _open(kind: str, writes: tuple[Write, ...], changes: tuple[Change, ...], ran
         return Open.UNCOVERED
     if changes:
         return Open.ONCE
-    return Open.CONSTANT if kind == "container" and not writes else Open.UNSEEN
+    return Open.UNWRITTEN if kind == "container" and not writes else Open.UNSEEN

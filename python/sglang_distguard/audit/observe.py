@@ -20,6 +20,7 @@ from typing import Any
 
 from sglang_distguard.audit.sources import source_of
 from sglang_distguard.audit.values import Value, is_cache, value_of
+from sglang_distguard.installation import is_installed
 
 #: (module, name); a class's attribute is "Class.attribute".
 Key = tuple[str, str]
@@ -118,7 +119,7 @@ def _is_elsewhere(thing: Any, module: str) -> bool:
 def _process() -> Iterator[tuple[Key, Any]]:
     yield from _torch()
     for name, value in sorted(os.environ.items()):
-        yield ("os", f"environ[{name!r}]"), value
+        yield _variable(name), value
     yield ("os", "sched_getaffinity"), tuple(sorted(os.sched_getaffinity(0)))
     yield ("os", "getcwd"), os.getcwd()
     for sign in sorted(signal.valid_signals()):
@@ -137,6 +138,14 @@ def _process() -> Iterator[tuple[Key, Any]]:
     yield ("gc", "get_freeze_count > 0"), gc.get_freeze_count() > 0
     yield ("random", "getstate"), _digest(repr(random.getstate()).encode())
     yield from _loggers()
+
+
+def _variable(name: str) -> Key:
+    """Of an environment variable; with the guard ``envs`` writes none, so that one is somebody else's."""
+    fields = getattr(sys.modules.get("sglang.srt.environ"), "Envs", None)
+    if name in getattr(fields, "__dict__", ()) and not is_installed():
+        return "sglang.srt.environ", f"envs.{name}"
+    return "os", f"environ[{name!r}]"
 
 
 def _torch() -> Iterator[tuple[Key, Any]]:

@@ -31,9 +31,15 @@ _CHANGES = frozenset(
         "update",
     ]
 )
+#: Methods that return what is inside of a container.
+_INSIDE = frozenset(["get", "setdefault"])
+#: 0.5.23: writes of an environment variable through a field of ``envs``.
+_FIELDS = ("sglang.srt.environ", "envs", frozenset(["set", "override", "clear"]))
 #: Bare name -> (module, name) it was imported from; name "" for a module.
 _Names = dict[str, tuple[str, str]]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+#: Stands for the module that is read where ``globals()`` is.
+_MODULE = "globals()"
 _WRITING = frozenset(
     [
         *(ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete, ast.NamedExpr, ast.Call),
@@ -80,7 +86,7 @@ class Source:
     Attributes:
         writes: every write of a global that its functions make, as far as names tell. What is
             passed around, or written under a computed name, is not found: such changes show when
-            they happen (``observe``).
+            they happen (``observe``). Environment variables are: ``environ[name]``.
         declared: every name in a ``global`` statement.
     """
 
@@ -110,8 +116,11 @@ class _Reader:
         self._imported: _Names = {}
         self._bound: set[str] = set()
         self._classes: set[str] = set()
+        #: Class -> what its body makes and no method gives an instance of its own.
+        self._shared: dict[str, set[str]] = {}
 
     def read(self, tree: ast.Module) -> Iterator[Write]:
+        self._shared = dict(_shared_attributes(tree, []))
         for node in tree.body:
             self._note(node)
         yield from self._visit(tree, [], [])
@@ -171,14 +180,31 @@ class _Reader:
         first, attributes = _chain(target)
         if not attributes:
             return None
+        if first == _MODULE:
+            return self._module, attributes[0]
         if first == "cls" and classes:
             return self._module, ".".join([*classes, *attributes])
+        if first == "self":
+            return self._of_instance(classes, attributes, rebinds)
         owner = self._import_of(first, functions)
+        if owner is not None and owner == _FIELDS[:2]:
+            return owner[0], ".".join([owner[1], *attributes])
         if owner is not None:
             return _of_import(*owner, attributes)
-        if first in self._classes and not any(first in it.local for it in functions):
+        if any(first in it.local - it.declared for it in functions):
+            return None
+        if first in self._classes:
             return self._module, ".".join([first, *attributes])
-        return None
+        return (self._module, first) if first in self._bound else None
+
+    def _of_instance(
+        self, classes: list[str], attributes: list[str], rebinds: bool
+    ) -> tuple[str, str] | None:
+        """The attribute of the class that every instance changes, if it is one."""
+        name = ".".join(classes)
+        if (rebinds and len(attributes) == 1) or attributes[0] not in self._shared.get(name, ()):
+            return None
+        return self._module, f"{name}.{attributes[0]}"
 
     def _import_of(self, name: str, functions: list[_Scope]) -> tuple[str, str] | None:
         """What the bare ``name`` was imported from, if it was."""
@@ -186,6 +212,38 @@ class _Reader:
             if name in scope.local:
                 return scope.imported.get(name)
         return self._imported.get(name)
+
+
+def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, set[str]]]:
+    """(class, names that its body binds to something, and no method binds on the instance)"""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.ClassDef):
+            yield from _shared_attributes(child, path)
+            continue
+        inner = [*path, child.name]
+        bound = {
+            name
+            for statement in child.body
+            if isinstance(statement, ast.Assign)
+            or (isinstance(statement, ast.AnnAssign) and not _is_field(statement, child))
+            for name in _bound_names(statement)
+        }
+        bound -= {
+            target.attr
+            for statement in ast.walk(child)
+            for target, rebinds in _targets(statement)
+            if rebinds and isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+        }
+        yield ".".join(inner), bound
+        yield from _shared_attributes(child, inner)
+
+
+def _is_field(statement: ast.AnnAssign, owner: ast.ClassDef) -> bool:
+    """Whether it declares what every instance has for itself: of a dataclass, a msgspec Struct."""
+    made = [ast.unparse(it) for it in (*owner.decorator_list, *owner.bases)]
+    declares = any("dataclass" in it or it.endswith(("Struct", "BaseModel")) for it in made)
+    value = statement.value
+    return declares or (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"))
 
 
 def _imports(node: ast.Import | ast.ImportFrom) -> _Names:
@@ -209,14 +267,19 @@ def _chain(target: ast.expr) -> tuple[str, list[str]]:
     while isinstance(target, ast.Attribute):
         attributes.insert(0, target.attr)
         target = target.value
-    return (target.id, attributes) if isinstance(target, ast.Name) else ("", [])
+    if _is_call_of(target, "type"):
+        return "cls", attributes
+    if not isinstance(target, ast.Name):
+        return "", []
+    if target.id == "self" and attributes[:1] == ["__class__"]:
+        return "cls", attributes[1:]
+    return target.id, attributes
 
 
 def _of_import(module: str, name: str, attributes: list[str]) -> tuple[str, str]:
     """(module, name) of an attribute of something imported: a class begins with a capital letter."""
-    path = [module, *filter(None, [name]), *attributes]
+    parts = [*module.split("."), *filter(None, [name]), *attributes]
     first = len(module.split("."))
-    parts = ".".join(path).split(".")
     while first < len(parts) - 1 and not parts[first].lstrip("_")[:1].isupper():
         first += 1
     return ".".join(parts[:first]), ".".join(parts[first:])
@@ -238,12 +301,8 @@ def _targets(node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
         targets = [item.optional_vars for item in node.items if item.optional_vars]
     elif isinstance(node, ast.NamedExpr):
         targets = [node.target]
-    elif (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in _CHANGES
-    ):
-        yield node.func.value, False
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        yield from _changed_by(node, node.func)
         return
     elif (attribute := _set_attribute(node)) is not None:
         yield attribute, True
@@ -253,16 +312,63 @@ def _targets(node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
     for target in targets:
         for part in _parts(target):
             if isinstance(part, ast.Subscript):
-                yield _variable(part) or (part.value, False)
+                named = _variable(part.value, part.slice) or _of_globals(part)
+                yield (named, True) if named is not None else (_container(part), False)
             elif isinstance(part, (ast.Name, ast.Attribute)):
-                yield part, True
+                container = _container(part)
+                yield container, container is part
 
 
-def _variable(part: ast.Subscript) -> tuple[ast.expr, bool] | None:
-    """``os.environ["NAME"]``: an environment variable is a global of its own."""
-    if ast.unparse(part.value) == "os.environ" and isinstance(part.slice, ast.Constant):
-        return ast.Attribute(ast.Name("os"), f"environ[{part.slice.value!r}]", ast.Store()), True
+def _changed_by(call: ast.Call, method: ast.Attribute) -> Iterator[tuple[ast.expr, bool]]:
+    """What a call of ``method`` writes."""
+    called_on = method.value
+    if method.attr in _CHANGES:
+        variable = _variable(called_on, call.args[0]) if call.args else None
+        if variable is not None:
+            yield variable, True
+            return
+    first, attributes = _chain(called_on)
+    if first == _FIELDS[1] and len(attributes) == 1 and attributes[0].isupper():
+        if method.attr in _FIELDS[2]:
+            yield called_on, True
+    elif method.attr in _CHANGES:
+        yield _container(called_on), False
+
+
+def _container(written: ast.expr) -> ast.expr:
+    """``written`` itself, or what it is inside of: ``a.b`` of ``a.b[1].c``, ``a`` of ``a.get(1)``."""
+    found, node = written, written
+    while True:
+        if isinstance(node, ast.Subscript):
+            found = node = node.value
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in _INSIDE
+        ):
+            found = node = node.func.value
+        elif isinstance(node, ast.Attribute):
+            node = node.value
+        else:
+            return found
+
+
+def _variable(container: ast.expr, name: ast.expr) -> ast.expr | None:
+    """``os.environ["NAME"]``: an environment variable is a global of its own, also ``[name]``."""
+    if ast.unparse(container) == "os.environ":
+        return ast.Attribute(ast.Name("os"), f"environ[{ast.unparse(name)}]", ast.Store())
     return None
+
+
+def _of_globals(part: ast.Subscript) -> ast.expr | None:
+    """``globals()["name"]``, as an attribute of the module that is read."""
+    if _is_call_of(part.value, "globals") and isinstance(part.slice, ast.Constant):
+        return ast.Attribute(ast.Name(_MODULE), str(part.slice.value), ast.Store())
+    return None
+
+
+def _is_call_of(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
 
 
 def _set_attribute(node: ast.AST) -> ast.Attribute | None:

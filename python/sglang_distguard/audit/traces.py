@@ -24,14 +24,16 @@ class Trace:
 
     def __init__(self) -> None:
         self.ran: set[Place] = set()
-        self._tracers: dict[types.CodeType, Optional[_Tracer]] = {}
+        # Equal functions of two modules have equal code.
+        self._tracers: dict[tuple[Any, types.CodeType], Optional[_Tracer]] = {}
 
     def call(self, frame: types.FrameType, event: str, argument: Any) -> Optional[_Tracer]:
         """What ``sys.settrace`` is given."""
-        code = frame.f_code
-        if code not in self._tracers:
-            self._tracers[code] = self._tracer(code, frame.f_globals.get("__name__"))
-        return self._tracers[code]
+        code, module = frame.f_code, frame.f_globals.get("__name__")
+        key = (module, code)
+        if key not in self._tracers:
+            self._tracers[key] = self._tracer(code, module)
+        return self._tracers[key]
 
     def _tracer(self, code: types.CodeType, module: Any) -> Optional[_Tracer]:
         if not isinstance(module, str) or not module.startswith("sglang."):
@@ -55,10 +57,11 @@ class Trace:
 def tracing() -> Iterator[Trace]:
     """Note what this thread runs inside the with block, and every thread that starts in it."""
     trace = Trace()
+    before, before_in_threads = sys.gettrace(), threading.gettrace()
     threading.settrace(trace.call)
     sys.settrace(trace.call)
     try:
         yield trace
     finally:
-        sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        sys.settrace(before)
+        threading.settrace(before_in_threads)  # type: ignore[arg-type]

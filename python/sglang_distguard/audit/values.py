@@ -1,14 +1,21 @@
 """A value of a process-global at one moment: what tells it from others, and a text for people.
 
 Reads objects without running their code: lazy modules import themselves when an attribute is asked for.
+Not seen: what is deeper than ``DEPTH``, inside of other libraries' objects, or in a ``threading.local``
+of other threads.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import itertools
+import sys
+import threading
 import types
+import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +27,8 @@ _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType
 _CACHE = type(functools.lru_cache(lambda: None))
 _SEQUENCES = (list, tuple, deque)
 _SETS = (set, frozenset)
+_WEAK_MAPPINGS = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
+_WEAK = (*_WEAK_MAPPINGS, weakref.WeakSet)
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,14 @@ class Value:
 
 def value_of(thing: Any) -> Value:
     """``thing`` as it is now."""
+    thing = _function_of(thing)
     kept: list[Any] = [thing]
     return Value(_text(thing), _print(thing, DEPTH, kept), kept, isinstance(thing, _OPAQUE))
 
 
 def kind_of(thing: Any) -> str | None:
     """ "cache", "container" or "object", if it is something that can change; else None."""
+    thing = _function_of(thing)
     if is_cache(thing):
         return "cache"
     if is_container(thing):
@@ -69,37 +80,68 @@ def is_cache(thing: Any) -> bool:
 
 def is_container(thing: Any) -> bool:
     """Whether it is a mutable container."""
-    return isinstance(thing, (dict, list, set, deque, bytearray)) or _name(thing) in {
-        "WeakValueDictionary",
-        "WeakKeyDictionary",
-        "WeakSet",
-    }
+    return isinstance(thing, (dict, list, set, deque, bytearray, *_WEAK))
 
 
 def is_object(thing: Any) -> bool:
     """Whether it is an instance of a class of SGLang's that has attributes of its own."""
     if isinstance(thing, (*_OPAQUE, *_ATOMS)) or not _module(thing).startswith("sglang."):
         return False
-    return bool(attributes(thing)) or any("__slots__" in vars(kind) for kind in type(thing).__mro__)
+    return bool(attributes(thing)) or any(True for _ in _slots(thing))
 
 
 def attributes(thing: Any) -> dict[str, Any]:
     """Its own attributes, without running any code of its."""
+    if type(thing) is threading.local:  # a subclass's constructor runs on a thread's first look
+        return vars(thing)
+    found = {}
+    for name, slot in _slots(thing):
+        try:
+            found[name] = slot.__get__(thing)
+        except AttributeError:  # not set
+            continue
     try:
-        found = object.__getattribute__(thing, "__dict__")
+        others = object.__getattribute__(thing, "__dict__")
     except AttributeError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return found
+    return {**found, **others} if isinstance(others, dict) else found
+
+
+def _slots(thing: Any) -> Iterator[tuple[str, types.MemberDescriptorType]]:
+    for kind in type(thing).__mro__:
+        for name, slot in vars(kind).items():
+            if isinstance(slot, types.MemberDescriptorType) and not name.startswith("__"):
+                yield name, slot
+
+
+def _function_of(thing: Any) -> Any:
+    """What a class or static method is of."""
+    return thing.__func__ if isinstance(thing, (classmethod, staticmethod)) else thing
 
 
 def _print(thing: Any, depth: int, kept: list[Any]) -> Any:
     if isinstance(thing, _ATOMS):
         return type(thing), repr(thing) if isinstance(thing, float) else thing
     if is_cache(thing):
-        return id(thing), thing.cache_info().currsize
+        info = thing.cache_info()
+        return id(thing), info.misses, info.currsize
+    if isinstance(thing, (bytearray, itertools.count)):
+        return id(thing), repr(thing)
+    if isinstance(thing, types.FunctionType) and depth > 0 and vars(thing):
+        kept.append(thing)
+        return id(thing), _print(vars(thing), depth - 1, kept)
     if isinstance(thing, _OPAQUE) or depth == 0:
         kept.append(thing)
         return id(thing)
+    if isinstance(thing, _WEAK_MAPPINGS):
+        items = dict(thing)
+        return id(thing), _print(list(items.items()), depth, kept)[1]
+    if isinstance(thing, weakref.WeakSet):
+        return id(thing), _print(set(thing), depth, kept)[1]
+    version = _version(thing)
+    if version is not None:
+        kept.append(thing)
+        return id(thing), version
     if isinstance(thing, dict):
         items = [
             (_print(key, 0, kept), _print(value, depth - 1, kept))
@@ -111,12 +153,23 @@ def _print(thing: Any, depth: int, kept: list[Any]) -> Any:
     if isinstance(thing, _SETS):
         return _identity(thing), frozenset(_print(item, 0, kept) for item in tuple(thing))
     kept.append(thing)
-    if not is_object(thing):
+    if not is_object(thing) and type(thing) is not threading.local:
         return id(thing)
     inside = attributes(thing)
     return id(thing), tuple(
         (name, _print(value, depth - 1, kept)) for name, value in list(inside.items())
     )
+
+
+def _version(thing: Any) -> int | None:
+    """How often a tensor was written; None for anything else, and where torch does not count."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
+    if not issubclass(type(thing), tensor):
+        return None
+    try:
+        return int(thing._version)
+    except RuntimeError:  # of inference mode
+        return None
 
 
 def _identity(thing: Any) -> Any:
@@ -130,7 +183,7 @@ def _text(thing: Any) -> str:
         return text if len(text) <= 60 else text[:59] + "…"
     if is_cache(thing):
         return f"cache of {thing.cache_info().currsize}"
-    if isinstance(thing, (dict, *_SEQUENCES, *_SETS)):
+    if isinstance(thing, (dict, *_SEQUENCES, *_SETS, *_WEAK, bytearray)):
         return f"{_name(thing)} of {len(thing)}"
     if isinstance(thing, _OPAQUE):
         return f"{_name(thing)} {getattr(thing, '__qualname__', getattr(thing, '__name__', ''))}"

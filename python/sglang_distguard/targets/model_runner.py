@@ -58,7 +58,8 @@ _ROOMS: dict[str, rooms.Room] = {
 }
 
 
-def _room_of(step: str) -> rooms.Room:
+def room_of(step: str) -> rooms.Room:
+    """Which room a step of ``_ROOMS`` of the current scope's runner is in."""
     room = _ROOMS[step]
     return room if room != "capture" or _captures() else "load"
 
@@ -122,7 +123,7 @@ def _in_room(original: Callable[..., Any]) -> Callable[..., Any]:
         handle = runners.find_handle(self)
         if handle is None:
             return original(self, *args, **kwargs)
-        room = _room_of(step)
+        room = room_of(step)
         if room == "capture":
             runners.refuse_capture_without_turns(handle)
         with rooms.room(room, handle.name):

@@ -6,14 +6,17 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_distguard import _core, ownership, settings
-from sglang_distguard.patching import Around, Needs
+from sglang_distguard import _core, environment, ownership, settings
+from sglang_distguard.patching import Around
 from sglang_distguard.scoping import (
     CONTEXT_MODULE,
     context_snapshot,
     scope_active,
     scope_of_context,
 )
+
+#: Our key in SGLang's snapshot, beside its own "__parallel__".
+_ENVIRONMENT = "__environment__"
 
 
 def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +28,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
     namespace = original.__globals__
 
     @functools.wraps(original)
-    def publish(*args: Any, **kwargs: Any) -> Any:
+    def publish(server_args: Any, *args: Any, **kwargs: Any) -> Any:
         previous = _core.current_scope()
         ownership.vacate(
             previous
@@ -34,13 +37,15 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
         if fresh:
             _core.adopt_scope(scope)
             try:
-                return original(*args, **kwargs)
+                environment.resolve(server_args)
+                return original(server_args, *args, **kwargs)
             except BaseException:
                 _core.adopt_scope(previous)
                 raise
         before = context_snapshot()
         try:
-            return original(*args, **kwargs)
+            environment.resolve(server_args)
+            return original(server_args, *args, **kwargs)
         except BaseException:
             # SGLang's own way back from a failed launch; it writes into the same objects.
             namespace["restore_context"](before)
@@ -61,10 +66,50 @@ def _use_context(original: Callable[..., Any]) -> Callable[..., Any]:
     return use_context
 
 
+def _create_context(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What its configuration writes is for the new context's scope (``scope_of_context``)."""
+
+    @functools.wraps(original)
+    def create_context(server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        with scope_active(_core.new_scope("resolving")):
+            environment.resolve(server_args)
+        return original(server_args, *args, **kwargs)
+
+    return create_context
+
+
+def _snapshot_context(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def snapshot_context() -> dict[str, Any]:
+        return {**original(), _ENVIRONMENT: dict(environment.of_scope.value)}
+
+    return snapshot_context
+
+
+def _restore_context(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def restore_context(state: dict[str, Any]) -> None:
+        original(state)
+        if _ENVIRONMENT in state:
+            environment.of_scope.value = dict(state[_ENVIRONMENT])
+
+    return restore_context
+
+
+def _reset_context(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reset_context() -> None:
+        original()
+        environment.of_scope.value = {}
+
+    return reset_context
+
+
 CHANGES = (
-    Needs(CONTEXT_MODULE, "snapshot_context"),
-    Needs(CONTEXT_MODULE, "restore_context"),
-    Needs(CONTEXT_MODULE, "create_context"),
+    Around(CONTEXT_MODULE, "snapshot_context", _snapshot_context),
+    Around(CONTEXT_MODULE, "restore_context", _restore_context),
+    Around(CONTEXT_MODULE, "reset_context", _reset_context),
+    Around(CONTEXT_MODULE, "create_context", _create_context),
     Around(CONTEXT_MODULE, "publish", _publish),
     Around(CONTEXT_MODULE, "use_context", _use_context),
 )

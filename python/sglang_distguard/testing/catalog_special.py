@@ -45,9 +45,15 @@ def latent() -> list[Row]:
         (
             "deepseek_v2",
             "DeepseekV2ForCausalLM",
-            {**MLA, **YARN, "topk_method": "group_limited_greedy", "head_dim": 16},
+            {
+                **MLA,
+                **YARN,
+                "topk_method": "group_limited_greedy",
+                "head_dim": 16,
+                "moe_layer_freq": 1,  # as in the real checkpoint; transformers has no field for it
+            },
         ),
-        ("deepseek_v3", "DeepseekV3ForCausalLM", {**MLA, **YARN}),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", {**MLA, **YARN, "moe_layer_freq": 1}),
         ("deepseek_v32", "DeepseekV32ForCausalLM", {**lite, **indexer, **YARN}),
         ("glm4_moe_lite", "Glm4MoeLiteForCausalLM", {**lite, "n_group": 1}),
         ("glm_moe_dsa", "GlmMoeDsaForCausalLM", {**lite, **indexer, "n_group": 1}),
