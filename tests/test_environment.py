@@ -65,6 +65,29 @@ def test_every_runner_reads_what_its_own_configuration_wrote(guard: None, model:
         sglang_distguard.close(runner)
 
 
+def test_what_is_written_between_publish_and_the_runner_is_the_runners(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `ModelConfig` does (0.5.23, for DeepSeek V4)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.environ import envs
+
+    make = ModelConfig.from_server_args
+
+    def writes(*args: Any, **kwargs: Any) -> Any:
+        envs.SGLANG_MAMBA_SSM_DTYPE.set("float16")
+        return make(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelConfig, "from_server_args", writes)
+        first = sglang_distguard.build_runner(server_args(model("gpt2")), name="first")
+    second = sglang_distguard.build_runner(server_args(model("gpt2")), name="second")
+    assert [dtype_seen_by(it) for it in (first, second)] == ["float16", None]
+    assert VARIABLE not in os.environ
+    for runner in (first, second):
+        sglang_distguard.close(runner)
+
+
 def test_what_a_refused_runner_wrote_is_gone(guard: None, model: Model) -> None:
     first = sglang_distguard.build_runner(server_args(model("gpt2")), name="first")
     refused = server_args(model("gpt2"), mamba_ssm_dtype="bfloat16", enable_tf32_matmul=True)

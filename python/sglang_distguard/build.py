@@ -8,7 +8,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_distguard import _core, settings
+from sglang_distguard import _core, environment, settings
 from sglang_distguard.arguments import check, check_ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.groups import default_process_group
@@ -112,7 +112,8 @@ def build_runner(
         raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
     check_ranks(server_args)
     chosen = settings.current()
-    with settings.runner_scope(name if name is not None else chosen.name, timeout=timeout):
+    named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
+    with named, environment.for_runner():
         # The caller's own scope stays as it is: what is published here is the runner's.
         before = _core.current_scope()
         try:

@@ -10,6 +10,8 @@ be published again, copied, or pickled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Optional
 
@@ -25,8 +27,7 @@ _ATTRIBUTE = "_sglang_distguard_environment"
 #: The default scope's; ``of_scope`` answers for the others.
 _writes: Writes = {}
 of_scope = _core.ScopedGlobal(globals(), "_writes", dict)
-#: Whether the running code resolves what it publishes.
-_resolving: ContextVar[bool] = ContextVar("resolving", default=False)
+_for_runner: ContextVar[bool] = ContextVar("for_runner", default=False)
 
 
 def find(name: str) -> Optional[Written]:
@@ -39,7 +40,17 @@ def find(name: str) -> Optional[Written]:
 
 def is_own() -> bool:
     """Whether what the running code writes is a runner's, not the process's."""
-    return _core.current_scope() is not None or _core.depth() > 0 or _resolving.get()
+    return _core.current_scope() is not None or _core.depth() > 0 or _for_runner.get()
+
+
+@contextmanager
+def for_runner() -> Iterator[None]:
+    """What the with block writes in SGLang's default scope, too, is that of the runner there."""
+    token = _for_runner.set(True)
+    try:
+        yield
+    finally:
+        _for_runner.reset(token)
 
 
 def write(name: str, written: Optional[Written]) -> None:
@@ -54,11 +65,8 @@ def write(name: str, written: Optional[Written]) -> None:
 def resolve(server_args: Any) -> None:
     """Resolve ``server_args`` unless they are; the current scope has then what they have written."""
     of_scope.value = {}
-    token = _resolving.set(True)
-    try:
+    with for_runner():
         server_args.resolve_once()
-    finally:
-        _resolving.reset(token)
     if of_scope.value:
         setattr(server_args, _ATTRIBUTE, dict(of_scope.value))
     else:
