@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_distguard.audit.observe import Observation, observe, sglang_globals, source_files
-from sglang_distguard.audit.traces import Trace, tracing
+from sglang_distguard.audit.traces import Trace, tracing, untraced
 from sglang_distguard.audit.values import kind_of
 from sglang_distguard.settings import REUSE_VARIABLE
 
@@ -116,8 +116,9 @@ class _Watch:
         return lambda phase: self.after(runner, phase)
 
     def after(self, runner: str, phase: str) -> None:
-        now = observe()
-        self.changes += differences(self._last, now, phase=phase, runner=runner)
+        with untraced():
+            now = observe()
+            self.changes += differences(self._last, now, phase=phase, runner=runner)
         self._last = now
 
 

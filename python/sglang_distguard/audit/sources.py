@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,14 @@ class Source:
 @functools.cache
 def source_of(module: str, file: str) -> Source:
     """What the text of ``module`` in ``file`` says, which stays as it is."""
-    return read(module, Path(file).read_text(encoding="utf-8"))
+    text = Path(file).read_text(encoding="utf-8")
+    collects = gc.isenabled()
+    gc.disable()  # a syntax tree is many objects and no garbage: collecting takes longer than parsing
+    try:
+        return read(module, text)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read(module: str, text: str) -> Source:
@@ -218,7 +226,8 @@ def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, se
     """(class, names that its body binds to something, and no method binds on the instance)"""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.ClassDef):
-            yield from _shared_attributes(child, path)
+            if not isinstance(child, ast.expr):
+                yield from _shared_attributes(child, path)
             continue
         inner = [*path, child.name]
         bound = {

@@ -24,16 +24,18 @@ class Trace:
 
     def __init__(self) -> None:
         self.ran: set[Place] = set()
-        # Equal functions of two modules have equal code.
-        self._tracers: dict[tuple[Any, types.CodeType], Optional[_Tracer]] = {}
+        # By identity: equal functions of two modules have equal code, and comparing code is slow.
+        self._tracers: dict[int, tuple[types.CodeType, Optional[_Tracer]]] = {}
 
     def call(self, frame: types.FrameType, event: str, argument: Any) -> Optional[_Tracer]:
         """What ``sys.settrace`` is given."""
-        code, module = frame.f_code, frame.f_globals.get("__name__")
-        key = (module, code)
-        if key not in self._tracers:
-            self._tracers[key] = self._tracer(code, module)
-        return self._tracers[key]
+        code = frame.f_code
+        known = self._tracers.get(id(code))
+        if known is None:
+            # With the code itself, so that no later one gets its number.
+            known = code, self._tracer(code, frame.f_globals.get("__name__"))
+            self._tracers[id(code)] = known
+        return known[1]
 
     def _tracer(self, code: types.CodeType, module: Any) -> Optional[_Tracer]:
         if not isinstance(module, str) or not module.startswith("sglang."):
@@ -65,3 +67,14 @@ def tracing() -> Iterator[Trace]:
     finally:
         sys.settrace(before)
         threading.settrace(before_in_threads)  # type: ignore[arg-type]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Let this thread run the with block without being asked about every call."""
+    before = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
