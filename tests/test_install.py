@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from sglang_distguard import adapters, treatments
+from sglang_distguard import _core, adapters, treatments
 from sglang_distguard.adapters import generations
-from sglang_distguard.patching import Needs, find_source
+from sglang_distguard.patching import Needs, find_source, readers
 from sglang_distguard.patching.live import functions_of
+from sglang_distguard.scoping import scope_active
 
 
 def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
@@ -212,7 +213,7 @@ def test_any_order_of_import_install_and_uninstall(order: tuple[str, ...]) -> No
         [
             "import sglang_distguard as d",
             *(_STEPS[step] for step in order),
-            "from sglang_distguard.patching.rewrite import accessor_name",
+            "from sglang_distguard.patching.syntax import accessor_name",
             "patched = accessor_name('_current') in vars(fc), accessor_name('_CONTEXT') in vars(rc)",
             f"assert patched == ({last == 'install'},) * 2, patched",
             "assert fc.get_forward_context.__code__.co_filename.endswith('forward_context.py')",
@@ -278,6 +279,30 @@ def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
         assert source is not None, module
         assert all(name in source.text for name in names)
     assert len(adapters.choose()) == len({plan.module for plan in adapters.choose()})
+
+
+def test_who_reads_another_modules_scoped_global_reads_the_scopes() -> None:
+    """These three read past the accessors of 0.5.23's own modules; a release may add others."""
+    found = readers(treatments.scoped(), "sglang.srt")
+    assert {(it.module.removeprefix("sglang.srt."), it.name) for it in found} == {
+        ("eplb.expert_distribution", "is_capture_mode"),
+        ("layers.attention.dsa.dsa_indexer_kpool", "is_capture_mode"),
+        ("model_loader.loader", "_ROPE_DICT"),
+    }
+
+
+def test_expert_distribution_is_told_of_the_capture_of_its_own_runner(clean: None) -> None:
+    from sglang.srt.eplb.expert_distribution import _is_model_capture_mode
+    from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+
+    sglang_distguard.install()
+    captures, other = _core.new_scope("captures"), _core.new_scope("other")
+    with scope_active(captures), model_capture_mode():
+        assert _is_model_capture_mode()
+        with scope_active(other):
+            assert not _is_model_capture_mode()
+    with scope_active(captures):
+        assert not _is_model_capture_mode()
 
 
 @pytest.mark.parametrize("value", ["", "false", "0", "no", None])

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 from sglang_distguard import _core
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching import Around, AroundMethods, ModulePlan, Needs, Scoped, find_source
+from sglang_distguard.patching import (
+    Around,
+    AroundMethods,
+    ModulePlan,
+    Needs,
+    Reads,
+    Scoped,
+    find_source,
+)
 from sglang_distguard.scoping import scope_active
 
 Load = Callable[..., tuple[types.ModuleType, ModulePlan]]
@@ -202,6 +210,19 @@ def test_functions_keep_identity_file_and_line(load: Load) -> None:
     assert function.__code__.co_filename == ours.co_filename == module.__file__
 
 
+def test_undo_gives_functions_their_own_code_object_back(load: Load) -> None:
+    module, _ = load(SOURCE)
+    functions = [module.read, module.earlier, module.Holder.read, module.registry[0]]
+    before = [id(function.__code__) for function in functions]
+    source = find_source(module.__name__)
+    assert source is not None
+    plan = ModulePlan(source, [Scoped(module.__name__, "_value")])
+    plan.apply(module)
+    assert all(id(it.__code__) != code for it, code in zip(functions, before, strict=True))
+    plan.undo()
+    assert [id(function.__code__) for function in functions] == before
+
+
 def test_undo_reaches_functions_made_meanwhile_and_leaves_no_names(load: Load) -> None:
     module, plan = load(SOURCE, "_value", "_other")
     before = {name for name in vars(module) if "distguard" not in name}
@@ -250,6 +271,81 @@ def test_a_scope_that_nobody_holds_frees_its_values(load: Load) -> None:
     del big, scope
     gc.collect()
     assert alive() is None
+
+
+READER = """
+    import rewritten_0
+    import rewritten_0 as other
+    from rewritten_0 import read
+
+
+    def imports():
+        from rewritten_0 import _value, read as unchanged
+
+        def inner():
+            return _value
+
+        return inner(), unchanged is read
+
+
+    def imports_as():
+        from rewritten_0 import _value as mine
+
+        return mine
+
+
+    def attribute():
+        return rewritten_0._value, other._value
+
+
+    def writes(value):
+        other._value = value
+
+
+    def not_the_module(other):
+        return other._value
+
+
+    def shadowed():
+        rewritten_0 = other.Holder
+        rewritten_0._value = "an attribute"
+        return rewritten_0._value
+"""
+
+
+def test_another_modules_scoped_global_is_read_and_written_in_the_scope(load: Load) -> None:
+    owner, _ = load(SOURCE, "_value")
+    reader, plan = load(READER, lambda name: Reads(name, owner.__name__, "_value"))
+    function = reader.attribute
+    with scope_active(_core.new_scope("elsewhere")):
+        owner.rebind("scoped")
+        assert reader.imports() == ("scoped", True)
+        assert reader.imports_as() == "scoped"
+        assert reader.attribute() == ("scoped", "scoped")
+        reader.writes("written")
+        assert owner.read() == "written"
+        assert reader.not_the_module(types.SimpleNamespace(_value=1)) == 1
+        assert reader.shadowed() == "an attribute"
+        plan.undo()
+        assert reader.attribute is function
+        assert reader.attribute() == (owner._value, owner._value)
+        assert reader.imports()[0] is owner._value
+    assert owner._value == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from rewritten_0 import _value",
+        "import rewritten_0; copy = rewritten_0._value",
+        "import rewritten_0\ndef f(value=rewritten_0._value): pass",
+        "import rewritten_0\nclass C:\n    value = rewritten_0._value",
+    ],
+)
+def test_a_copy_made_at_import_is_refused(load: Load, line: str) -> None:
+    owner, _ = load(SOURCE, "_value")
+    with pytest.raises(NotSupported, match=r"copies rewritten_0\._value when it is imported"):
+        load(line, lambda name: Reads(name, owner.__name__, "_value"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from sglang_distguard import _core, environment
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching.rewrite import accessor_name
+from sglang_distguard.patching.syntax import accessor_name
 
 CONTEXT_MODULE = "sglang.srt.runtime_context"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sglang_distguard import treatments
-from sglang_distguard.patching import Change, Scoped
+from sglang_distguard.patching import Change, Scoped, readers
 from sglang_distguard.targets import (
     bootstrap,
     environ,
@@ -41,9 +41,11 @@ _TARGETS = (
 
 def changes() -> list[Change]:
     """Everything this generation changes."""
+    scoped = treatments.scoped()
     found: list[Change] = [
-        Scoped(module, name) for module, names in treatments.scoped().items() for name in names
+        Scoped(module, name) for module, names in scoped.items() for name in names
     ]
+    found += readers(scoped, "sglang.srt")
     for target in _TARGETS:
         found.extend(target.CHANGES)
     return found

@@ -6,9 +6,11 @@ from sglang_distguard.patching.plan import (
     Change,
     ModulePlan,
     Needs,
+    Reads,
     Replace,
     Scoped,
 )
+from sglang_distguard.patching.readers import readers
 from sglang_distguard.patching.source import ModuleSource, find_source
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "ModulePlan",
     "ModuleSource",
     "Needs",
+    "Reads",
     "Replace",
     "Scoped",
     "find_source",
+    "readers",
 ]

@@ -61,12 +61,22 @@ def _tracked() -> list[Any]:
         gc.freeze()
 
 
-def swap_code(functions: Iterable[FunctionType], codes: Mapping[CodeType, CodeType]) -> None:
-    """Give every function whose code is a key the code it maps to."""
+def swap_code(
+    functions: Iterable[FunctionType], codes: Mapping[CodeType, CodeType]
+) -> dict[CodeType, CodeType]:
+    """Give every function whose code is a key the code it maps to.
+
+    Returns:
+        What was given -> what was there: equal to the key, and the function's own object.
+    """
+    swapped = {}
     for function in functions:
-        replacement = codes.get(function.__code__)
+        before = function.__code__
+        replacement = codes.get(before)
         if replacement is not None:
             function.__code__ = replacement
+            swapped[replacement] = before
+    return swapped
 
 
 def _call(*args: Any, **kwargs: Any) -> Any:

@@ -14,8 +14,9 @@ from typing import Any, Optional, Union
 from sglang_distguard._core import ScopedGlobal
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import live
-from sglang_distguard.patching.rewrite import Rewrite, accessor_name, rewrite
+from sglang_distguard.patching.rewrite import Rewrite, rewrite
 from sglang_distguard.patching.source import ModuleSource
+from sglang_distguard.patching.syntax import accessor_name
 
 MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -25,6 +26,15 @@ class Scoped:
     """Every scope has its own value of a module global (see ``treatments``)."""
 
     module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Reads:
+    """``module`` may read ``of``.``name``, a scoped global of another module: it is to read the scope's."""
+
+    module: str
+    of: str
     name: str
 
 
@@ -77,7 +87,7 @@ class Needs:
     qualname: str
 
 
-Change = Union[Scoped, Around, AroundMethods, Replace, Needs]
+Change = Union[Scoped, Reads, Around, AroundMethods, Replace, Needs]
 
 
 @dataclass
@@ -99,7 +109,9 @@ class ModulePlan:
     @cached_property
     def _rewrite(self) -> Rewrite:
         names = frozenset(self._scoped_names)
-        return rewrite(self.source, names) if names else Rewrite({}, {})
+        reads = ((it.of, it.name) for it in self.changes if isinstance(it, Reads))
+        elsewhere = frozenset(reads)
+        return rewrite(self.source, names, elsewhere) if names or elsewhere else Rewrite({}, {})
 
     @property
     def _scoped_names(self) -> list[str]:
@@ -144,7 +156,7 @@ class ModulePlan:
             return
         applied = _Applied(module)
         try:
-            if self._scoped_names:
+            if self._rewrite.replaced or self._scoped_names:
                 found = live.functions_of(module) if functions is None else functions
                 self._apply_rewrite(applied, found)
             for change in self._arounds:
@@ -209,8 +221,9 @@ class _Applied:
         self._injected.append(name)
 
     def swap(self, codes: dict[CodeType, CodeType], functions: Sequence[FunctionType]) -> None:
+        # Inner functions that do not live yet get the plan's code back, the others their own object.
         self._restore.update({new: old for old, new in codes.items()})
-        live.swap_code(functions, codes)
+        self._restore.update(live.swap_code(functions, codes))
 
     def hook(self, function: FunctionType, qualname: str, make: MakeHook) -> None:
         if function.__globals__ is not vars(self.module):

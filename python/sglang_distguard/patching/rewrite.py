@@ -1,7 +1,8 @@
 """Recompiles a module's functions so that chosen module globals are read through an accessor.
 
-`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`. Nothing but
-the accessor differs: same file, same lines, same constants. Works on source text alone.
+`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`, and so does
+another module's: `m.X`, and `from m import X` inside a function. Nothing but the accessor differs:
+same file, same lines, same constants. Works on source text alone.
 """
 
 from __future__ import annotations
@@ -11,24 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
-from typing import Union
 
 from sglang_distguard.errors import NotSupported
+from sglang_distguard.patching.elsewhere import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
-
-#: One leading underscore: names with two are mangled inside classes.
-_PREFIX = "_distguard_scoped"
-_Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
-#: Nodes that bind a name which has no Name node.
-_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
-#: Nodes that bind a name which has no Name node.
-_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def accessor_name(name: str) -> str:
-    """The module global through which functions reach the scoped global ``name``."""
-    return f"{_PREFIX}_{name}"
+from sglang_distguard.patching.syntax import (
+    COMPREHENSIONS,
+    NAMED,
+    Function,
+    accessor_name,
+    bound_names,
+    own_nodes,
+)
 
 
 @dataclass(frozen=True)
@@ -46,16 +41,24 @@ class Rewrite:
 
 
 @cache
-def rewrite(source: ModuleSource, names: frozenset[str]) -> Rewrite:
-    """Plan the rewriting of ``names`` in ``source``.
+def rewrite(
+    source: ModuleSource,
+    names: frozenset[str],
+    elsewhere: frozenset[tuple[str, str]] = frozenset(),
+) -> Rewrite:
+    """Plan the rewriting of ``names`` in ``source``, and of (module, name) that are ``elsewhere``.
 
     Raises:
-        NotSupported: a name is not assigned exactly once at module level, or a function binds it
-            in a way that has no attribute form (an import, a def, an except clause).
+        NotSupported: a name is not assigned exactly once at module level, a function binds it in a
+            way that has no attribute form (an import, a def, an except clause), or one of another
+            module is copied where no scope is in force, at import.
     """
     tree = ast.parse(source.text, source.filename)
     initials = _initial_values(source, tree, names)
-    changed = _Accessors(source, names).visit(ast.parse(source.text, source.filename))
+    changed = ast.parse(source.text, source.filename)
+    if elsewhere:
+        changed = Elsewhere(source, elsewhere).visit(changed)
+    changed = _Accessors(source, names).visit(changed)
     ast.fix_missing_locations(changed)
     replaced = dict(_changed_code(_compile(tree, source), _compile(changed, source)))
     return Rewrite(replaced, initials)
@@ -151,7 +154,7 @@ class _Accessors(ast.NodeTransformer):
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
         return self._function(node)
 
-    def _function(self, node: _Function) -> ast.AST:
+    def _function(self, node: Function) -> ast.AST:
         # Decorators, defaults and annotations belong to the enclosing scope.
         if not isinstance(node, ast.Lambda):
             node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
@@ -174,7 +177,7 @@ class _Accessors(ast.NodeTransformer):
         return node
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, _COMPREHENSIONS):
+        if not isinstance(node, COMPREHENSIONS):
             return super().generic_visit(node)
         bound = {
             name.id
@@ -188,22 +191,20 @@ class _Accessors(ast.NodeTransformer):
         self._visible = outer
         return node
 
-    def _still_global(self, node: _Function) -> frozenset[str]:
+    def _still_global(self, node: Function) -> frozenset[str]:
         declared = {
             name
-            for child in _own_nodes(node)
+            for child in own_nodes(node)
             if isinstance(child, ast.Global)
             for name in child.names
         }
-        bound = {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
-        for child in _own_nodes(node):
-            if isinstance(child, ast.Name) and isinstance(child.ctx, (ast.Store, ast.Del)):
-                bound.add(child.id)
-            elif isinstance(child, (ast.Import, ast.ImportFrom)):
+        bound = bound_names(node)
+        for child in own_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
                 imported = {(alias.asname or alias.name).split(".")[0] for alias in child.names}
                 self._refuse(imported & declared, child)
                 bound |= imported
-            elif isinstance(child, _NAMED) and child.name is not None:
+            elif isinstance(child, NAMED) and child.name is not None:
                 self._refuse({child.name} & declared, child)
                 bound.add(child.name)
         return (self._visible - (bound - declared)) | (declared & self._names)
@@ -216,18 +217,3 @@ class _Accessors(ast.NodeTransformer):
                 f"{type(node).__name__}, which cannot be redirected to a scope",
                 module=self._source.module,
             )
-
-
-def _own_nodes(function: _Function) -> Iterator[ast.AST]:
-    """Walk a function's body without entering the functions and classes nested in it."""
-    body = function.body if isinstance(function.body, list) else [function.body]
-    pending: list[ast.AST] = list(body)
-    while pending:
-        node = pending.pop()
-        yield node
-        if isinstance(
-            node,
-            (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *_COMPREHENSIONS),
-        ):
-            continue
-        pending.extend(ast.iter_child_nodes(node))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -27,8 +28,21 @@ def find_source(module: str) -> Optional[ModuleSource]:
     the rest is a path below it, so that ``install()`` can look before sglang is imported.
     """
     path = _path_of(module)
-    if path is None or not path.is_file():
-        return None
+    return None if path is None or not path.is_file() else _read(module, path)
+
+
+def sources_below(package: str) -> Iterator[ModuleSource]:
+    """The source of every module of ``package``, with those of its packages; none when there is no such."""
+    top, *rest = package.split(".")
+    spec = importlib.util.find_spec(top)
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location).joinpath(*rest)
+        for file in sorted(folder.rglob("*.py")):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            yield _read(".".join(parts).removesuffix(".__init__"), file)
+
+
+def _read(module: str, path: Path) -> ModuleSource:
     try:
         return ModuleSource(module, str(path), path.read_text(encoding="utf-8"))
     except OSError as error:
