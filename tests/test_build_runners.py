@@ -72,21 +72,41 @@ def test_several_ranks_are_refused_where_nobody_would_start_the_others(
     sglang_distguard.close(runner)
 
 
-def test_runners_agree_on_what_sglang_switches_on_for_the_whole_process(
-    guard: None, model: Model
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"enable_tf32_matmul": True},
+        {
+            "enable_deterministic_inference": True,
+            "attention_backend": "triton",
+        },  # it wants a kernel
+        {"enable_p2p_check": True},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_runners_agree_on_what_sglang_changes_for_the_whole_process(
+    guard: None, model: Model, asked: dict[str, Any]
 ) -> None:
-    path = model("gpt2")
-    plain = sglang_distguard.build_runner(server_args(path), name="plain")
-    with pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul") as caught:
-        sglang_distguard.build_runner(server_args(path, enable_tf32_matmul=True))
+    setting = next(iter(asked))
+    plain = sglang_distguard.build_runner(server_args(model("gpt2")), name="plain")
+    with pytest.raises(sglang_distguard.SpecMismatch, match=setting) as caught:
+        sglang_distguard.build_runner(server_args(model("gpt2"), **asked))
     assert "'plain'" in str(caught.value)
     assert caught.value.details["key"] == "process"
     sglang_distguard.close(plain)
+    assert _core.forget("process")
+
+
+def test_what_sglang_never_takes_back_is_not_taken_for_undone(guard: None, model: Model) -> None:
+    import torch
+
+    path = model("gpt2")
+    sglang_distguard.close(sglang_distguard.build_runner(server_args(path)))
+    with pytest.raises(sglang_distguard.SpecMismatch, match="enable_p2p_check"):
+        sglang_distguard.build_runner(server_args(path, enable_p2p_check=True))  # it is taken out
     sglang_distguard.close(
         sglang_distguard.build_runner(server_args(path, enable_tf32_matmul=True))
     )
-    import torch
-
     try:
         with pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul"):
             sglang_distguard.build_runner(server_args(path))  # it was never switched off

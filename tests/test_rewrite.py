@@ -273,10 +273,75 @@ def test_a_scope_that_nobody_holds_frees_its_values(load: Load) -> None:
     assert alive() is None
 
 
+ATTRIBUTES = """
+    class Pool:
+        _shared = None
+        _size: int = 2
+
+        @classmethod
+        def grow(cls):
+            cls._size += 1
+            return [Pool._size for _ in range(1)][0]
+
+        @classmethod
+        def share(cls, value):
+            before = cls._shared
+            cls._shared = value
+            return before
+
+        @staticmethod
+        def size():
+            return Pool._size
+
+    class Other:
+        _size = 7
+
+        @classmethod
+        def size(cls):
+            return Pool._size
+"""
+
+
+def test_every_scope_has_its_own_value_of_a_class_attribute(load: Load) -> None:
+    module, plan = load(ATTRIBUTES, "Pool._shared", "Pool._size")
+    pool = module.Pool
+    first, second = _core.new_scope("first"), _core.new_scope("second")
+    with scope_active(first):
+        assert pool.share("of the first") is None
+        assert (pool.grow(), pool.grow(), pool.size()) == (3, 4, 4)
+        assert module.Other.size() == 4
+    with scope_active(second):
+        assert pool.share("of the second") is None
+        assert pool.size() == 2
+    assert (pool._shared, pool._size, pool.size()) == (None, 2, 2)
+    assert pool.grow() == 3
+    assert pool._size == 3
+    with scope_active(first):
+        assert pool.share(None) == "of the first"
+        plan.undo()
+        assert pool.size() == 3
+    assert not [name for name in vars(pool) if "distguard" in name]
+
+
+def test_a_class_attribute_that_is_reached_through_something_else_is_refused(load: Load) -> None:
+    through_self = (
+        ATTRIBUTES
+        + """
+    class Through(Pool):
+        def read(self):
+            return self._shared
+"""
+    )
+    with pytest.raises(NotSupported, match=r"Through\.read uses \['_shared'\]"):
+        load(through_self, "Pool._shared")
+    with pytest.raises(NotSupported, match="assigned 0 times at class level"):
+        load(ATTRIBUTES, "Pool._gone")
+
+
 READER = """
     import rewritten_0
     import rewritten_0 as other
-    from rewritten_0 import read
+    from rewritten_0 import Holder, read
 
 
     def imports():
@@ -306,6 +371,10 @@ READER = """
         return other._value
 
 
+    def of_class():
+        return other.Holder.kept, Holder.kept
+
+
     def shadowed():
         rewritten_0 = other.Holder
         rewritten_0._value = "an attribute"
@@ -314,8 +383,12 @@ READER = """
 
 
 def test_another_modules_scoped_global_is_read_and_written_in_the_scope(load: Load) -> None:
-    owner, _ = load(SOURCE, "_value")
-    reader, plan = load(READER, lambda name: Reads(name, owner.__name__, "_value"))
+    owner, _ = load(SOURCE, "_value", "Holder.kept")
+    reader, plan = load(
+        READER,
+        lambda name: Reads(name, owner.__name__, "_value"),
+        lambda name: Reads(name, f"{owner.__name__}.Holder", "kept"),
+    )
     function = reader.attribute
     with scope_active(_core.new_scope("elsewhere")):
         owner.rebind("scoped")
@@ -326,6 +399,8 @@ def test_another_modules_scoped_global_is_read_and_written_in_the_scope(load: Lo
         assert owner.read() == "written"
         assert reader.not_the_module(types.SimpleNamespace(_value=1)) == 1
         assert reader.shadowed() == "an attribute"
+        owner.Holder._distguard_scoped_kept.value = "kept"
+        assert reader.of_class() == ("kept", "kept")
         plan.undo()
         assert reader.attribute is function
         assert reader.attribute() == (owner._value, owner._value)

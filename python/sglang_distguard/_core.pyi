@@ -129,10 +129,10 @@ class Scope:
 
 @final
 class ScopedGlobal:
-    """Stands for one module global; ``value`` is the current scope's."""
+    """Stands for one global of a module, or attribute of a class; ``value`` is the current scope's."""
 
     def __new__(
-        cls, namespace: dict[str, Any], name: str, initial: Callable[[], Any]
+        cls, owner: dict[str, Any] | type, name: str, initial: Callable[[], Any]
     ) -> ScopedGlobal: ...
     @property
     def value(self) -> Any: ...

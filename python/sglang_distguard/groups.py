@@ -39,8 +39,16 @@ FIELDS: dict[str, Optional[str]] = {
 _NO_TAG = 2**30 + 7
 _OWN = "_sglang_distguard_own"
 
+#: Flags of a configuration with which groups are made.
+FLAGS = (
+    "_ENABLE_CUSTOM_ALL_REDUCE",
+    "_ENABLE_MSCCLPP",
+    "_ENABLE_TORCH_SYMM_MEM_ALL_REDUCE",
+    "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
+)
+
 #: True while a draft worker's groups stand in for the shared ones.
-_PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
+PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
 
 #: In the groups of several ranks, beside the globals above: a coordinator of the world with them.
 OWN_WORLD = "own world"
@@ -145,7 +153,7 @@ def swapped(shared: Groups) -> Optional[Groups]:
     """
     for scope in {None: None, _core.current_scope(): None}:
         live = read_in(scope)
-        patched = any(accessor(MODULE, name).value_in(scope) for name in _PATCHED)
+        patched = any(accessor(MODULE, name).value_in(scope) for name in PATCHED)
         if live["_TP"] is None or patched or _is_owned(live):
             continue
         if any(shared[name] is not None and live[name] is not shared[name] for name in FIELDS):

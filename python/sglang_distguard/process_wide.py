@@ -1,7 +1,8 @@
 """Settings that SGLang applies to the whole process: runners that live at once must agree on them.
 
-0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher, and
-`set_float32_matmul_precision("high")` is torch-wide; what is set is never unset.
+0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
+`set_float32_matmul_precision("high")` is torch-wide, and `monkey_patch_p2p_access_check` takes the check
+out of SGLang's own modules; what is done is never undone.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from sglang_distguard.singleflight import run_once
 
 #: Registry key.
 PROCESS = "process"
+#: Setting -> the value for which SGLang changes the process for good; the other leaves it alone.
+_FOR_GOOD = {
+    "enable_deterministic_inference": True,
+    "enable_tf32_matmul": True,
+    "enable_p2p_check": False,
+}
 
 
 def switches() -> dict[str, Any]:
-    """What the current scope's configuration asks for; false for what it leaves alone."""
-    from sglang.srt.runtime_context import get_exec
+    """What the current scope's configuration asks for."""
+    from sglang.srt.runtime_context import get_exec, get_parallel
 
     execution = get_exec()
     return {
@@ -25,6 +32,7 @@ def switches() -> dict[str, Any]:
             execution.deterministic.enable_deterministic_inference
         ),
         "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
+        "enable_p2p_check": bool(get_parallel().enable_p2p_check),
     }
 
 
@@ -37,7 +45,7 @@ def agree() -> None:
     requested = switches()
     known: Optional[dict[str, Any]] = _core.resource(PROCESS)
     if known not in (None, requested) and all(
-        requested[name] == value for name, value in known.items() if value
+        requested[name] == value for name, value in known.items() if value == _FOR_GOOD[name]
     ):
         _core.forget(PROCESS)  # more may be set; nothing happens while a runner holds it
     run_once(

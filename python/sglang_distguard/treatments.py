@@ -1,6 +1,7 @@
 """How each process-global of SGLang is treated: the one list that hooks and documentation read.
 
-Add a line to treat one more. Names and behaviour are those of sglang 0.5.23.
+Add a line to treat one more: a scoped module global or class attribute needs nothing else. Names and
+behaviour are those of sglang 0.5.23.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Optional
+
+from sglang_distguard.groups import FIELDS, FLAGS, PATCHED
 
 
 class How(StrEnum):
@@ -22,23 +25,33 @@ class How(StrEnum):
 
 @dataclass(frozen=True)
 class Treatment:
-    """One process-global: ``module``.``name`` and how it is treated, and why."""
+    """One process-global, how it is treated, and why.
+
+    Attributes:
+        module: where it is.
+        name: of the module's global; "Class.attribute" for a class's.
+        how: the treatment.
+        reason: why this one.
+        by: module of ``sglang_distguard`` that does it; empty where every scope simply has its own
+            value (``patching``), and where nothing is to be done.
+    """
 
     module: str
     name: str
     how: How
     reason: str
+    by: str = ""
 
 
-def _rows(how: How, *lines: tuple[str, str, str]) -> tuple[Treatment, ...]:
+def _rows(how: How, *lines: tuple[str, ...]) -> tuple[Treatment, ...]:
+    """One row for each name of ``(module, names, reason)`` or ``(module, names, reason, by)``."""
     return tuple(
-        Treatment(module, name, how, reason)
-        for module, names, reason in lines
-        for name in names.split()
+        Treatment(line[0], name, how, *line[2:]) for line in lines for name in line[1].split()
     )
 
 
 _SRT = "sglang.srt."
+_STATE = _SRT + "distributed.parallel_state"
 _EXECUTOR = _SRT + "model_executor."
 _MACHINE = "remembers what machine and installation this is"
 _FIELDS = "remembers what fields SGLang's own classes have"
@@ -53,23 +66,56 @@ TREATMENTS: tuple[Treatment, ...] = (
             "torch.distributed",
             "default_process_group process_groups",
             "the world: torch allows one; methods of a runner that owns its groups get its own world",
+            "targets.process_groups",
         ),
-        (_SRT + "distributed.parallel_state", "_WORLD", "coordinator of the world"),
-        ("sys", "excepthook", "torch puts one on top for each world; it is taken out with it"),
+        (_STATE, "_WORLD", "coordinator of the world", "targets.parallel_state"),
+        (
+            "sys",
+            "excepthook",
+            "torch puts one on top for each world; it is taken out with it",
+            "world",
+        ),
         (
             "torch",
             "float32_matmul_precision allow_tf32",
             "enable_tf32_matmul: runners that live at once agree",
+            "process_wide",
         ),
         (
-            _SRT + "distributed.parallel_state",
+            _SRT + "batch_invariant_ops.batch_invariant_ops",
+            "_batch_invariant_MODE _batch_invariant_LIB _original_torch_bmm",
+            "enable_deterministic_inference: runners that live at once agree",
+            "process_wide",
+        ),
+        (
+            "torch",
+            "bmm",
+            "enable_deterministic_inference: runners that live at once agree",
+            "process_wide",
+        ),
+        (
+            _SRT + "distributed.device_communicators.custom_all_reduce_utils",
+            "gpu_p2p_access_check",
+            "enable_p2p_check: runners that live at once agree",
+            "process_wide",
+        ),
+        (
+            _SRT + "distributed.device_communicators.custom_all_reduce",
+            "CustomAllreduce.__del__",
+            "enable_p2p_check: runners that live at once agree",
+            "process_wide",
+        ),
+        (
+            _STATE,
             "_group_name_counter _groups",
             "names of groups; written only while a group is made, which is single-flight",
+            "targets.parallel_state",
         ),
         (
-            _SRT + "distributed.parallel_state",
+            _STATE,
             "_MODEL_PARALLEL_GROUP_TIMEOUT",
             "set with the world, read while groups are made",
+            "targets.parallel_state",
         ),
     ),
     *_rows(
@@ -80,23 +126,23 @@ TREATMENTS: tuple[Treatment, ...] = (
             _SRT + "environ",
             "envs.*",
             "environment variables that a configuration or a runner writes through envs, and others read",
+            "targets.environ",
         ),
-        ("os", "environ[self.name]", "the same, where a field of envs writes its variable"),
         (
-            _SRT + "distributed.parallel_state",
-            "_TP _ATTN_TP _SHARED_EXPERTS_TP _ATTN_CP _DCP _MOE_DP _MOE_EP _MOE_TP _PP _SELF_PP "
-            "_PDMUX_PREFILL_TP_GROUP",
+            "os",
+            "environ[self.name]",
+            "the same, where a field of envs writes its variable",
+            "targets.environ",
+        ),
+        (
+            _STATE,
+            " ".join(FIELDS),
             "handles: the scope's own groups or the shared ones; a draft may patch its own",
         ),
+        (_STATE, " ".join(PATCHED), "a draft's patch of the groups above"),
         (
-            _SRT + "distributed.parallel_state",
-            "_TP_STATE_PATCHED _PP_STATE_PATCHED",
-            "a draft's patch of the groups above",
-        ),
-        (
-            _SRT + "distributed.parallel_state",
-            "_ENABLE_CUSTOM_ALL_REDUCE _ENABLE_MSCCLPP _ENABLE_TORCH_SYMM_MEM_ALL_REDUCE "
-            "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
+            _STATE,
+            " ".join(FLAGS),
             "written from one runner's configuration, read while its groups are made",
         ),
         (_SRT + "distributed.bootstrap", "_PARALLEL_INITIALISED", "run-once flag of one runner"),
@@ -105,6 +151,31 @@ TREATMENTS: tuple[Treatment, ...] = (
             _EXECUTOR + "input_buffers",
             "_forward_input_buffer_pool",
             "static input tensors: one pool would hand two runners the same memory",
+        ),
+        (
+            _EXECUTOR + "graph_shared_output",
+            "GraphSharedOutput._process_shared",
+            "logits of captured graphs: one buffer would hand two runners the same memory",
+        ),
+        (
+            _SRT + "layers.dp_attention",
+            "_DpGatheredBufferWrapper._global_dp_buffer_len "
+            "_DpGatheredBufferWrapper._local_dp_buffer_len "
+            "_DpGatheredBufferWrapper._dp_max_padding "
+            "_DpGatheredBufferWrapper._global_num_tokens "
+            "_DpGatheredBufferWrapper._global_num_tokens_gpu",
+            "sizes of the running forward's gathered batch",
+        ),
+        (
+            _EXECUTOR + "forward_batch_info",
+            "_dp_tp_moe_masks_pad_rows",
+            "computed anew each time: of one runner's widths, and cached for all on ROCm",
+            "targets.forward_batch_info",
+        ),
+        (
+            "sglang.kernels.fused_op",
+            "_forced_backend",
+            "from an environment variable, which a configuration may write",
         ),
         (_SRT + "utils.offloader", "_instance", "offloads one model's layers"),
         (
@@ -184,16 +255,23 @@ TREATMENTS: tuple[Treatment, ...] = (
     ),
     *_rows(
         How.THREAD_LOCAL,
-        ("torch", "default_dtype", "SGLang holds it for the whole weight load"),
+        (
+            "torch",
+            "default_dtype",
+            "SGLang holds it for the whole weight load",
+            "targets.torch_dtype",
+        ),
         (
             "torch",
             "compiling",
             "true while one thread compiles: layers compute in another way then",
+            "targets.torch_compiler",
         ),
         (
             "torch.nn",
             "Module.register_parameter",
             "replaced while a model is built from transformers' own code",
+            "targets.torch_module",
         ),
         (
             "torch._inductor.config",
@@ -215,6 +293,7 @@ TREATMENTS: tuple[Treatment, ...] = (
             "_ACTIVATION_REGISTRY",
             "functions without weights that all models use; switched to what torch.compile can trace while "
             "graphs are captured, when nothing else computes",
+            "targets.model_runner",
         ),
     ),
     *_rows(
@@ -222,8 +301,8 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             "torch",
             "rng",
-            "drawn from by modules whose weights the checkpoint then replaces, and to sample with a "
-            "temperature, which is as random with one runner",
+            "drawn from for weights that the checkpoint replaces (what no checkpoint has stays as random as "
+            "with one runner), and to sample with a temperature, which is as random, too",
         ),
         (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
         (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
@@ -265,16 +344,6 @@ TREATMENTS: tuple[Treatment, ...] = (
             "a line of the log was written",
         ),
         (
-            _EXECUTOR + "forward_batch_info",
-            "_dp_tp_moe_masks_pad_rows",
-            "always false but on ROCm, where it keeps the first runner's answer",
-        ),
-        (
-            _SRT + "distributed.device_communicators.custom_all_reduce",
-            "CustomAllreduce.__del__",
-            "made to do nothing, for every runner, unless enable_p2p_check is set",
-        ),
-        (
             _SRT + "models.deepseek_common.attention_backend_handler",
             "AttentionBackendRegistry._handlers",
             "one function per attention backend, added at import",
@@ -299,16 +368,6 @@ TREATMENTS: tuple[Treatment, ...] = (
         (_SRT + "utils.invariants", "_REGISTRY", "names of checks, added at import"),
         (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", "one function per device"),
         (_SRT + "managers.io_struct", "_all_types _msgpack_decoder", "message types of plugins"),
-        (
-            "sglang.kernels.fused_op",
-            "_forced_backend",
-            "from an environment variable, resolved once",
-        ),
-        (
-            _SRT + "distributed.device_communicators.custom_all_reduce_utils",
-            "gpu_p2p_access_check",
-            "replaced by a function that says yes unless enable_p2p_check is set",
-        ),
         (
             _SRT + "observability.req_time_stats",
             "global_diff_realtime_monotonic",
@@ -335,10 +394,10 @@ def find(module: str, name: str) -> Optional[Treatment]:
 
 
 def scoped() -> dict[str, list[str]]:
-    """Module -> names of its globals that every scope has its own value of."""
+    """Module -> its globals and class attributes that every scope has its own value of."""
     found: dict[str, list[str]] = {}
     for row in TREATMENTS:
-        if row.how is How.SCOPED and "." not in row.name:  # attributes have hooks of their own
+        if row.how is How.SCOPED and not row.by:
             found.setdefault(row.module, []).append(row.name)
     return found
 

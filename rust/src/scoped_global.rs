@@ -1,4 +1,4 @@
-//! One SGLang module global that every scope has its own value of.
+//! One SGLang module global, or attribute of a class, that every scope has its own value of.
 //! `value` is the whole hot path: a read in every layer of every forward.
 
 use std::collections::HashMap;
@@ -6,7 +6,7 @@ use std::sync::{Mutex, OnceLock};
 
 use pyo3::exceptions::{PyAttributeError, PyNameError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyDict, PyString, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::scope::{current, Scope};
@@ -20,14 +20,59 @@ fn slot_of(qualified: String) -> usize {
     *slots.entry(qualified).or_insert(next)
 }
 
-/// Stands for `name` in the module whose globals are `namespace`.
+/// Where SGLang itself keeps the value: its default scope's.
+#[derive(FromPyObject)]
+enum Owner {
+    /// The globals of a module.
+    Globals(Py<PyDict>),
+    /// A class, whose namespace cannot be written but through its attributes.
+    Class(Py<PyType>),
+}
+
+impl Owner {
+    /// Name of the module, and of the class if it is one.
+    fn qualified(&self, py: Python<'_>) -> PyResult<String> {
+        match self {
+            Self::Globals(globals) => {
+                let module = globals.bind(py).get_item("__name__")?;
+                Ok(module.map_or_else(String::new, |module| module.to_string()))
+            }
+            Self::Class(class) => {
+                let class = class.bind(py);
+                Ok(format!("{}.{}", class.module()?, class.qualname()?))
+            }
+        }
+    }
+
+    fn get<'py>(&self, name: &Bound<'py, PyString>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match self {
+            Self::Globals(globals) => globals.bind(name.py()).get_item(name),
+            Self::Class(class) => class.bind(name.py()).getattr_opt(name),
+        }
+    }
+
+    fn set(&self, name: &Bound<'_, PyString>, value: Py<PyAny>) -> PyResult<()> {
+        match self {
+            Self::Globals(globals) => globals.bind(name.py()).set_item(name, value),
+            Self::Class(class) => class.bind(name.py()).setattr(name, value),
+        }
+    }
+
+    fn delete(&self, name: &Bound<'_, PyString>) -> PyResult<()> {
+        match self {
+            Self::Globals(globals) => globals.bind(name.py()).del_item(name),
+            Self::Class(class) => class.bind(name.py()).delattr(name),
+        }
+    }
+}
+
+/// Stands for `name` of `owner`: the globals of a module, or a class.
 ///
-/// `.value` is the module's own global in SGLang's default scope and the scope's own value
-/// elsewhere. torch.compile traces the attribute and guards on it (measured with torch 2.14.1),
+/// `.value` is SGLang's own in its default scope and the scope's own value elsewhere. torch.compile traces the attribute and guards on it (measured with torch 2.14.1),
 /// so a compiled module is recompiled for another runner's value.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct ScopedGlobal {
-    namespace: Py<PyDict>,
+    owner: Owner,
     name: Py<PyString>,
     /// Called without arguments for the value a fresh scope starts with.
     initial: Py<PyAny>,
@@ -37,18 +82,11 @@ pub struct ScopedGlobal {
 #[pymethods]
 impl ScopedGlobal {
     #[new]
-    #[pyo3(signature = (namespace, name, initial))]
-    fn new(
-        py: Python<'_>,
-        namespace: Py<PyDict>,
-        name: Py<PyString>,
-        initial: Py<PyAny>,
-    ) -> PyResult<Self> {
-        let module = namespace.bind(py).get_item("__name__")?;
-        let module = module.map_or_else(String::new, |module| module.to_string());
-        let slot = slot_of(format!("{module}.{}", name.bind(py)));
+    #[pyo3(signature = (owner, name, initial))]
+    fn new(py: Python<'_>, owner: Owner, name: Py<PyString>, initial: Py<PyAny>) -> PyResult<Self> {
+        let slot = slot_of(format!("{}.{}", owner.qualified(py)?, name.bind(py)));
         Ok(Self {
-            namespace,
+            owner,
             name,
             initial,
             slot,
@@ -70,7 +108,7 @@ impl ScopedGlobal {
     #[deleter]
     fn delete_value(&self, py: Python<'_>) -> PyResult<()> {
         match current(py)? {
-            None => self.namespace.bind(py).del_item(&self.name),
+            None => self.owner.delete(self.name.bind(py)),
             Some(scope) => match scope.get().write(self.slot, None) {
                 Some(_) => Ok(()),
                 None => Err(PyAttributeError::new_err(self.name.to_string())),
@@ -82,7 +120,7 @@ impl ScopedGlobal {
     #[pyo3(signature = (scope, /))]
     fn value_in(&self, py: Python<'_>, scope: Option<&Bound<'_, Scope>>) -> PyResult<Py<PyAny>> {
         let Some(scope) = scope else {
-            return match self.namespace.bind(py).get_item(&self.name)? {
+            return match self.owner.get(self.name.bind(py))? {
                 Some(value) => Ok(value.unbind()),
                 None => Err(PyNameError::new_err(format!(
                     "name '{}' is not defined",
@@ -105,7 +143,7 @@ impl ScopedGlobal {
         value: Py<PyAny>,
     ) -> PyResult<()> {
         match scope {
-            None => self.namespace.bind(py).set_item(&self.name, value),
+            None => self.owner.set(self.name.bind(py), value),
             Some(scope) => {
                 drop(scope.get().write(self.slot, Some(value)));
                 Ok(())
@@ -125,7 +163,10 @@ impl ScopedGlobal {
 
     #[allow(clippy::needless_pass_by_value)]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.namespace)?;
+        match &self.owner {
+            Owner::Globals(globals) => visit.call(globals)?,
+            Owner::Class(class) => visit.call(class)?,
+        }
         visit.call(&self.initial)
     }
 }

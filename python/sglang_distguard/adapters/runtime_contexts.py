@@ -8,6 +8,7 @@ from sglang_distguard.targets import (
     bootstrap,
     environ,
     expert_location,
+    forward_batch_info,
     model_loader,
     model_runner,
     parallel_state,
@@ -21,13 +22,14 @@ from sglang_distguard.targets import (
     weight_updater,
 )
 
-_TARGETS = (
+TARGETS = (
     runtime_context,
     parallel_state,
     process_groups,
     bootstrap,
     environ,
     expert_location,
+    forward_batch_info,
     model_runner,
     model_loader,
     weight_updater,
@@ -46,6 +48,7 @@ def changes() -> list[Change]:
         Scoped(module, name) for module, names in scoped.items() for name in names
     ]
     found += readers(scoped, "sglang.srt")
-    for target in _TARGETS:
+    found += readers(scoped, "sglang.kernels")
+    for target in TARGETS:
         found.extend(target.CHANGES)
     return found

@@ -1,7 +1,8 @@
-"""Makes the functions of one module read another module's scoped global through its accessor.
+"""Makes functions read scoped attributes, of other modules and of classes, through their accessors.
 
-``m.X`` becomes ``m._distguard_scoped_X.value``; ``from m import X`` inside a function imports the
-accessor and takes its value, so that it is the value of the scope in which the function runs.
+``m.X`` becomes ``m._distguard_scoped_X.value``, and so does ``C.X``, also as ``cls.X`` in a class method
+of ``C``; ``from m import X`` inside a function imports the accessor and takes its value, so that it is
+the value of the scope in which the function runs.
 """
 
 from __future__ import annotations
@@ -16,20 +17,31 @@ from sglang_distguard.patching.syntax import Function, accessor_name, bound_name
 
 
 class Elsewhere(ast.NodeTransformer):
-    """Redirects ``wanted``, pairs of module and name; ``visit`` the whole module.
+    """Redirects ``wanted``, (owner, attribute); ``visit`` the whole module.
 
-    ``_modules`` has the names that mean a module, or something of one, at the node being visited.
+    ``_meaning`` has the names that mean a module, or something of one, at the node being visited.
     """
 
     def __init__(self, source: ModuleSource, wanted: frozenset[tuple[str, str]]) -> None:
         self._source = source
         self._wanted = wanted
-        self._modules: dict[str, str] = {}
+        self._meaning: dict[str, str] = {}
+        self._classes: list[str] = []
         self._in_function = False
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
-        self._modules = dict(_imported(own_nodes(node)))
+        own = list(own_nodes(node))
+        self._meaning = dict(_imported(own))
+        for it in own:
+            if isinstance(it, ast.ClassDef):
+                self._meaning[it.name] = f"{self._source.module}.{it.name}"
         return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        self._classes.append(node.name)
+        self.generic_visit(node)
+        self._classes.pop()
+        return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self._function(node)
@@ -45,16 +57,19 @@ class Elsewhere(ast.NodeTransformer):
         if not isinstance(node, ast.Lambda):
             node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
         node.args = self.visit(node.args)
-        outer = self._modules, self._in_function
+        outer = self._meaning, self._in_function
         bound = bound_names(node)
-        self._modules = {name: it for name, it in self._modules.items() if name not in bound}
-        self._modules |= dict(_imported(own_nodes(node)))
+        self._meaning = {name: it for name, it in self._meaning.items() if name not in bound}
+        self._meaning |= dict(_imported(own_nodes(node)))
+        if _is_class_method(node) and self._classes:
+            first = [*node.args.posonlyargs, *node.args.args][0].arg
+            self._meaning[first] = ".".join([self._source.module, *self._classes])
         self._in_function = True
         if isinstance(node, ast.Lambda):
             node.body = self.visit(node.body)
         else:
             node.body = [made for it in node.body for made in _statements(self.visit(it))]
-        self._modules, self._in_function = outer
+        self._meaning, self._in_function = outer
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
@@ -74,20 +89,20 @@ class Elsewhere(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        module = self._module_of(node.value)
-        if module is None or (module, node.attr) not in self._wanted:
+        owner = self._owner_of(node.value)
+        if owner is None or (owner, node.attr) not in self._wanted:
             return node
-        self._refuse_at_import(node, f"{module}.{node.attr}")
+        self._refuse_at_import(node, f"{owner}.{node.attr}")
         accessor = ast.Attribute(node.value, accessor_name(node.attr), ast.Load())
         ast.copy_location(accessor, node)
         return ast.copy_location(ast.Attribute(accessor, "value", node.ctx), node)
 
-    def _module_of(self, node: ast.expr) -> Optional[str]:
-        """The dotted name of what ``node`` is, if it is a module's or something in one."""
+    def _owner_of(self, node: ast.expr) -> Optional[str]:
+        """The dotted name of what ``node`` is, if it is a module or something in one."""
         if isinstance(node, ast.Name):
-            return self._modules.get(node.id)
+            return self._meaning.get(node.id)
         if isinstance(node, ast.Attribute):
-            owner = self._module_of(node.value)
+            owner = self._owner_of(node.value)
             return owner and f"{owner}.{node.attr}"
         return None
 
@@ -98,6 +113,12 @@ class Elsewhere(ast.NodeTransformer):
                 "runner would see that copy",
                 module=self._source.module,
             )
+
+
+def _is_class_method(node: Function) -> bool:
+    return not isinstance(node, ast.Lambda) and any(
+        isinstance(it, ast.Name) and it.id == "classmethod" for it in node.decorator_list
+    )
 
 
 def _statements(made: ast.AST | list[ast.stmt]) -> list[ast.stmt]:

@@ -23,7 +23,7 @@ MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Scoped:
-    """Every scope has its own value of a module global (see ``treatments``)."""
+    """Every scope has its own value of a module global or class attribute (see ``treatments``)."""
 
     module: str
     name: str
@@ -31,7 +31,7 @@ class Scoped:
 
 @dataclass(frozen=True)
 class Reads:
-    """``module`` may read ``of``.``name``, a scoped global of another module: it is to read the scope's."""
+    """``module`` may read ``of``.``name``, scoped elsewhere (``of`` may be "module.Class"): the scope's."""
 
     module: str
     of: str
@@ -186,22 +186,33 @@ class ModulePlan:
         namespace = vars(applied.module)
         for name in self._scoped_names:
             initial = eval(plan.initials[name], namespace)
-            applied.inject(accessor_name(name), ScopedGlobal(namespace, name, initial))
+            *path, last = name.split(".")
+            owner: Any = applied.module
+            for part in path:
+                owner = getattr(owner, part)
+            accessor = ScopedGlobal(owner if path else namespace, last, initial)
+            applied.inject(accessor_name(last), accessor, owner)
         applied.swap(plan.replaced, functions)
         self._check_no_raw_access(functions)
 
     def _check_no_raw_access(self, functions: Sequence[FunctionType]) -> None:
         """No live function may still reach a scoped global directly: it would see another runner's.
 
-        Fails when the running code is not what the source on disk says.
+        Fails when the running code is not what the source on disk says, and for an attribute that
+        is reached in another way than through its class (``self.X``).
         """
-        names = set(self._scoped_names)
+        names = frozenset(name for name in self._scoped_names if "." not in name)
+        attributes = frozenset(
+            name.rpartition(".")[2] for name in self._scoped_names if "." in name
+        )
         for function in functions:
-            raw = names & _global_names(function.__code__, names)
+            raw = _reached(function.__code__, _GLOBALS, names)
+            raw |= _reached(function.__code__, _ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
-                    f"{self.module}.{function.__qualname__} uses {sorted(raw)} but is not the "
-                    "function that the source file defines; was it changed at run time?",
+                    f"{self.module}.{function.__qualname__} uses {sorted(raw)} in a way that cannot be "
+                    "redirected, or is not the function that the source file defines; was it changed at "
+                    "run time?",
                     module=self.module,
                 )
 
@@ -212,13 +223,15 @@ class _Applied:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
         self._restore: dict[CodeType, CodeType] = {}
-        self._injected: list[str] = []
+        self._injected: list[tuple[Any, str]] = []
         self._signed: list[FunctionType] = []
         self._attributes: list[tuple[str, Any, Any]] = []
 
-    def inject(self, name: str, value: object) -> None:
-        vars(self.module)[name] = value
-        self._injected.append(name)
+    def inject(self, name: str, value: object, owner: Any = None) -> None:
+        """Add ``name`` to the module, or to the class ``owner``."""
+        owner = self.module if owner is None else owner
+        setattr(owner, name, value)
+        self._injected.append((owner, name))
 
     def swap(self, codes: dict[CodeType, CodeType], functions: Sequence[FunctionType]) -> None:
         # Inner functions that do not live yet get the plan's code back, the others their own object.
@@ -256,18 +269,21 @@ class _Applied:
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:
                 setattr(self.module, name, before)
-        for name in self._injected:
-            vars(self.module).pop(name, None)
+        for owner, name in self._injected:
+            if name in vars(owner):
+                delattr(owner, name)
 
 
-def _global_names(code: CodeType, of_interest: set[str]) -> set[str]:
-    if of_interest.isdisjoint(code.co_names):  # holds attribute names too, so only a first look
+_GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
+_ATTRIBUTES = ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR", "LOAD_METHOD")
+
+
+def _reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str]:
+    """Those of ``names`` that ``code`` reaches by one of the instructions ``by``."""
+    if names.isdisjoint(code.co_names):  # holds globals and attributes, so only a first look
         return set()
-    return {
-        instruction.argval
-        for instruction in dis.get_instructions(code)
-        if instruction.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
-    }
+    found = dis.get_instructions(code)
+    return {it.argval for it in found if it.opname in by and it.argval in names}
 
 
 @cache

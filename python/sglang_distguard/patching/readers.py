@@ -1,4 +1,4 @@
-"""Finds the modules that read scoped globals of other modules, in source text, without importing any."""
+"""Finds who reads scoped globals and class attributes of other modules, in source text, without importing any."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sglang_distguard.patching.plan import Reads
 from sglang_distguard.patching.source import sources_below
+from sglang_distguard.patching.syntax import owned
 
 #: An import of something of SGLang's: module and names, or module alone. One expression over every
 #: file, and then plain sets: an expression that names what is looked for takes ten times as long.
@@ -23,27 +24,31 @@ def readers(scoped: Mapping[str, Sequence[str]], package: str) -> list[Reads]:
 
     What seems to and does not is planned for and left as it is.
     """
-    owners = {module.rpartition(".")[0] for module in scoped} | set(scoped)
+    wanted: dict[str, set[str]] = {}
+    for module, names in scoped.items():
+        for name in names:
+            owner, attribute = owned(module, name)
+            wanted.setdefault(owner, set()).add(attribute)
+    imported = {owner.rpartition(".")[0] for owner in wanted} | set(wanted)
     return [
         Reads(source.module, *read)
         for source in sources_below(package)
-        for read in sorted(set(_reads(source.text, scoped, owners)))
-        if read[0] != source.module
+        for read in sorted(set(_reads(source.text, wanted, imported)))
     ]
 
 
 def _reads(
-    text: str, scoped: Mapping[str, Sequence[str]], owners: set[str]
+    text: str, wanted: Mapping[str, set[str]], imported: set[str]
 ) -> Iterator[tuple[str, str]]:
-    for owner, names, module in _IMPORT.findall(text):
-        if owner in owners:
+    for package, names, module in _IMPORT.findall(text):
+        if package in imported:
             words = set(_WORD.findall(names))
-            for name in words.intersection(scoped.get(owner, ())):
-                yield owner, name
-            modules = [f"{owner}.{word}" for word in words]
+            for name in words & wanted.get(package, set()):
+                yield package, name
+            owners = [f"{package}.{word}" for word in words]
         else:
-            modules = [module]
-        for whole in modules:
-            for name in scoped.get(whole, ()):
+            owners = [module]
+        for owner in owners:
+            for name in wanted.get(owner, ()):
                 if f".{name}" in text:
-                    yield whole, name
+                    yield owner, name

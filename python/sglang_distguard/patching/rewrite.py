@@ -1,14 +1,14 @@
 """Recompiles a module's functions so that chosen module globals are read through an accessor.
 
-`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`, and so does
-another module's: `m.X`, and `from m import X` inside a function. Nothing but the accessor differs:
-same file, same lines, same constants. Works on source text alone.
+`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`; attributes of
+classes and of other modules, `C.X` and `m.X`, are `elsewhere`'s. Nothing but the accessor differs: same
+file, same lines, same constants. Works on source text alone.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
@@ -23,6 +23,7 @@ from sglang_distguard.patching.syntax import (
     accessor_name,
     bound_names,
     own_nodes,
+    owned,
 )
 
 
@@ -46,18 +47,24 @@ def rewrite(
     names: frozenset[str],
     elsewhere: frozenset[tuple[str, str]] = frozenset(),
 ) -> Rewrite:
-    """Plan the rewriting of ``names`` in ``source``, and of (module, name) that are ``elsewhere``.
+    """Plan the rewriting of ``names`` in ``source``, and of the attributes that are ``elsewhere``.
+
+    Args:
+        source: of the module.
+        names: its own globals; "Class.attribute" for a class's.
+        elsewhere: (owner, attribute); the owner is another module, or "module.Class".
 
     Raises:
-        NotSupported: a name is not assigned exactly once at module level, a function binds it in a
-            way that has no attribute form (an import, a def, an except clause), or one of another
-            module is copied where no scope is in force, at import.
+        NotSupported: a name is not assigned exactly once at the level of its module or class, a
+            function binds it in a way that has no attribute form (an import, a def, an except
+            clause), or an attribute is copied where no scope is in force, at import.
     """
     tree = ast.parse(source.text, source.filename)
     initials = _initial_values(source, tree, names)
     changed = ast.parse(source.text, source.filename)
-    if elsewhere:
-        changed = Elsewhere(source, elsewhere).visit(changed)
+    attributes = {owned(source.module, name) for name in names if "." in name}
+    if elsewhere or attributes:
+        changed = Elsewhere(source, elsewhere | attributes).visit(changed)
     changed = _Accessors(source, names).visit(changed)
     ast.fix_missing_locations(changed)
     replaced = dict(_changed_code(_compile(tree, source), _compile(changed, source)))
@@ -92,20 +99,14 @@ def _initial_values(
     source: ModuleSource, tree: ast.Module, names: frozenset[str]
 ) -> dict[str, CodeType]:
     found: dict[str, list[ast.expr]] = {name: [] for name in names}
-    for statement in tree.body:
-        if isinstance(statement, ast.AnnAssign):
-            targets, value = [statement.target], statement.value
-        elif isinstance(statement, ast.Assign):
-            targets, value = statement.targets, statement.value
-        else:
-            continue
-        for target in targets:
-            if isinstance(target, ast.Name) and target.id in names and value is not None:
-                found[target.id].append(value)
+    for name, value in _assigned(tree.body, ""):
+        if name in names:
+            found[name].append(value)
     for name, values in found.items():
         if len(values) != 1:
+            level = "class" if "." in name else "module"
             raise NotSupported(
-                f"{source.module}.{name} is assigned {len(values)} times at module level, not once",
+                f"{source.module}.{name} is assigned {len(values)} times at {level} level, not once",
                 module=source.module,
             )
     initials = {}
@@ -116,6 +117,18 @@ def _initial_values(
         expression = ast.Expression(_Accessors(source, names).visit(thunk))
         initials[name] = _compile(ast.fix_missing_locations(expression), source, "eval")
     return initials
+
+
+def _assigned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.expr]]:
+    """(name, value) of what a module and the classes in it assign."""
+    for statement in body:
+        if isinstance(statement, ast.ClassDef):
+            yield from _assigned(statement.body, f"{prefix}{statement.name}.")
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            single = isinstance(statement, ast.AnnAssign)
+            for target in [statement.target] if single else statement.targets:
+                if isinstance(target, ast.Name):
+                    yield prefix + target.id, statement.value
 
 
 def _no_arguments() -> ast.arguments:

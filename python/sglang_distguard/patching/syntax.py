@@ -20,6 +20,12 @@ def accessor_name(name: str) -> str:
     return f"{_PREFIX}_{name}"
 
 
+def owned(module: str, name: str) -> tuple[str, str]:
+    """(owner, attribute) of a global of ``module``: the module, or "module.Class" of "Class.attribute"."""
+    owner, _, attribute = f"{module}.{name}".rpartition(".")
+    return owner, attribute
+
+
 def own_nodes(owner: Union[ast.Module, Function]) -> Iterator[ast.AST]:
     """Walk a body without entering the functions and classes nested in it."""
     pending: list[ast.AST] = list(owner.body if isinstance(owner.body, list) else [owner.body])

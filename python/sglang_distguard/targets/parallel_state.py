@@ -36,12 +36,6 @@ _WIDTHS = (
     "moe_tp_size",
     "shared_experts_tp_size",
 )
-_FLAGS = (
-    "_ENABLE_CUSTOM_ALL_REDUCE",
-    "_ENABLE_MSCCLPP",
-    "_ENABLE_TORCH_SYMM_MEM_ALL_REDUCE",
-    "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
-)
 
 
 def world_spec(call: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +68,7 @@ def adopted_world_spec(distributed: Any, requested: dict[str, Any]) -> dict[str,
 def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
     """What two requests for groups must agree on: every width, and what is fixed with them."""
     widths = {width: getattr(parallel, width) for width in _WIDTHS}
-    flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in _FLAGS}
+    flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in groups.FLAGS}
     return {**widths, **flags, **call}
 
 
