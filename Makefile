@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures verify clean
+.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ audit: setup ## which process-globals of SGLang change, and whether each is trea
 
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
+
+gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without (10 minutes)
+	@$(BIN)/python verify/gpu.py .cache/models
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
