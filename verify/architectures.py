@@ -45,7 +45,8 @@ def digest() -> str:
     """Name of everything that decides a checkpoint."""
     here = Path(catalog.__file__).parent
     sources = [file.read_bytes() for file in sorted(here.glob("catalog*.py"))]
-    sources += [(here / "models.py").read_bytes(), versions().encode()]
+    sources += [(here / name).read_bytes() for name in ("models.py", "readouts.py")]
+    sources.append(versions().encode())
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

@@ -15,6 +15,12 @@ TOKENS: Mapping[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id
 DENSE: Mapping[str, Any] = {**DECODER, "initializer_range": 0.1}
 ALL_HEADS: Mapping[str, Any] = {**DENSE, "num_key_value_heads": 4}
 HEADS: Mapping[str, Any] = {**DENSE, "head_dim": 16}
+ONE_HEAD: Mapping[str, Any] = {
+    **HEADS,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}
 #: Both prompts are longer.
 WINDOW: Mapping[str, Any] = {"sliding_window": 16}
 MIXED = ["sliding_attention", "full_attention"]

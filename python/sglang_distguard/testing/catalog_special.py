@@ -49,11 +49,22 @@ def latent() -> list[Row]:
                 **MLA,
                 **YARN,
                 "topk_method": "group_limited_greedy",
+                "scoring_func": "softmax",
                 "head_dim": 16,
                 "moe_layer_freq": 1,  # as in the real checkpoint; transformers has no field for it
             },
         ),
-        ("deepseek_v3", "DeepseekV3ForCausalLM", {**MLA, **YARN, "moe_layer_freq": 1}),
+        (
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            {
+                **MLA,
+                **YARN,
+                "moe_layer_freq": 1,
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+            },
+        ),
         ("deepseek_v32", "DeepseekV32ForCausalLM", {**lite, **indexer, **YARN}),
         ("glm4_moe_lite", "Glm4MoeLiteForCausalLM", {**lite, "n_group": 1}),
         ("glm_moe_dsa", "GlmMoeDsaForCausalLM", {**lite, **indexer, "n_group": 1}),

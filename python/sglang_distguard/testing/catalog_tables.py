@@ -15,6 +15,7 @@ from sglang_distguard.testing.catalog_families import (
     MIXED,
     MLA,
     MOE,
+    ONE_HEAD,
     WINDOW,
     Row,
 )
@@ -90,7 +91,7 @@ def dense() -> list[Row]:
             "HrmTextForCausalLM",
             {**HEADS, "num_layers_per_stack": 1, "num_key_value_heads": 4},
         ),
-        ("hunyuan_dense", "HunYuanDenseV1ForCausalLM", {**HEADS, "use_qk_norm": True}),
+        ("hunyuan_dense", "HunYuanDenseV1ForCausalLM", {**ONE_HEAD, "use_qk_norm": True}),
         ("minicpm3", "MiniCPM3ForCausalLM", {**MLA, "dim_model_base": 32}),
         ("ministral3", "Ministral3ForCausalLM", HEADS),
         ("mistral", "MistralForCausalLM", {**HEADS, "sliding_window": None}),
@@ -180,7 +181,7 @@ def moe() -> list[Row]:
             "hunyuan_moe",
             "HunYuanMoEV1ForCausalLM",
             {
-                **HEADS,
+                **ONE_HEAD,
                 "num_experts": 4,
                 "moe_topk": 2,
                 "moe_intermediate_size": 128,
@@ -192,7 +193,14 @@ def moe() -> list[Row]:
         (
             "hy_v3",
             "HYV3ForCausalLM",
-            {**MOE, **sparse, "num_shared_experts": 1, "route_norm": True},
+            {
+                **MOE,
+                **sparse,
+                "num_shared_experts": 1,
+                "route_norm": True,
+                "first_k_dense_replace": 1,
+                "use_qk_norm": True,
+            },
         ),
         (
             "laguna",
@@ -275,9 +283,9 @@ def fallback() -> list[Row]:
         ("cwm", "CwmForCausalLM", {**HEADS, **WINDOW, "layer_types": MIXED}),
         ("diffllama", "DiffLlamaForCausalLM", HEADS),
         ("glm", "GlmForCausalLM", HEADS),
-        ("gpt_neox", "GPTNeoXForCausalLM", DENSE),
+        ("gpt_neox", "GPTNeoXForCausalLM", ALL_HEADS),
         ("helium", "HeliumForCausalLM", HEADS),
-        ("nanochat", "NanoChatForCausalLM", HEADS),
+        ("nanochat", "NanoChatForCausalLM", ONE_HEAD),
         ("nemotron", "NemotronForCausalLM", HEADS),
         ("olmo3", "Olmo3ForCausalLM", {**DENSE, **WINDOW, "layer_types": MIXED}),
         ("seed_oss", "SeedOssForCausalLM", HEADS),

@@ -22,7 +22,9 @@ def _first_token(output: Any) -> torch.Tensor:
 
 
 def _mean(output: Any) -> torch.Tensor:
-    return output.last_hidden_state[0].mean(dim=0)
+    from torch.nn.functional import normalize
+
+    return normalize(output.last_hidden_state[0].mean(dim=0), dim=-1)
 
 
 def _scores(output: Any) -> torch.Tensor:
