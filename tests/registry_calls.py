@@ -41,6 +41,29 @@ def waits_for(key: str) -> Callable[[], bool]:
     return lambda: state_of(key).get("waiters", 0) > 0
 
 
+def run_in_threads(*works: Callable[[], None]) -> None:
+    """Each in a thread of its own, T1 and so on, until all have ended."""
+    threads = [threading.Thread(target=work, name=f"T{n}") for n, work in enumerate(works, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a wait without end"
+
+
+def in_line(room: str) -> Callable[[], bool]:
+    """Whether any thread stands in line for ``room`` now."""
+    return lambda: any(
+        visit["room"] == f"room:{room}" and not visit["inside"]
+        for visit in _core.snapshot()["rooms"]
+    )
+
+
+def inside() -> list[str]:
+    """The rooms that somebody is in now."""
+    return [visit["room"] for visit in _core.snapshot()["rooms"] if visit["inside"]]
+
+
 @contextmanager
 def leader_of(key: str) -> Iterator[threading.Thread]:
     """A thread that leads ``key`` and does not finish before the with block does."""

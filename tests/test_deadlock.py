@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sglang_distguard
-from registry_calls import acquire, until, waits_for
+from registry_calls import acquire, in_line, run_in_threads, until, waits_for
 from sglang_distguard import _core
 from sglang_distguard.errors import AcquireTimeout, DeadlockError
 from sglang_distguard.rooms import room
-
-
-def run_in_threads(*works: Callable[[], None]) -> None:
-    threads = [threading.Thread(target=work, name=f"T{n}") for n, work in enumerate(works, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a wait without end"
-
-
-def in_line(room: str) -> Callable[[], bool]:
-    return lambda: any(
-        visit["room"] == f"room:{room}" and not visit["inside"]
-        for visit in _core.snapshot()["rooms"]
-    )
 
 
 def test_a_thread_that_asks_again_for_what_it_initialises_is_told_at_once() -> None:
