@@ -14,6 +14,7 @@ from sglang_distguard import (
     groups,
     ownership,
     process_wide,
+    rooms,
     settings,
     world,
 )
@@ -154,6 +155,31 @@ def refuse_capture_without_turns(handle: _core.RunnerHandle) -> None:
             'in any order. Build the runners of this process with runner_scope(groups="share"), '
             "whose steps take turns, or without graphs (disable_cuda_graph, no torch.compile)."
         )
+
+
+@contextmanager
+def capture_of_anybody() -> Iterator[None]:
+    """Keep runners out while a graph is captured, by whatever code, and wait for those at work.
+
+    Raises:
+        NotSupported: there are several ranks, this is in no turn, and other runners live here.
+        AcquireTimeout, DeadlockError: see ``rooms.room``.
+    """
+    if world.ranks() is None or agreement.has_turn():
+        with rooms.room("capture"):
+            yield
+        return
+    here = _core.current_scope()
+    others = [scope for scope in (None, *_core.live_scopes()) if scope is not here]
+    held = [scope.label if scope else "(default)" for scope in others if _core.live_runners(scope)]
+    if held:
+        raise NotSupported(
+            "a graph is captured outside of the steps that take turns, on one of several ranks, while "
+            f"runners live in other scopes ({', '.join(held)}): it would wait for their forwards, and "
+            "they may wait for ranks that capture already. Capture before those are built.",
+            scopes=held,
+        )
+    yield
 
 
 @contextmanager
