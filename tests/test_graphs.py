@@ -1,4 +1,4 @@
-"""Graphs captured while other runners work: nothing else computes or loads meanwhile, and all are right."""
+"""Graphs captured while other runners work: nothing else does meanwhile, and all are right, then and later."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import pytest
 import sglang_distguard
 from conftest import CACHE, CLOSE
 from graph_programs import GRAPHS
+from registry_calls import run_in_threads
 from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args, solo
 
 Model = Callable[[str], Path]
+#: How often all runners compute at once.
+ROUNDS = 10
 
 
 @pytest.fixture
@@ -31,7 +34,30 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     graph_programs.prepare()
 
 
-def test_graphs_captured_from_two_threads_beside_a_third_that_forwards_are_right(
+def all_at_once(runners: list[Any], rounds: int) -> list[list[Any]]:
+    """Per runner the logits of ``rounds`` generations, each begun by all threads together."""
+    together = threading.Barrier(len(runners))
+    made: list[list[Any]] = [[] for _ in runners]
+
+    def work(runner: Any, logits: list[Any]) -> None:
+        try:
+            for _ in range(rounds):
+                together.wait(120)
+                logits.append(generate(runner, activate=sglang_distguard.activate).logits)
+        except BaseException:
+            together.abort()
+            raise
+
+    run_in_threads(
+        *(
+            lambda runner=runner, logits=logits: work(runner, logits)
+            for runner, logits in zip(runners, made, strict=True)
+        )
+    )
+    return made
+
+
+def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_once(
     guard: None, graphs: None, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -88,10 +114,19 @@ def test_graphs_captured_from_two_threads_beside_a_third_that_forwards_are_right
         rounds += 1
     assert errors == []
     assert (met, rounds > 0) == ([], True)
-    for runner in built.values():
-        assert type(runner.decode_cuda_graph_runner) is CPUGraphRunner
-        assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, alone)
     assert max_abs_error(alone, eager) < CLOSE
+    replays = {id(runner.decode_cuda_graph_runner): 0 for runner in built.values()}
+    execute = CPUGraphRunner.execute
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        replays[id(self)] += 1
+        return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(CPUGraphRunner, "execute", counted)
+    made = all_at_once([*built.values(), third], ROUNDS)
+    for logits, reference in zip(made, (alone, alone, expected), strict=True):
+        assert [bit_equal(it, reference) for it in logits] == [True] * ROUNDS
+    assert all(count >= ROUNDS for count in replays.values())
     for runner in (third, *built.values()):
         sglang_distguard.close(runner)
 
