@@ -51,7 +51,7 @@ test-models: setup
 
 test-python: setup
 	@echo "test 3/3: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: setup ## rustfmt, clippy, ruff, pyright, stubtest
 	@cargo fmt --all --check
