@@ -9,14 +9,19 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
+.PHONY: help always setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, minutes the first time)
 
-.venv/.packages: pyproject.toml
+# Changes only when another SGLang is asked for, and is looked at each time.
+.venv/.requirement: always
+	@mkdir -p $(@D)
+	@echo '$(SGLANG)' | cmp -s - $@ || echo '$(SGLANG)' >$@
+
+.venv/.packages: pyproject.toml .venv/.requirement
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or make PYTHON=python3.12 setup"; exit 1; }
 	@command -v cargo >/dev/null || { echo "cargo not found: install a Rust toolchain (https://rustup.rs)"; exit 1; }
 	@echo "setup 1/3: virtual environment in .venv"
@@ -76,10 +81,10 @@ ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test
 ranks-builds ranks-communicators: setup
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
 
-audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (5 minutes)
+audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (3 minutes)
 	@$(BIN)/python -m sglang_distguard audit --ledger ledger/$(subst sglang==,,$(SGLANG)).csv
 
-architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (an hour)
+architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
 
 gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without (10 minutes)

@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard import treatments
 from sglang_distguard.__main__ import main
-from sglang_distguard.audit import findings, ledger, observe, report, runs, sources
+from sglang_distguard.audit import findings, ledger, observe, processes, report, values
 from sglang_distguard.audit.findings import Finding, Open
-from sglang_distguard.audit.runs import Change, Run, differences
+from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.traces import tracing
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "ledger" / "0.5.23.csv"
-
-TEXT = """
-import functools
-from sglang.other import Shared, table
-
-state = None
-cache: dict = {}
-names = []
-
-class Kept:
-    made = 0
-    seen = []
-
-    def count(self):
-        Kept.made += 1
-        type(self).seen.append(1)
-
-    @classmethod
-    def clear(cls):
-        cls.seen = []
-
-@functools.lru_cache
-def once(): return 1
-
-def write():
-    global state
-    state = 1
-    cache["a"] = 2
-    names.append(3)
-    table["a"] = 4
-    Shared.x = 5
-
-def local():
-    cache = {}
-    cache["a"] = 1
-    names = []
-    names.append(2)
-"""
 
 
 @pytest.fixture
@@ -204,143 +170,19 @@ def test_settings_of_the_process_are_seen_to_change(monkeypatch: pytest.MonkeyPa
     assert any(module == "threading" for module, _ in by_name)
 
 
-def test_what_comes_with_an_import_is_no_change(module: Any) -> None:
+def test_what_comes_with_an_import_is_no_change_but_for_a_cache_that_was_asked(module: Any) -> None:
     before = {key: value for key, value in observe.observe().items() if key[0] != "sglang.made_up"}
     assert changed(before) == set()
+    module.once()
+    assert changed(before) == {("sglang.made_up", "once")}
 
 
-def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals() -> None:
-    found = {
-        (it.module, it.name, it.function, it.rebinds)
-        for it in sources.read("sglang.made_up", TEXT).writes
-    }
-    here, there = "sglang.made_up", "sglang.other"
-    assert found == {
-        (here, "state", "write", True),
-        (here, "cache", "write", False),
-        (here, "names", "write", False),
-        (there, "table", "write", False),
-        (there, "Shared.x", "write", True),
-        (here, "Kept.made", "Kept.count", True),
-        (here, "Kept.seen", "Kept.count", False),
-        (here, "Kept.seen", "Kept.clear", True),
-    }
-    assert sources.read("sglang.made_up", TEXT).declared == {"state"}
-
-
-WAYS = """
-import os
-from sglang.other import settings
-from sglang.srt.environ import envs
-
-CACHE = {}
-config = object()
-
-@dataclass
-class Record:
-    fields: dict = field(default_factory=dict)
-
-    def write(self, k, v):
-        self.fields[k] = v
-
-class Kept:
-    seen = {}
-    own = {}
-
-    def __init__(self):
-        self.own = {}
-        self.mine = {}
-
-    def write(self, k, v):
-        %s
-
-def write(k, v):
-    %s
-"""
-
-
-@pytest.mark.parametrize(
-    ("in_method", "line", "name"),
-    [
-        (False, "CACHE[k][1] = v", "CACHE"),
-        (False, "CACHE[k].x = v", "CACHE"),
-        (False, "CACHE[k].append(v)", "CACHE"),
-        (False, "CACHE.setdefault(k, []).append(v)", "CACHE"),
-        (False, "CACHE.get(k).x = v", "CACHE"),
-        (False, "del CACHE[k]", "CACHE"),
-        (False, "CACHE[k] += v", "CACHE"),
-        (False, "config.x = v", "config"),
-        (False, "config.items[k] = v", "config"),
-        (False, "setattr(config, 'x', v)", "config"),
-        (False, "write.calls = v", "write"),
-        (False, "globals()['CACHE'] = v", "CACHE"),
-        (False, "Kept.seen[k] = v", "Kept.seen"),
-        (True, "self.seen[k] = v", "Kept.seen"),
-        (True, "self.seen.pop(k)", "Kept.seen"),
-        (True, "type(self).seen = v", "Kept.seen"),
-        (True, "self.__class__.seen = v", "Kept.seen"),
-        (False, "envs.MADE_UP.set(v)", "envs.MADE_UP"),
-        (False, "with envs.MADE_UP.override(v): pass", "envs.MADE_UP"),
-        (False, "os.environ.pop('MADE_UP', None)", "environ['MADE_UP']"),
-        (False, "os.environ.setdefault('MADE_UP', v)", "environ['MADE_UP']"),
-        (False, "del os.environ['MADE_UP']", "environ['MADE_UP']"),
-        (False, "os.environ[k.name] = v", "environ[k.name]"),
-        (True, "self.own[k] = v", None),
-        (True, "self.mine[k] = v", None),
-        (True, "self.seen = v", None),
-        (False, "k.seen = v", None),
-        (False, "CACHE.get(k)", None),
-        (False, "CACHE = {}", None),
-    ],
-)
-def test_a_write_is_found_however_it_is_written(
-    in_method: bool, line: str, name: str | None
-) -> None:
-    text = WAYS % ((line, "pass") if in_method else ("pass", line))
-    found = {it.name for it in sources.read("sglang.made_up", text).writes}
-    assert found == ({name} if name else set())
-
-
-ELSEWHERE = """
-import os
-import torch.nn as nn
-from contextlib import contextmanager
-
-@contextmanager
-def patched():
-    before = nn.Module.extra_repr
-    nn.Module.extra_repr = None
-    try:
-        yield
-    finally:
-        nn.Module.extra_repr = before
-
-def configure(name):
-    import torch._dynamo.config
-    import torch.backends.cuda as cuda
-    torch._dynamo.config.cache_size_limit = 8
-    cuda.matmul.allow_tf32 = True
-    setattr(nn, "made_up", 1)
-    os.environ["MADE_UP"] = "1"
-    os.environ[name] = "1"
-
-def not_a_global(nn):
-    nn.x = 1
-    os = nn
-    os.environ["LOCAL"] = "1"
-"""
-
-
-def test_writes_of_what_is_not_sglangs_are_found_in_its_text() -> None:
-    found = {(it.module, it.name) for it in sources.read("sglang.made_up", ELSEWHERE).writes}
-    assert found == {
-        ("torch.nn", "Module.extra_repr"),
-        ("torch.nn", "made_up"),
-        ("torch._dynamo.config", "cache_size_limit"),
-        ("torch.backends.cuda.matmul", "allow_tf32"),
-        ("os", "environ['MADE_UP']"),
-        ("os", "environ[name]"),
-    }
+def test_a_cache_is_listed_once_also_one_of_a_partial(module: Any) -> None:
+    exec("is_new = functools.lru_cache(functools.partial(local))", vars(module))
+    sys.modules["sglang.other"].is_new = module.is_new  # type: ignore[attr-defined]
+    listed = [key for key, thing in observe.sglang_globals() if thing is module.is_new]
+    assert values.is_cache(module.is_new)
+    assert listed == [("sglang.made_up", "is_new")]
 
 
 @pytest.fixture
@@ -358,17 +200,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTy
 def test_what_is_written_and_put_back_is_uncovered_though_nobody_saw_it_change(
     elsewhere: Any,
 ) -> None:
-    before = observe.observe()
-    with tracing() as trace, elsewhere.patched():
-        pass
-    changes = differences(before, observe.observe(), phase="load", runner="first")
-    assert [it for it in changes if it.module == "torch.nn"] == []
-    ran = sorted(trace.ran)
-    assert [module for module, _ in ran] == ["sglang.elsewhere"] * 2
-    run = Run(changes, [], {"sglang.elsewhere": elsewhere.__file__}, ran)
-    verdicts = {(it.module, it.name): it.verdict for it in findings.find([run])}
-    assert verdicts["torch.nn", "Module.extra_repr"] == Open.UNCOVERED
-    assert verdicts["torch.backends.cuda.matmul", "allow_tf32"] == Open.UNSEEN
+    watch = Watch()
+    with tracing(watch.trace):
+        with elsewhere.patched():
+            pass
+        watch.after("first", "load")
+        watch.after("first", "pool")
+    assert [it for it in watch.changes if it.module == "torch.nn"] == []
+    text = {"sglang.elsewhere": elsewhere.__file__}
+    found = findings.find([Run(watch.changes, [], text, watch.ran)])
+    verdicts = {(it.module, it.name): it.verdict for it in found}
+    assert verdicts["torch.nn", "made_up"] == Open.UNSEEN
+    (replaced,) = [it for it in found if it.name == "Module.extra_repr"]
+    lines = [write.line for write in replaced.writes]
+    assert lines
+    assert list(replaced.as_json()["ran"]) == [
+        {"module": "sglang.elsewhere", "line": line, "phase": "load", "runner": "first"}
+        for line in lines
+    ]
+    told = "".join(f"    ran at sglang.elsewhere:{line} in load (first)\n" for line in lines)
+    assert f"torch.nn.Module.extra_repr\n    UNCOVERED\n{told}    written at" in report.text(found)
 
 
 def test_what_is_not_sglangs_and_its_text_writes_is_seen_to_change(
@@ -382,9 +233,30 @@ def test_what_is_not_sglangs_and_its_text_writes_is_seen_to_change(
     assert ("torch.nn", "Module.extra_repr") in {(it.module, it.name) for it in found}
 
 
+@pytest.mark.parametrize(
+    ("phases", "verdict"),
+    [
+        ([], Open.UNSEEN),
+        (["import"], Open.ONCE),
+        (["load"], Open.UNCOVERED),
+        (["import", "load"], Open.UNCOVERED),
+    ],
+)
+def test_what_ran_only_while_sglang_was_imported_is_told_from_what_ran_later(
+    elsewhere: Any, phases: list[str], verdict: Open
+) -> None:
+    files = {"sglang.elsewhere": elsewhere.__file__}
+    (write, *_) = [
+        it for it in findings.find([Run([], [], files, [])]) if it.name == "Module.extra_repr"
+    ]
+    ran = [Ran("sglang.elsewhere", write.writes[0].line, phase, "alone") for phase in phases]
+    found = {it.name: it.verdict for it in findings.find([Run([], [], files, ran)])}
+    assert found["Module.extra_repr"] == verdict
+
+
 def finding(name: str, verdict: str, phase: str = "load") -> Finding:
     change = Change("sglang.m", name, phase, "first", "0", "1")
-    return Finding("sglang.m", name, "container", verdict, "", (), (change,))
+    return Finding("sglang.m", name, "container", verdict, "", (), (change,), ())
 
 
 def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_called_safe(
@@ -399,6 +271,7 @@ def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_
         Change(row.module, row.name, "init", "alone", "None", "x"),
     ]
     kinds = [("sglang.made_up", name, "container") for name in ("cache", "names", "fixed")]
+    kinds += [("sglang.made_up", "thing", "object"), ("sglang.made_up", "once", "cache")]
     run = Run(changes, kinds, {"sglang.made_up": str(file)}, [])
     verdicts = {(it.module, it.name): it.verdict for it in findings.find([run])}
     here = "sglang.made_up"
@@ -406,6 +279,8 @@ def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_
     assert verdicts[here, "names"] == Open.ONCE
     assert verdicts[here, "state"] == Open.UNSEEN
     assert verdicts[here, "fixed"] == Open.UNWRITTEN
+    assert verdicts[here, "thing"] == Open.UNWRITTEN
+    assert verdicts[here, "once"] == Open.UNSEEN  # whoever calls it writes it
     assert verdicts[row.module, row.name] == row.how.value
     told = report.text(findings.find([run]))
     assert "sglang.made_up.cache\n    UNCOVERED\n    load (first): dict of 0 -> dict of 1" in told
@@ -437,8 +312,23 @@ def test_wrong_arguments_end_with_2_and_say_what_is_wrong(
     assert main(["audit", "--update"]) == 2
     assert main(["audit", "--ledger", str(tmp_path / "none.csv")]) == 2
     told = capsys.readouterr().err
-    for text in ("unknown architecture 'nonsense'; known: gpt2", "has no config.json", "--ledger"):
+    for text in (
+        "unknown architecture 'nonsense'; known: gpt2",
+        "has no config.json",
+        "there is no",
+    ):
         assert text in told
+
+
+@pytest.mark.parametrize("options", [[], ["--update"]])
+def test_a_ledger_of_another_sglang_is_refused_and_what_to_do_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "9.8.7")
+    assert main(["audit", "--ledger", str(LEDGER), *options]) == 2
+    told = capsys.readouterr().err
+    assert "is the ledger of SGLang 0.5.23, and SGLang 9.8.7 is installed" in told
+    assert f"`--ledger {LEDGER.parent / '9.8.7.csv'} --update`" in told
 
 
 def test_a_run_that_fails_ends_with_2_and_its_error(
@@ -449,9 +339,32 @@ def test_a_run_that_fails_ends_with_2_and_its_error(
     assert "the audit's run of" in capsys.readouterr().err
 
 
-def test_a_run_that_takes_too_long_is_ended_and_said_to(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"did not end within 0\.1 s"):
-        runs.run(tmp_path, together=False, seconds=0.1)
+def test_an_import_that_takes_too_long_is_ended_and_said_to(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"the audit did not end within 0\.1 s"):
+        processes.run_all([tmp_path], seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        ("threading.Event().wait()", "the audit's run of that one did not end within 0.5 s"),
+        ("1 / 0", "the audit's run of that one failed (exit status 1):"),
+    ],
+)
+def test_a_run_that_fails_or_takes_too_long_ends_the_others(
+    tmp_path: Path, work: str, told: str
+) -> None:
+    program = f"""
+import pathlib, signal, threading
+from sglang_distguard.audit.processes import fork_each
+def another():
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    threading.Event().wait()
+fork_each({{"another": another, "that one": lambda: {work}}}, pathlib.Path({str(tmp_path)!r}), 0.5)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert told in ran.stderr
 
 
 def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
@@ -462,8 +375,10 @@ def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
 
 
 def test_an_audit_finds_what_the_ledger_says(tmp_path: Path) -> None:
-    """The same as `make audit`, with two of its five models."""
+    """The same as `make audit`."""
     out = tmp_path / "audit.json"
     arguments = ["--ledger", str(LEDGER), "--json", str(out), "--cache", str(ROOT / ".cache")]
-    assert main(["audit", "--arch", "llama", "--arch", "qwen3_moe", *arguments]) == 0
-    assert out.is_file()
+    assert main(["audit", *arguments]) == 0
+    found = json.loads(out.read_text())
+    ran = {(it["phase"], it["runner"]) for finding in found for it in finding["ran"]}
+    assert {("import", "alone"), ("load", "alone"), ("load", "first")} <= ran

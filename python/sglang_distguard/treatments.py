@@ -321,7 +321,6 @@ TREATMENTS: tuple[Treatment, ...] = (
             "get_cpu_ids_by_node get_device is_confidential_compute",
             _MACHINE,
         ),
-        (_SRT + "utils", "is_sm110_supported", _MACHINE),
         (_SRT + "hardware_backend.mlx.runtime", "use_mlx", _MACHINE),
         ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
         ("sglang.kernels.selector", "_platform", _MACHINE),
@@ -333,6 +332,11 @@ TREATMENTS: tuple[Treatment, ...] = (
         ),
         (_SRT + "runtime_context", "_parallel_config_leaves _parallel_fields", _FIELDS),
         (_SRT + "server_args", "_underscore_field_names", _FIELDS),
+        (
+            _SRT + "models.registry",
+            "import_model_classes",
+            "remembers which model classes SGLang's own modules have",
+        ),
         (
             "sglang.kernels.ops.attention.clamp_position",
             "_CLAMP_POSITION",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_distguard import treatments
 from sglang_distguard.audit.observe import Key
-from sglang_distguard.audit.runs import Change, Run
+from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
 from sglang_distguard.audit.sources import Write, source_of
 
 
@@ -18,11 +18,9 @@ class Open(StrEnum):
     """What is said of a global that no line of ``treatments`` is about."""
 
     UNCOVERED = "UNCOVERED"  # it was seen to change, or a line that writes it ran
-    ONCE = "import"  # it was seen to change, while SGLang was imported and not later
+    ONCE = "import"  # as UNCOVERED, while SGLang was imported and not later
     UNSEEN = "not exercised"  # functions write it, and none of those that ran did
-    UNWRITTEN = (
-        "no writer found"  # a container that did not change; no line that writes it is known
-    )
+    UNWRITTEN = "no writer found"  # it did not change, and no line that writes it is known
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Finding:
         reason: of the treatment; empty without one.
         writes: where SGLang writes it, as far as its text tells.
         changes: when it was seen to change.
+        ran: which of ``writes`` ran, and when.
     """
 
     module: str
@@ -46,6 +45,7 @@ class Finding:
     reason: str
     writes: tuple[Write, ...]
     changes: tuple[Change, ...]
+    ran: tuple[Ran, ...]
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -81,17 +81,30 @@ def find(
     treated = {(row.module, row.name) for row in treatments.TREATMENTS}
     for module, name in seen.keys() | treated:
         kinds.setdefault((module, name), _kind_of_other(module))
-    ran = {place for run in runs for place in run.ran}
+    ran: dict[tuple[str, int], set[Ran]] = {}
+    for run in runs:
+        for it in run.ran:
+            ran.setdefault((it.module, it.line), set()).add(it)
     return [
         _finding(
             key,
             kinds[key],
             tuple(writes.get(key, ())),
             tuple(dict.fromkeys(seen.get(key, ()))),
-            any((write.file, write.line) in ran for write in writes.get(key, ())),
+            _ran(writes.get(key, ()), ran),
         )
         for key in sorted(kinds)
     ]
+
+
+def _ran(writes: Iterable[Write], ran: Mapping[tuple[str, int], set[Ran]]) -> tuple[Ran, ...]:
+    places = {(write.file, write.line) for write in writes}
+    found = (it for place in places for it in ran.get(place, ()))
+    return tuple(sorted(found, key=lambda it: (it.module, it.line, _when(it))))
+
+
+def _when(it: Ran) -> tuple[int, str]:
+    return PHASES.index(it.phase), it.runner
 
 
 def _key(write: Write, files: Mapping[str, str]) -> Key:
@@ -111,20 +124,28 @@ def _kind_of_other(module: str) -> str:
 
 
 def _finding(
-    key: Key, kind: str, writes: tuple[Write, ...], changes: tuple[Change, ...], ran: bool
+    key: Key,
+    kind: str,
+    writes: tuple[Write, ...],
+    changes: tuple[Change, ...],
+    ran: tuple[Ran, ...],
 ) -> Finding:
     row = treatments.find(*key)
     if row is not None:
         verdict, reason = row.how.value, row.reason
     else:
-        verdict, reason = _open(kind, writes, changes, ran).value, ""
-    return Finding(*key, kind, verdict, reason, writes, changes)
+        verdict, reason = _open(kind, writes, {it.phase for it in (*changes, *ran)}).value, ""
+    return Finding(*key, kind, verdict, reason, writes, changes, ran)
 
 
-def _open(kind: str, writes: tuple[Write, ...], changes: tuple[Change, ...], ran: bool) -> Open:
-    # What is put back within a phase is the same after it, and another thread saw it in between.
-    if ran or any(change.phase != "import" for change in changes):
+def _open(kind: str, writes: tuple[Write, ...], phases: Set[str]) -> Open:
+    """What it is when it changed, or a line that writes it ran, in these phases.
+
+    What is put back within a phase is the same after it, and another thread saw it in between.
+    """
+    if phases - {"import"}:
         return Open.UNCOVERED
-    if changes:
+    if phases:
         return Open.ONCE
-    return Open.UNWRITTEN if kind == "container" and not writes else Open.UNSEEN
+    # A cache is written by whoever calls it.
+    return Open.UNSEEN if writes or kind == "cache" else Open.UNWRITTEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import inspect
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from sglang_distguard.audit.sources import source_of
+from sglang_distguard.audit.sources import source_of, uncollected
 from sglang_distguard.audit.values import Value, is_cache, value_of
 from sglang_distguard.installation import is_installed
 
@@ -33,8 +34,12 @@ _SEEN_OTHERWISE = frozenset(["os", "sys"])
 
 def observe() -> Observation:
     """All there is, by module and name."""
-    own = {key: value_of(thing) for key, thing in (*sglang_globals(), *_process())}
-    return {key: replace(value_of(thing), may_appear=True) for key, thing in _foreign()} | own
+    collects = gc.isenabled()
+    with uncollected():
+        own = {key: value_of(thing) for key, thing in (*sglang_globals(), *_process())}
+        own["gc", "isenabled"] = value_of(collects)
+        others = {key: replace(value_of(it), may_appear=True) for key, it in _foreign()}
+    return others | own
 
 
 def _foreign() -> Iterator[tuple[Key, Any]]:
@@ -110,10 +115,17 @@ def _is_elsewhere(thing: Any, module: str) -> bool:
     """Whether it is a function or class imported from another module of SGLang's, listed there."""
     if not isinstance(thing, (type, types.FunctionType)) and not is_cache(thing):
         return False
-    home = getattr(thing, "__module__", None)
+    name = getattr(thing, "__name__", "")
+    made: Any = thing
+    if is_cache(thing) and not name:  # of a functools.partial, which has no name and no module
+        made = made.__wrapped__
+        while isinstance(made, functools.partial):
+            made = made.func
+    home = getattr(made, "__module__", None)
     if not isinstance(home, str) or home == module or home not in sys.modules:
         return False
-    return vars(sys.modules[home]).get(getattr(thing, "__name__", "")) is thing
+    there = vars(sys.modules[home])
+    return there.get(name) is thing if name else any(it is thing for it in there.values())
 
 
 def _process() -> Iterator[tuple[Key, Any]]:
@@ -133,7 +145,6 @@ def _process() -> Iterator[tuple[Key, Any]]:
     for name, count in Counter(map(_thread, threading.enumerate())).items():
         yield ("threading", f"threads:{name}"), count
     yield ("warnings", "filters"), len(warnings.filters)
-    yield ("gc", "isenabled"), gc.isenabled()
     yield ("gc", "get_threshold"), gc.get_threshold()
     yield ("gc", "get_freeze_count > 0"), gc.get_freeze_count() > 0
     yield ("random", "getstate"), _digest(repr(random.getstate()).encode())

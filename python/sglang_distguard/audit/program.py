@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Optional
@@ -13,10 +13,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from sglang_distguard.audit import findings, ledger, report
-from sglang_distguard.audit.runs import run
-
-#: Processes, of about 2 GiB each.
-_AT_ONCE = 2
+from sglang_distguard.audit.processes import run_all
 
 
 def main(
@@ -33,6 +30,7 @@ def main(
         print("error: --update needs --ledger FILE", file=sys.stderr)
         return 2
     try:
+        _check_ledger(ledger_file, update=update)
         known = None if ledger_file is None or update else ledger.read(ledger_file)
         found = audit(_models(model, architectures, cache))
     except (OSError, ValueError, RuntimeError) as error:
@@ -55,6 +53,21 @@ def main(
     return int(is_open or bool(differences))
 
 
+def _check_ledger(ledger_file: Optional[Path], *, update: bool) -> None:
+    """A ledger is named after the SGLang that it is of; files of other names are of any."""
+    if ledger_file is None:
+        return
+    installed = metadata.version("sglang")
+    if re.match(r"\d+\.\d+", ledger_file.stem) and ledger_file.stem != installed:
+        raise ValueError(
+            f"{ledger_file} is the ledger of SGLang {ledger_file.stem}, and SGLang {installed} is "
+            f"installed; `--ledger {ledger_file.with_name(f'{installed}.csv')} --update` makes one "
+            "for it, `make audit SGLANG=sglang==VERSION` installs another"
+        )
+    if not update and not ledger_file.is_file():
+        raise ValueError(f"there is no {ledger_file}; `--ledger {ledger_file} --update` makes one")
+
+
 def _models(model: Optional[Path], architectures: Sequence[str], cache: Path) -> list[Path]:
     if model is not None:
         if not (model / "config.json").is_file():
@@ -70,25 +83,13 @@ def _models(model: Optional[Path], architectures: Sequence[str], cache: Path) ->
 
 
 def audit(models: Sequence[Path]) -> list[findings.Finding]:
-    """Run each model alone and together, every run in a process of its own.
+    """Import SGLang, run each model alone and together, every run in a process of its own.
 
     Raises:
         RuntimeError: a run failed.
     """
-    jobs = [(model, together) for model in models for together in (False, True)]
-    with (
-        ThreadPoolExecutor(_AT_ONCE) as pool,
-        tqdm(total=len(jobs), desc="runs", unit="run") as bar,
-    ):
-        started = [pool.submit(run, model, together=together) for model, together in jobs]
-        try:
-            for done in as_completed(started):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    runs = [it.result() for it in started]
+    with tqdm(total=2 * len(models), desc="runs", unit="run") as bar:
+        runs = run_all(models, done=bar.update)
     files = {module for it in runs for module in it.files}
     with tqdm(total=len(files), desc="sources", unit="file") as bar:
 

@@ -1,4 +1,4 @@
-"""What people read of an audit: what changed, where it is written, and what is open."""
+"""What people read of an audit: what changed or ran, where it is written, and what is open."""
 
 from __future__ import annotations
 
@@ -6,40 +6,58 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from sglang_distguard.audit.findings import Finding, Open
-from sglang_distguard.audit.runs import Change
+from sglang_distguard.audit.runs import Change, Ran
 
 _PLACES = 2
 
 
 def uncovered(findings: Iterable[Finding]) -> list[Finding]:
-    """What was seen to change and nobody treats."""
+    """What was seen to change, or whose writer ran, and nobody treats."""
     return [finding for finding in findings if finding.verdict == Open.UNCOVERED]
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """Everything that changed after SGLang was imported, by verdict, and how much there is of each."""
+    """Everything that changed after SGLang was imported or is UNCOVERED, by verdict, and how much
+    there is of each.
+    """
     return "\n".join(_lines(findings))
 
 
 def _lines(findings: Sequence[Finding]) -> Iterator[str]:
-    changed = [it for it in findings if any(change.phase != "import" for change in it.changes)]
-    for finding in sorted(changed, key=lambda it: (it.verdict, it.module, it.name)):
+    changed = [it for it in findings if any(map(_is_later, it.changes))]
+    told = [it for it in findings if it.verdict == Open.UNCOVERED or it in changed]
+    for finding in sorted(told, key=lambda it: (it.verdict, it.module, it.name)):
         reason = f": {finding.reason}" if finding.reason else ""
         yield f"{finding.module}.{finding.name}"
         yield f"    {finding.verdict}{reason}"
-        for change in finding.changes:
-            if change.phase != "import":
-                yield f"    {_when(change)}: {change.before} -> {change.after}"
+        for change in filter(_is_later, finding.changes):
+            yield f"    {_when(change)}: {change.before} -> {change.after}"
+        yield from _ran(finding)
         yield from _written(finding)
     yield ""
     counts = Counter(finding.verdict for finding in findings)
-    told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
-    yield f"{len(findings)} process-globals: {told}."
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    yield f"{len(findings)} process-globals: {verdicts}."
     yield f"{len(changed)} of them changed in these runs; {len(uncovered(findings))} UNCOVERED."
 
 
-def _when(change: Change) -> str:
-    return f"{change.phase} ({change.runner})"
+def _is_later(it: Change | Ran) -> bool:
+    """Whether it was after SGLang was imported."""
+    return it.phase != "import"
+
+
+def _when(it: Change | Ran) -> str:
+    return f"{it.phase} ({it.runner})"
+
+
+def _ran(finding: Finding) -> Iterator[str]:
+    places: dict[str, list[str]] = {}
+    for it in filter(_is_later, finding.ran):
+        places.setdefault(f"{it.module}:{it.line}", []).append(_when(it))
+    for place, times in list(places.items())[:_PLACES]:
+        yield f"    ran at {place} in {', '.join(times)}"
+    if len(places) > _PLACES:
+        yield f"    and at {len(places) - _PLACES} more"
 
 
 def _written(finding: Finding) -> Iterator[str]:

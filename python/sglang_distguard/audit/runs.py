@@ -1,34 +1,30 @@
-"""Builds and runs real runners under observation, in a process of its own.
+"""Builds and runs real runners under observation, in this process: one with plain SGLang, or two with the guard.
 
-``python -m sglang_distguard.audit.runs MODEL`` prints, as JSON, what changed: one runner with plain
-SGLang; with ``--together`` two with the guard, of different dtypes, one after the other and then at once.
+The two are of different dtypes, and run one after the other and then at once.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Optional
 
-from sglang_distguard.audit.observe import Observation, observe, sglang_globals, source_files
+from sglang_distguard.audit.observe import (
+    Key,
+    Observation,
+    observe,
+    sglang_globals,
+    source_files,
+)
 from sglang_distguard.audit.traces import Trace, tracing, untraced
-from sglang_distguard.audit.values import kind_of
-from sglang_distguard.settings import REUSE_VARIABLE
+from sglang_distguard.audit.values import Value, kind_of
 
 PHASES = (
     *("import", "publish", "init", "load", "pool", "backends", "graphs"),
     *("prefill", "decode", "close"),
 )
-_MODULE = "sglang_distguard.audit.runs"
 _NOTHING = "(nothing)"
-_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,23 @@ class Change:
     after: str
 
 
+@dataclass(frozen=True, order=True)
+class Ran:
+    """A line that writes a process-global and ran, also when the global was the same after the phase.
+
+    Attributes:
+        module: in whose text it is.
+        line: its number.
+        phase: one of ``PHASES``.
+        runner: as of a ``Change``.
+    """
+
+    module: str
+    line: int
+    phase: str
+    runner: str
+
+
 @dataclass(frozen=True)
 class Run:
     """What one observed process did.
@@ -60,57 +73,24 @@ class Run:
         changes: what changed in it.
         kinds: [module, name, kind] of the globals of SGLang that could.
         files: module of SGLang's that it imported -> its source file.
-        ran: [module, line] of the lines that write a global and ran after the import.
+        ran: which lines that write a global ran.
     """
 
     changes: list[Change]
     kinds: list[tuple[str, str, str]]
     files: dict[str, str]
-    ran: list[tuple[str, int]]
+    ran: list[Ran]
 
 
-def run(model: Path, *, together: bool, seconds: float = _SECONDS) -> Run:
-    """Build and run ``model`` in a process that is observed, and killed after ``seconds``.
+class Watch:
+    """Compares what is with what was, phase by phase, and notes what ran in between."""
 
-    Raises:
-        RuntimeError: the process failed or took too long; the text has the end of its error output.
-    """
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        options = ["--together"] if together else []
-        try:
-            ran = subprocess.run(
-                [sys.executable, "-m", _MODULE, str(model), file.name, *options],
-                env={name: text for name, text in os.environ.items() if name != REUSE_VARIABLE},
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired as late:
-            # Bytes, though text was asked for (CPython 3.11).
-            printed = (late.stderr or b"").decode(errors="replace")
-            raise RuntimeError(
-                f"the audit's run of {model} did not end within {seconds:g} s:\n{printed[-4000:]}"
-            ) from None
-        if ran.returncode != 0:
-            raise RuntimeError(
-                f"the audit's run of {model} failed (exit status {ran.returncode}):\n"
-                f"{ran.stderr[-4000:]}"
-            )
-        found = json.loads(Path(file.name).read_text())
-        return Run(
-            [Change(**change) for change in found["changes"]],
-            [(module, name, kind) for module, name, kind in found["kinds"]],
-            found["files"],
-            [(module, line) for module, line in found["ran"]],
-        )
-
-
-class _Watch:
-    """Compares what is with what was, phase by phase."""
-
-    def __init__(self) -> None:
+    def __init__(self, trace: Optional[Trace] = None) -> None:
+        self.trace = Trace() if trace is None else trace
         self.changes: list[Change] = []
-        self._last = observe()
+        self.ran: list[Ran] = []
+        with untraced():
+            self.last = observe()
 
     def of(self, runner: str) -> Callable[[str], None]:
         return lambda phase: self.after(runner, phase)
@@ -118,23 +98,36 @@ class _Watch:
     def after(self, runner: str, phase: str) -> None:
         with untraced():
             now = observe()
-            self.changes += differences(self._last, now, phase=phase, runner=runner)
-        self._last = now
+            self.changes += differences(self.last, now, phase=phase, runner=runner)
+            self.ran += [Ran(*place, phase, runner) for place in self.trace.take()]
+        self.last = now
+
+    def take(self) -> Run:
+        """What was seen since the last call of this; more may follow."""
+        kinds = [(*key, kind) for key, thing in sglang_globals() if (kind := kind_of(thing))]
+        taken = Run(self.changes, kinds, source_files(), self.ran)
+        self.changes, self.ran = [], []
+        return taken
 
 
 def differences(before: Observation, now: Observation, *, phase: str, runner: str) -> list[Change]:
-    """What changed. What came with a module that was imported in between did not."""
+    """What changed. What came with a module that was imported in between did not, but for a cache
+    that was asked since.
+    """
     known = {module for module, _ in before}
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if old == new or (
-            old is None and new is not None and (key[0] not in known or new.may_appear)
-        ):
+        if old == new or (old is None and new is not None and _came(key, new, known)):
             continue
         texts = [_NOTHING if it is None else it.text for it in (old, new)]
         found.append(Change(*key, phase, runner, *texts))
     return found
+
+
+def _came(key: Key, new: Value, known: Set[str]) -> bool:
+    """Whether it is there now because a module was imported."""
+    return (key[0] not in known and not new.was_asked) or new.may_appear
 
 
 @dataclass(frozen=True)
@@ -164,24 +157,47 @@ def subject_of(model: str) -> Subject:
     return Subject(build, compute)
 
 
+def importing() -> Run:
+    """Import SGLang in this process, which has not."""
+    import torch  # noqa: F401  # its settings are looked at from here on
+
+    from sglang_distguard.testing import prepare_environment
+
+    trace = Trace()
+    with tracing(trace):
+        prepare_environment()  # imports half of SGLang; what it sets itself is no change of SGLang's
+        watch = Watch(trace)
+        others = {key: value for key, value in watch.last.items() if not _is_sglangs(key)}
+        watch.changes += differences(others, watch.last, phase="import", runner="alone")
+        import sglang.srt.managers.scheduler
+        import sglang.srt.model_executor.model_runner  # noqa: F401
+
+        watch.after("alone", "import")
+    return watch.take()
+
+
+def _is_sglangs(key: Key) -> bool:
+    return key[0].partition(".")[0] == "sglang"
+
+
 def alone(subject: Subject) -> Run:
     """Build and run runner 0 with plain SGLang, in this process, which has imported it."""
-    watch = _Watch()
-    with tracing() as trace:
+    watch = Watch()
+    with tracing(watch.trace):
         runner = subject.build(0, watch.of("alone"))
         subject.compute(runner, 0, after=watch.of("alone"))
         del runner
         _tear_down()
         watch.after("alone", "close")
-    return _run(watch, trace)
+    return watch.take()
 
 
 def together(subject: Subject) -> Run:
     """Build both with the guard, which is installed; run one after the other, then both at once."""
     import sglang_distguard
 
-    watch = _Watch()
-    with tracing() as trace:
+    watch = Watch()
+    with tracing(watch.trace):
         runners = []
         for number, name in enumerate(("first", "second")):
             with sglang_distguard.runner_scope(name):
@@ -197,7 +213,7 @@ def together(subject: Subject) -> Run:
             sglang_distguard.close(runners.pop())
         _tear_down()
         watch.after("both", "close")
-    return _run(watch, trace)
+    return watch.take()
 
 
 def _at_once(subject: Subject, runners: Sequence[Any]) -> None:
@@ -220,11 +236,6 @@ def _at_once(subject: Subject, runners: Sequence[Any]) -> None:
         raise failed[0]
 
 
-def _run(watch: _Watch, trace: Trace) -> Run:
-    kinds = [(*key, kind) for key, thing in sglang_globals() if (kind := kind_of(thing))]
-    return Run(watch.changes, kinds, source_files(), sorted(trace.ran))
-
-
 def _tear_down() -> None:
     from sglang.srt.distributed import parallel_state
     from sglang.srt.runtime_context import reset_context
@@ -232,31 +243,3 @@ def _tear_down() -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
     reset_context()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The process that is observed."""
-    model, output, *options = arguments
-    import torch  # noqa: F401  # its settings are looked at from here on
-
-    from sglang_distguard.testing import prepare_environment
-
-    prepare_environment()
-    imports = _Watch()
-    import sglang.srt.managers.scheduler
-    import sglang.srt.model_executor.model_runner  # noqa: F401
-
-    imports.after("alone", "import")
-    if "--together" in options:
-        import sglang_distguard
-
-        sglang_distguard.install()
-        found = together(subject_of(model))
-    else:
-        found = alone(subject_of(model))
-        found = replace(found, changes=[*imports.changes, *found.changes])
-    Path(output).write_text(json.dumps(asdict(found)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

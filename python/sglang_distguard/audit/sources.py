@@ -6,47 +6,22 @@ import ast
 import functools
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Methods by which a container changes.
-_CHANGES = frozenset(
-    [
-        "add",
-        "append",
-        "appendleft",
-        "clear",
-        "discard",
-        "extend",
-        "extendleft",
-        "insert",
-        "move_to_end",
-        "pop",
-        "popitem",
-        "popleft",
-        "remove",
-        "reverse",
-        "rotate",
-        "setdefault",
-        "sort",
-        "update",
-    ]
+from sglang_distguard.audit.statements import (
+    FIELDS,
+    MODULE,
+    bound_names,
+    chain,
+    is_name,
+    written_by,
 )
-#: Methods that return what is inside of a container.
-_INSIDE = frozenset(["get", "setdefault"])
-#: 0.5.23: writes of an environment variable through a field of ``envs``.
-_FIELDS = ("sglang.srt.environ", "envs", frozenset(["set", "override", "clear"]))
+
 #: Bare name -> (module, name) it was imported from; name "" for a module.
 _Names = dict[str, tuple[str, str]]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-#: Stands for the module that is read where ``globals()`` is.
-_MODULE = "globals()"
-_WRITING = frozenset(
-    [
-        *(ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Delete, ast.NamedExpr, ast.Call),
-        *(ast.For, ast.AsyncFor, ast.With, ast.AsyncWith),
-    ]
-)
 
 
 @dataclass(frozen=True, order=True)
@@ -75,6 +50,7 @@ class _Scope:
     """A function: what its bare names mean."""
 
     name: str
+    owner: str = ""  # of a class method: the name of its first parameter, which is the class
     local: set[str] = field(default_factory=set)
     declared: set[str] = field(default_factory=set)
     imported: _Names = field(default_factory=dict)
@@ -99,10 +75,17 @@ class Source:
 def source_of(module: str, file: str) -> Source:
     """What the text of ``module`` in ``file`` says, which stays as it is."""
     text = Path(file).read_text(encoding="utf-8")
-    collects = gc.isenabled()
-    gc.disable()  # a syntax tree is many objects and no garbage: collecting takes longer than parsing
-    try:
+    with uncollected():
         return read(module, text)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For what makes many objects and no garbage: looking for some takes longer than the work."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collects:
             gc.enable()
@@ -146,7 +129,7 @@ class _Reader:
                 elif isinstance(child, ast.ExceptHandler):
                     for statement in child.body:
                         self._note(statement)
-        self._bound |= set(_bound_names(node))
+        self._bound |= set(bound_names(node))
 
     def _visit(self, node: ast.AST, functions: list[_Scope], classes: list[str]) -> Iterator[Write]:
         for child in ast.iter_child_nodes(node):
@@ -164,7 +147,7 @@ class _Reader:
     def _writes_of(
         self, node: ast.AST, functions: list[_Scope], classes: list[str]
     ) -> Iterator[Write]:
-        for target, rebinds in _targets(node):
+        for target, rebinds in written_by(node):
             found = self._meaning(target, functions, classes, rebinds)
             if found is not None:
                 line = getattr(node, "lineno", 0)
@@ -185,17 +168,17 @@ class _Reader:
             if any(target.id in it.local - it.declared for it in functions):
                 return None
             return (self._module, target.id) if target.id in self._bound else None
-        first, attributes = _chain(target)
+        first, attributes = chain(target)
         if not attributes:
             return None
-        if first == _MODULE:
+        if first == MODULE:
             return self._module, attributes[0]
-        if first == "cls" and classes:
+        if classes and (first == "cls" or _is_owner(first, functions)):
             return self._module, ".".join([*classes, *attributes])
         if first == "self":
             return self._of_instance(classes, attributes, rebinds)
         owner = self._import_of(first, functions)
-        if owner is not None and owner == _FIELDS[:2]:
+        if owner is not None and owner == FIELDS[:2]:
             return owner[0], ".".join([owner[1], *attributes])
         if owner is not None:
             return _of_import(*owner, attributes)
@@ -222,6 +205,14 @@ class _Reader:
         return self._imported.get(name)
 
 
+def _is_owner(name: str, functions: list[_Scope]) -> bool:
+    """Whether the bare ``name`` is what a class method calls its class."""
+    for scope in reversed(functions):
+        if name in scope.local:
+            return name == scope.owner
+    return False
+
+
 def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, set[str]]]:
     """(class, names that its body binds to something, and no method binds on the instance)"""
     for child in ast.iter_child_nodes(node):
@@ -235,12 +226,12 @@ def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, se
             for statement in child.body
             if isinstance(statement, ast.Assign)
             or (isinstance(statement, ast.AnnAssign) and not _is_field(statement, child))
-            for name in _bound_names(statement)
+            for name in bound_names(statement)
         }
         bound -= {
             target.attr
             for statement in ast.walk(child)
-            for target, rebinds in _targets(statement)
+            for target, rebinds in written_by(statement)
             if rebinds and isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
         }
         yield ".".join(inner), bound
@@ -270,21 +261,6 @@ def _imports(node: ast.Import | ast.ImportFrom) -> _Names:
     }
 
 
-def _chain(target: ast.expr) -> tuple[str, list[str]]:
-    """``a.b.c`` as ("a", ["b", "c"]); ("", []) when it does not begin with a name."""
-    attributes: list[str] = []
-    while isinstance(target, ast.Attribute):
-        attributes.insert(0, target.attr)
-        target = target.value
-    if _is_call_of(target, "type"):
-        return "cls", attributes
-    if not isinstance(target, ast.Name):
-        return "", []
-    if target.id == "self" and attributes[:1] == ["__class__"]:
-        return "cls", attributes[1:]
-    return target.id, attributes
-
-
 def _of_import(module: str, name: str, attributes: list[str]) -> tuple[str, str]:
     """(module, name) of an attribute of something imported: a class begins with a capital letter."""
     parts = [*module.split("."), *filter(None, [name]), *attributes]
@@ -294,115 +270,6 @@ def _of_import(module: str, name: str, attributes: list[str]) -> tuple[str, str]
     return ".".join(parts[:first]), ".".join(parts[first:])
 
 
-def _targets(node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
-    """(what is written, whether it is bound anew)"""
-    if type(node) not in _WRITING:  # as most nodes
-        return
-    if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
-        targets = [node.target] if getattr(node, "value", None) is not None else []
-    elif isinstance(node, ast.Delete):
-        targets = node.targets
-    elif isinstance(node, (ast.For, ast.AsyncFor)):
-        targets = [node.target]
-    elif isinstance(node, (ast.With, ast.AsyncWith)):
-        targets = [item.optional_vars for item in node.items if item.optional_vars]
-    elif isinstance(node, ast.NamedExpr):
-        targets = [node.target]
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        yield from _changed_by(node, node.func)
-        return
-    elif (attribute := _set_attribute(node)) is not None:
-        yield attribute, True
-        return
-    else:
-        return
-    for target in targets:
-        for part in _parts(target):
-            if isinstance(part, ast.Subscript):
-                named = _variable(part.value, part.slice) or _of_globals(part)
-                yield (named, True) if named is not None else (_container(part), False)
-            elif isinstance(part, (ast.Name, ast.Attribute)):
-                container = _container(part)
-                yield container, container is part
-
-
-def _changed_by(call: ast.Call, method: ast.Attribute) -> Iterator[tuple[ast.expr, bool]]:
-    """What a call of ``method`` writes."""
-    called_on = method.value
-    if method.attr in _CHANGES:
-        variable = _variable(called_on, call.args[0]) if call.args else None
-        if variable is not None:
-            yield variable, True
-            return
-    first, attributes = _chain(called_on)
-    if first == _FIELDS[1] and len(attributes) == 1 and attributes[0].isupper():
-        if method.attr in _FIELDS[2]:
-            yield called_on, True
-    elif method.attr in _CHANGES:
-        yield _container(called_on), False
-
-
-def _container(written: ast.expr) -> ast.expr:
-    """``written`` itself, or what it is inside of: ``a.b`` of ``a.b[1].c``, ``a`` of ``a.get(1)``."""
-    found, node = written, written
-    while True:
-        if isinstance(node, ast.Subscript):
-            found = node = node.value
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr in _INSIDE
-        ):
-            found = node = node.func.value
-        elif isinstance(node, ast.Attribute):
-            node = node.value
-        else:
-            return found
-
-
-def _variable(container: ast.expr, name: ast.expr) -> ast.expr | None:
-    """``os.environ["NAME"]``: an environment variable is a global of its own, also ``[name]``."""
-    if ast.unparse(container) == "os.environ":
-        return ast.Attribute(ast.Name("os"), f"environ[{ast.unparse(name)}]", ast.Store())
-    return None
-
-
-def _of_globals(part: ast.Subscript) -> ast.expr | None:
-    """``globals()["name"]``, as an attribute of the module that is read."""
-    if _is_call_of(part.value, "globals") and isinstance(part.slice, ast.Constant):
-        return ast.Attribute(ast.Name(_MODULE), str(part.slice.value), ast.Store())
-    return None
-
-
-def _is_call_of(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
-
-
-def _set_attribute(node: ast.AST) -> ast.Attribute | None:
-    """The attribute that ``setattr`` or ``delattr`` writes, if its name stands there."""
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in {"setattr", "delattr"}
-        and len(node.args) >= 2
-        and isinstance(node.args[1], ast.Constant)
-    ):
-        return ast.Attribute(node.args[0], str(node.args[1].value), ast.Store())
-    return None
-
-
-def _parts(target: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(target, (ast.Tuple, ast.List)):
-        for element in target.elts:
-            yield from _parts(element)
-    elif isinstance(target, ast.Starred):
-        yield from _parts(target.value)
-    else:
-        yield target
-
-
 def _scope_of(function: ast.AST, name: str) -> _Scope:
     scope = _Scope(name)
     arguments = getattr(function, "args", None)
@@ -410,12 +277,15 @@ def _scope_of(function: ast.AST, name: str) -> _Scope:
         every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
         scope.local |= {it.arg for it in every}
         scope.local |= {it.arg for it in (arguments.vararg, arguments.kwarg) if it is not None}
+        decorators = getattr(function, "decorator_list", [])  # a lambda has none
+        if every and any(is_name(it, "classmethod") for it in decorators):
+            scope.owner = every[0].arg
     for node in _own_nodes(function):
         if isinstance(node, ast.Global):
             scope.declared |= set(node.names)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             scope.imported |= _imports(node)
-        scope.local |= set(_bound_names(node))
+        scope.local |= set(bound_names(node))
     return scope
 
 
@@ -427,16 +297,3 @@ def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
         yield node
         if not isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
             pending.extend(ast.iter_child_nodes(node))
-
-
-def _bound_names(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, (ast.Import, ast.ImportFrom)):
-        for alias in node.names:
-            yield alias.asname or alias.name.partition(".")[0]
-    elif isinstance(node, ast.ExceptHandler) and node.name:
-        yield node.name
-    for target, rebinds in _targets(node):
-        if rebinds and isinstance(target, ast.Name):
-            yield target.id

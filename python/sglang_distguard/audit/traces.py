@@ -23,9 +23,16 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self.ran: set[Place] = set()
+        self._ran: set[Place] = set()
         # By identity: equal functions of two modules have equal code, and comparing code is slow.
         self._tracers: dict[int, tuple[types.CodeType, Optional[_Tracer]]] = {}
+
+    def take(self) -> list[Place]:
+        """What ran since the last call of this."""
+        taken = set()
+        while self._ran:  # one by one: other threads may add some meanwhile
+            taken.add(self._ran.pop())
+        return sorted(taken)
 
     def call(self, frame: types.FrameType, event: str, argument: Any) -> Optional[_Tracer]:
         """What ``sys.settrace`` is given."""
@@ -49,21 +56,20 @@ class Trace:
 
         def trace(frame: types.FrameType, event: str, argument: Any) -> _Tracer:
             if event == "line" and frame.f_lineno in lines:
-                self.ran.add((module, frame.f_lineno))
+                self._ran.add((module, frame.f_lineno))
             return trace
 
         return trace
 
 
 @contextmanager
-def tracing() -> Iterator[Trace]:
-    """Note what this thread runs inside the with block, and every thread that starts in it."""
-    trace = Trace()
+def tracing(trace: Trace) -> Iterator[None]:
+    """Have ``trace`` note what this thread runs inside the with block, and threads that start in it."""
     before, before_in_threads = sys.gettrace(), threading.gettrace()
     threading.settrace(trace.call)
     sys.settrace(trace.call)
     try:
-        yield trace
+        yield
     finally:
         sys.settrace(before)
         threading.settrace(before_in_threads)  # type: ignore[arg-type]

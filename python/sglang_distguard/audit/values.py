@@ -42,12 +42,14 @@ class Value:
             object can be taken for one of them.
         may_appear: whether it is no change that it is there and was not before: code that was
             imported, or what nobody looked at yet.
+        was_asked: whether it is a cache that keeps, or kept, an answer.
     """
 
     text: str
     print: Any
     kept: Any
     may_appear: bool
+    was_asked: bool
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Value) and self.print == other.print
@@ -60,7 +62,8 @@ def value_of(thing: Any) -> Value:
     """``thing`` as it is now."""
     thing = _function_of(thing)
     kept: list[Any] = [thing]
-    return Value(_text(thing), _print(thing, DEPTH, kept), kept, isinstance(thing, _OPAQUE))
+    asked = is_cache(thing) and thing.cache_info().misses > 0
+    return Value(_text(thing), _print(thing, DEPTH, kept), kept, isinstance(thing, _OPAQUE), asked)
 
 
 def kind_of(thing: Any) -> str | None:

@@ -1,0 +1,129 @@
+"""What the audit reads in SGLang's text: which process-globals its functions write."""
+
+from __future__ import annotations
+
+import pytest
+from audit_texts import ELSEWHERE, TEXT
+from sglang_distguard.audit import sources
+
+
+def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals() -> None:
+    found = {
+        (it.module, it.name, it.function, it.rebinds)
+        for it in sources.read("sglang.made_up", TEXT).writes
+    }
+    here, there = "sglang.made_up", "sglang.other"
+    assert found == {
+        (here, "state", "write", True),
+        (here, "cache", "write", False),
+        (here, "names", "write", False),
+        (there, "table", "write", False),
+        (there, "Shared.x", "write", True),
+        (here, "Kept.made", "Kept.count", True),
+        (here, "Kept.seen", "Kept.count", False),
+        (here, "Kept.seen", "Kept.clear", True),
+    }
+    assert sources.read("sglang.made_up", TEXT).declared == {"state"}
+
+
+WAYS = """
+import os
+import msgspec
+from msgspec.structs import force_setattr
+from sglang.other import settings
+from sglang.srt.environ import envs
+
+CACHE = {}
+config = object()
+
+@dataclass
+class Record:
+    fields: dict = field(default_factory=dict)
+
+    def write(self, k, v):
+        self.fields[k] = v
+
+class Kept:
+    seen = {}
+    own = {}
+
+    def __init__(self):
+        self.own = {}
+        self.mine = {}
+
+    def write(self, k, v):
+        %s
+
+    @classmethod
+    def make(klass, k, v):
+        %s
+
+def write(k, v):
+    %s
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "line", "name"),
+    [
+        ("function", "CACHE[k][1] = v", "CACHE"),
+        ("function", "CACHE[k].x = v", "CACHE"),
+        ("function", "CACHE[k].append(v)", "CACHE"),
+        ("function", "CACHE.setdefault(k, []).append(v)", "CACHE"),
+        ("function", "CACHE.get(k).x = v", "CACHE"),
+        ("function", "del CACHE[k]", "CACHE"),
+        ("function", "CACHE[k] += v", "CACHE"),
+        ("function", "config.x = v", "config"),
+        ("function", "config.items[k] = v", "config"),
+        ("function", "setattr(config, 'x', v)", "config"),
+        ("function", "write.calls = v", "write"),
+        ("function", "globals()['CACHE'] = v", "CACHE"),
+        ("function", "globals()['CACHE'][k] = v", "CACHE"),
+        ("function", "globals()['CACHE'].append(v)", "CACHE"),
+        ("function", "globals()['config'].x = v", "config"),
+        ("function", "object.__setattr__(config, 'x', v)", "config"),
+        ("function", "force_setattr(config, 'x', v)", "config"),
+        ("function", "msgspec.structs.force_setattr(config, 'x', v)", "config"),
+        ("function", "msgspec.structs.force_setattr(Kept, 'seen', v)", "Kept.seen"),
+        ("function", "Kept.seen[k] = v", "Kept.seen"),
+        ("method", "self.seen[k] = v", "Kept.seen"),
+        ("method", "self.seen.pop(k)", "Kept.seen"),
+        ("method", "type(self).seen = v", "Kept.seen"),
+        ("method", "self.__class__.seen = v", "Kept.seen"),
+        ("function", "envs.MADE_UP.set(v)", "envs.MADE_UP"),
+        ("function", "with envs.MADE_UP.override(v): pass", "envs.MADE_UP"),
+        ("function", "os.environ.pop('MADE_UP', None)", "environ['MADE_UP']"),
+        ("function", "os.environ.setdefault('MADE_UP', v)", "environ['MADE_UP']"),
+        ("function", "del os.environ['MADE_UP']", "environ['MADE_UP']"),
+        ("function", "os.environ[k.name] = v", "environ[k.name]"),
+        ("class method", "klass.seen = v", "Kept.seen"),
+        ("class method", "klass.seen[k] = v", "Kept.seen"),
+        ("class method", "setattr(klass, 'seen', v)", "Kept.seen"),
+        ("class method", "list(map(lambda it: klass.seen.append(it), k))", "Kept.seen"),
+        ("class method", "k.seen = v", None),
+        ("class method", "list(map(lambda klass: klass.seen.append(1), k))", None),
+        ("method", "object.__setattr__(self, 'seen', v)", None),
+        ("method", "self.own[k] = v", None),
+        ("method", "self.mine[k] = v", None),
+        ("method", "self.seen = v", None),
+        ("function", "k.seen = v", None),
+        ("function", "CACHE.get(k)", None),
+        ("function", "CACHE = {}", None),
+    ],
+)
+def test_a_write_is_found_however_it_is_written(where: str, line: str, name: str | None) -> None:
+    lines = [line if it == where else "pass" for it in ("method", "class method", "function")]
+    found = {it.name for it in sources.read("sglang.made_up", WAYS % tuple(lines)).writes}
+    assert found == ({name} if name else set())
+
+
+def test_writes_of_what_is_not_sglangs_are_found_in_its_text() -> None:
+    found = {(it.module, it.name) for it in sources.read("sglang.made_up", ELSEWHERE).writes}
+    assert found == {
+        ("torch.nn", "Module.extra_repr"),
+        ("torch.nn", "made_up"),
+        ("torch._dynamo.config", "cache_size_limit"),
+        ("torch.backends.cuda.matmul", "allow_tf32"),
+        ("os", "environ['MADE_UP']"),
+        ("os", "environ[name]"),
+    }
