@@ -374,6 +374,7 @@ def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
         assert known[row.module, row.name][3:5] == (row.how.value, row.reason)
 
 
+@pytest.mark.timeout(1800)  # three minutes on two idle cores, ten were seen on busy ones
 def test_an_audit_finds_what_the_ledger_says(tmp_path: Path) -> None:
     """The same as `make audit`."""
     out = tmp_path / "audit.json"
