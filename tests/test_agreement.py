@@ -360,6 +360,7 @@ def test_leaving_ends_a_reader_that_sleeps_in_the_store() -> None:
 
 def test_the_store_does_not_grow_with_turns() -> None:
     with world(2) as ranks:
+
         def after(turns: int) -> int:
             for _ in range(turns):
                 on_ranks(ranks, lambda it: take(it, "runner a"))

@@ -16,6 +16,7 @@ from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard import treatments
 from sglang_distguard.__main__ import main
 from sglang_distguard.audit import findings, ledger, observe, processes, report, values
+from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.traces import tracing
@@ -341,7 +342,7 @@ def test_a_run_that_fails_ends_with_2_and_its_error(
 
 def test_an_import_that_takes_too_long_is_ended_and_said_to(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the audit did not end within 0\.1 s"):
-        processes.run_all([tmp_path], seconds=0.1)
+        processes.run_all([Case("nothing", str(tmp_path))], seconds=0.1)
 
 
 @pytest.mark.parametrize(
@@ -356,11 +357,15 @@ def test_a_run_that_fails_or_takes_too_long_ends_the_others(
 ) -> None:
     program = f"""
 import pathlib, signal, threading
-from sglang_distguard.audit.processes import fork_each
+from functools import partial
+from sglang_distguard.audit.processes import follow, fork
+folder = pathlib.Path({str(tmp_path)!r})
 def another():
     signal.setitimer(signal.ITIMER_REAL, 0)
     threading.Event().wait()
-fork_each({{"another": another, "that one": lambda: {work}}}, pathlib.Path({str(tmp_path)!r}), 0.5)
+works = {{"another": another, "that one": lambda: {work}}}
+starts = {{name: partial(fork, work, folder / name, 0.5) for name, work in works.items()}}
+follow(starts, folder, 0.5)
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 1

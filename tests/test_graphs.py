@@ -14,9 +14,9 @@ import graph_programs
 import pytest
 import sglang_distguard
 from conftest import CACHE, CLOSE
-from graph_programs import GRAPHS
 from registry_calls import run_in_threads
 from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args, solo
+from sglang_distguard.testing.graphs import CPU_GRAPHS, allow_cpu_graphs
 
 Model = Callable[[str], Path]
 #: How often all runners compute at once.
@@ -31,7 +31,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = attention_registry.ATTENTION_BACKENDS
     monkeypatch.setitem(backends, "torch_native", backends["torch_native"])  # put back afterwards
     monkeypatch.setattr(cpu_graph_runner, "register_fake_ops", None)
-    graph_programs.prepare()
+    allow_cpu_graphs()
 
 
 def all_at_once(runners: list[Any], rounds: int) -> list[list[Any]]:
@@ -100,7 +100,9 @@ def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_
     def build(name: str) -> None:
         try:
             both.wait()
-            built[name] = sglang_distguard.build_runner(server_args(captured, **GRAPHS), name=name)
+            built[name] = sglang_distguard.build_runner(
+                server_args(captured, **CPU_GRAPHS), name=name
+            )
         except BaseException as error:
             errors.append(error)
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,25 +46,42 @@ def two_runners(model: Model) -> Iterator[list[Any]]:
             sglang_distguard.close(runner)
 
 
-def test_what_is_remembered_would_be_found_again_by_every_runner(guard: None, model: Model) -> None:
+def arguments_of(name: str) -> list[Any]:
+    """What a cache that asks for something is asked for here; what it is given is all it may depend on."""
+    from sglang.kernels.spec import KernelBackend
+    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
     from sglang.srt.server_args import ServerArgs
 
+    if "arg_groups" in name:
+        return [ServerArgs]
+    return {
+        "import_model_classes": ["sglang.srt.models"],
+        "_cache_from_str": [DisallowedTokensLogitsProcessor.to_str()],
+        "get_lora_configs": ["shrink", 64, 8, 1],
+        "_resolve": ["kvcache.reshape_and_cache_flash", KernelBackend.TRITON],
+    }.get(name.rpartition(".")[2], [])
+
+
+def test_what_is_remembered_would_be_found_again_by_every_runner(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.kernels.ops.lora.dense import lora_tuning_config
+
+    monkeypatch.setattr(lora_tuning_config, "get_device_name", lambda: "some GPU")
     looked_at, told_apart = [], []
     with two_runners(model) as runners:
         for name, cache in caches():
-            arguments: list[Any] = [ServerArgs] if "arg_groups" in name else []
-            if name.endswith("import_model_classes"):
-                arguments = ["sglang.srt.models"]
+            arguments = arguments_of(name)
             try:
                 remembered = cache(*arguments)
             except TypeError:
-                told_apart.append(name)  # asks for something; its results are told apart by that
+                told_apart.append(name)  # asks for more; its results are told apart by that
                 continue
             for runner in runners:
                 with sglang_distguard.activate(runner):
                     assert cache.__wrapped__(*arguments) == remembered, name
             looked_at.append(name)
-    assert len(looked_at) >= 15, looked_at
+    assert len(looked_at) >= 20, looked_at
     assert [name for name in told_apart if "arg_groups" not in name] == [], told_apart
 
 
@@ -88,14 +106,23 @@ class Switched:
         from tqdm import tqdm
 
         level = self._monkeypatch.setattr
+        groups: Any = torch.distributed.distributed_c10d._world.pg_group_ranks
+        if module == "logging":
+            return lambda: level(logging.getLogger(name), "level", 10)
         return {
             ("torch", "rng"): lambda: torch.rand(7),
-            ("logging", "flash_attn"): lambda: level(logging.getLogger("flash_attn"), "level", 10),
-            ("logging", "torch.__trace"): lambda: level(
-                logging.getLogger("torch.__trace"), "level", 10
-            ),
             ("threading", "threads:tqdm._monitor.TMonitor"): lambda: list(
                 tqdm(range(2), file=(self._folder / "bar").open("w"))
+            ),
+            ("threading", "threads:concurrent.futures.thread._worker"): lambda: level(
+                self, "pool", started_pool(), raising=False
+            ),
+            ("torch", "num_threads"): lambda: torch.set_num_threads(1),
+            ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']"): lambda: self._monkeypatch.setenv(
+                "FLASHINFER_CUDA_ARCH_LIST", "9.0a"
+            ),
+            ("torch.distributed.distributed_c10d._world", "pg_group_ranks"): (
+                lambda: self._monkeypatch.setitem(groups, "made up", {0: 0})
             ),
             ("sys", "path"): lambda: self._monkeypatch.syspath_prepend(self._folder),
             ("os", "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']"): (
@@ -112,6 +139,13 @@ class Switched:
         changed = {
             "_CUDA_ARCH": lambda: None,
             "_deferred_finalize_info_logged": lambda: not now,
+            "show_time_cost": lambda: not now,
+            "_jit_act_max_vec_bytes": lambda: 16,
+            "_NUM_CU": lambda: 132,
+            "_FP8_SCALED_MM": lambda: copy.copy(now),
+            "_chunked_lora_expand_kernel": lambda: copy.copy(now),
+            "_chunked_lora_shrink_kernel": lambda: copy.copy(now),
+            "_logged_configs": lambda: {*now, "made up"},
             "global_diff_realtime_monotonic": lambda: now + 5,
             "_msgpack_decoder": lambda: None,
             "_allowed_media_domains": lambda: frozenset(["example.org"]),
@@ -123,6 +157,12 @@ class Switched:
             "_all_types": lambda: (*now, int),
         }.get(last, lambda: _with_one_more(now))
         return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
+
+
+def started_pool() -> ThreadPoolExecutor:
+    pool = ThreadPoolExecutor(1)
+    pool.submit(int).result()
+    return pool
 
 
 def _with_one_more(table: Any) -> Any:
@@ -140,8 +180,17 @@ def found(row: treatments.Treatment) -> Any:
     return thing
 
 
+@pytest.fixture
+def threads(sglang: None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def test_what_others_make_of_it_changes_no_logits(
-    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    guard: None, threads: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)
     alone = [

@@ -48,6 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return program.main(
             model=arguments.model,
             architectures=arguments.arch or [],
+            settings=arguments.set or [],
             cache=arguments.cache,
             json_file=arguments.json,
             ledger_file=arguments.ledger,
@@ -71,7 +72,14 @@ def _add_audit(commands: Any) -> None:
     which.add_argument(
         "--arch",
         action="append",
-        help="one of the small models that this package makes; may be given again (default: all)",
+        help="one of the small models that this package makes; may be given again (default: all, and "
+        "some of them with more switched on)",
+    )
+    audit.add_argument(
+        "--set",
+        action="append",
+        metavar="FIELD=VALUE",
+        help="a field of SGLang's ServerArgs, as JSON or text, for every runner; may be given again",
     )
     audit.add_argument("--json", type=Path, metavar="FILE", help="write every finding there")
     audit.add_argument(

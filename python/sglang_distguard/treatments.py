@@ -54,6 +54,7 @@ _SRT = "sglang.srt."
 _STATE = _SRT + "distributed.parallel_state"
 _EXECUTOR = _SRT + "model_executor."
 _MACHINE = "remembers what machine and installation this is"
+_KERNEL = "remembers a kernel, by what it is asked for"
 _FIELDS = "remembers what fields SGLang's own classes have"
 _COMPILER = (
     "torch 2.14 keeps what is set of its configuration per thread (torch.utils._config_module)"
@@ -104,6 +105,12 @@ TREATMENTS: tuple[Treatment, ...] = (
             "CustomAllreduce.__del__",
             "enable_p2p_check: runners that live at once agree",
             "process_wide",
+        ),
+        (
+            "torch.multiprocessing.reductions",
+            "reduce_tensor rebuild_cuda_tensor _reduce_tensor_original _rebuild_cuda_tensor_original",
+            "replaced by the first runner that is given tensors, for all",
+            "targets.patch_torch",
         ),
         (
             _STATE,
@@ -169,15 +176,45 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _EXECUTOR + "forward_batch_info",
             "_dp_tp_moe_masks_pad_rows",
-            "computed anew each time: of one runner's widths, and cached for all on ROCm",
-            "targets.forward_batch_info",
+            "a remembered answer about one runner's widths",
+            "targets.caches",
+        ),
+        (
+            _SRT + "layers.moe.moe_runner.triton_utils.fused_moe_triton_config",
+            "get_moe_configs",
+            "remembered answers, which deterministic inference changes",
+            "targets.caches",
+        ),
+        (
+            "sglang.kernels.ops.gemm.fp8_kernel",
+            "get_w8a8_channelwise_fp8_configs",
+            "remembered answers, which torch.compile changes",
+            "targets.caches",
         ),
         (
             "sglang.kernels.fused_op",
             "_forced_backend",
             "from an environment variable, which a configuration may write",
         ),
+        (
+            _SRT + "model_loader.weight_utils",
+            "_PREFETCH_BLOCK_SIZE",
+            "from an environment variable, which a configuration may write",
+        ),
         (_SRT + "utils.offloader", "_instance", "offloads one model's layers"),
+        (_SRT + "distributed.naive_distributed", "_instance", "made for one runner's offloader"),
+        (_SRT + "utils.host_shared_memory", "_instance", "made for one runner's offloader"),
+        (_SRT + "utils.common", "cached_device_index", "the GPU of one runner"),
+        (
+            _SRT + "distributed.device_communicators.pynccl_allocator",
+            "_graph_pool_id _active_symmetric_memory_context",
+            "the graphs' memory, and the running code's allocations, of one runner",
+        ),
+        (
+            _SRT + "layers.attention.flashinfer_backend",
+            "global_override_indptr_cpu",
+            "set while one runner plans a decode step",
+        ),
         (
             _EXECUTOR + "runner_utils.capture_mode",
             "is_capture_mode _capture_lora_variant _capture_attention_variant",
@@ -289,6 +326,12 @@ TREATMENTS: tuple[Treatment, ...] = (
     *_rows(
         How.EXCLUDED,
         (
+            _EXECUTOR + "runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
+            "_hook_refcount _original_wait_stream",
+            "counts the captures for which torch's Stream.wait_stream is replaced; nothing else computes then",
+            "targets.graph_captures",
+        ),
+        (
             _SRT + "layers.activation",
             "_ACTIVATION_REGISTRY",
             "functions without weights that all models use; switched to what torch.compile can trace while "
@@ -308,7 +351,22 @@ TREATMENTS: tuple[Treatment, ...] = (
         (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
         ("logging", "flash_attn", "level of another library's log"),
         ("threading", "threads:tqdm._monitor.TMonitor", "redraws progress bars"),
-        ("logging", "torch.__trace", "torch.compile's log of itself"),
+        (
+            "threading",
+            "threads:concurrent.futures.thread._worker",
+            "a pool that reads files or compiles, and outlives it",
+        ),
+        (
+            _SRT + "sampling.custom_logit_processor",
+            "_cache_from_str",
+            "remembers classes, by the text that they are pickled as",
+        ),
+        (
+            "logging",
+            "torch torch.__trace torch._dynamo torch.fx.experimental.recording "
+            "torch.fx.experimental.sym_node torch.fx.experimental.symbolic_shapes",
+            "torch.compile's log of itself",
+        ),
         ("sys", "path", "packages that torch.compile imports add their own folders"),
         (
             "os",
@@ -322,9 +380,48 @@ TREATMENTS: tuple[Treatment, ...] = (
             _MACHINE,
         ),
         (_SRT + "hardware_backend.mlx.runtime", "use_mlx", _MACHINE),
+        (_SRT + "hardware_backend.npu.utils", "is_npu_arch35", _MACHINE),
+        (_SRT + "layers.activation", "_jit_act_max_vec_bytes", _MACHINE),
+        (_SRT + "layers.moe.moe_runner.triton_utils.fused_moe", "_moe_support_tma", _MACHINE),
+        (_SRT + "mem_cache.storage.mmap.mmap_allocator", "_has_madv_populate_write", _MACHINE),
+        ("sglang.kernels.ops.attention.decode_attention", "_NUM_CU", _MACHINE),
+        ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']", "says what GPU this machine has"),
+        (
+            "torch",
+            "num_threads",
+            "a runner on a GPU sets it to 1 and computes nothing on the CPU with more",
+        ),
         ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
         ("sglang.kernels.selector", "_platform", _MACHINE),
         ("sglang.kernels.jit.utils.arch", "_CUDA_ARCH", _MACHINE),
+        (
+            "sglang.kernels.jit.utils.compile.cache",
+            "_digest_cache",
+            "digests of files of the installation",
+        ),
+        ("sglang.kernels.selector", "_resolve", _KERNEL),
+        ("sglang.kernels.ops.gemm", "_FP8_SCALED_MM", _KERNEL),
+        (
+            "sglang.kernels.ops.lora.dense.chunked_sgmv_expand",
+            "_chunked_lora_expand_kernel",
+            _KERNEL,
+        ),
+        (
+            "sglang.kernels.ops.lora.dense.chunked_sgmv_shrink",
+            "_chunked_lora_shrink_kernel",
+            _KERNEL,
+        ),
+        ("sglang.kernels.ops.lora.dense.lora_tuning_config", "get_lora_configs", _KERNEL),
+        (
+            "sglang.kernels.ops.lora.dense.lora_tuning_config",
+            "_logged_configs",
+            "a line of the log was written",
+        ),
+        (
+            "sglang.kernels.ops.moe.moe_fused_gate",
+            "_DUMMY_I32",
+            "a tensor that kernels are given and do not read, for each device",
+        ),
         (
             _SRT + "arg_groups.arg_utils",
             "fallbacks_of field_names namespace_of resolvable_fields",
@@ -371,11 +468,28 @@ TREATMENTS: tuple[Treatment, ...] = (
         (_SRT + "compilation.compilation_config", "SPLIT_OPS", "names of ops, appended at import"),
         (_SRT + "utils.invariants", "_REGISTRY", "names of checks, added at import"),
         (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", "one function per device"),
+        *(
+            (_SRT + module, "ALLOC_MEMORY_FUNCS", "one function per device")
+            for module in (
+                "mem_cache.memory_pool_host",
+                *(
+                    f"mem_cache.pool_host.{name}"
+                    for name in ("common", "mamba", "mha", "mla", "unified")
+                ),
+                "state_capturer.base",
+            )
+        ),
         (_SRT + "managers.io_struct", "_all_types _msgpack_decoder", "message types of plugins"),
         (
             _SRT + "observability.req_time_stats",
             "global_diff_realtime_monotonic",
             "offset of two clocks",
+        ),
+        (_SRT + "utils.common", "show_time_cost", "asks for a time that nothing in 0.5.23 takes"),
+        (
+            "torch.distributed.distributed_c10d._world",
+            "pg_group_ranks",
+            "ranks of a group for weight updates; torch refuses a second group of a name",
         ),
         (
             _SRT + "utils.common",

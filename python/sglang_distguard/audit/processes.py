@@ -1,7 +1,8 @@
 """The processes that are observed: one imports SGLang, and forks one for each run.
 
-``python -m sglang_distguard.audit.processes FOLDER SECONDS MODEL…`` writes what each saw into
-``FOLDER``, as JSON, and a line to standard output whenever a run is done.
+``python -m sglang_distguard.audit.processes FOLDER SECONDS CASES``, a JSON list, writes what each saw into
+``FOLDER``, as JSON, and a line to standard output whenever a run is done. Where importing SGLang uses CUDA
+(0.5.23 does where there is a GPU), which no forked process could, each run imports it for itself.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from sglang_distguard.audit import runs
+from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.runs import Change, Ran, Run
 from sglang_distguard.audit.sources import source_of
 from sglang_distguard.settings import REUSE_VARIABLE
@@ -33,12 +36,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_all(
-    models: Sequence[Path], *, seconds: float = _SECONDS, done: Callable[[], object] = lambda: None
+    cases: Sequence[Case], *, seconds: float = _SECONDS, done: Callable[[], object] = lambda: None
 ) -> list[Run]:
-    """Import SGLang, build and run each model alone and together; returns what each process saw.
+    """Import SGLang, build and run each case alone and together; returns what each process saw.
 
     Args:
-        models: folders of checkpoints.
+        cases: what to build and run.
         seconds: after which the import, or a run, is killed.
         done: called after each run.
 
@@ -47,7 +50,7 @@ def run_all(
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
-            [sys.executable, "-m", _MODULE, folder, str(seconds), *map(str, models)],
+            [sys.executable, "-m", _MODULE, folder, str(seconds), _as_json(cases)],
             env={name: text for name, text in os.environ.items() if name != REUSE_VARIABLE},
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -84,18 +87,27 @@ def _read(file: Path) -> Run:
     )
 
 
-def fork_each(works: Mapping[str, Callable[[], Run]], folder: Path, seconds: float) -> None:
-    """Do each of ``works`` in a forked child, killed after ``seconds``; what it returns is in ``folder``.
+def _as_json(cases: Sequence[Case]) -> str:
+    return json.dumps([asdict(case) for case in cases])
+
+
+def follow(starts: Mapping[str, Callable[[], int]], folder: Path, seconds: float) -> None:
+    """Have each of ``starts`` start a process, a few at once, and wait for all.
+
+    Args:
+        starts: name -> what returns the number of a child of this process.
+        folder: where the child's output is, in NAME.log.
+        seconds: after which it was to kill itself.
 
     Raises:
         RuntimeError: one failed; the others are killed.
     """
-    waiting, children = list(works), dict[int, str]()
+    waiting, children = list(starts), dict[int, str]()
     try:
         while waiting or children:
             while waiting and len(children) < _AT_ONCE:
                 name = waiting.pop(0)
-                children[_fork(works[name], folder / name, seconds)] = name
+                children[starts[name]()] = name
             child, status = os.wait()
             name = children.pop(child, "")
             if status != 0:
@@ -109,18 +121,15 @@ def fork_each(works: Mapping[str, Callable[[], Run]], folder: Path, seconds: flo
             os.waitpid(child, 0)
 
 
-def _fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
+def fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
+    """Do ``work`` in a forked child, killed after ``seconds``; what it returns is in ``result``.json."""
     child = os.fork()
     if child != 0:
         return child
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it wherever it hangs
-        with Path(f"{result}.log").open("w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        Path(f"{result}.json").write_text(json.dumps(asdict(work())))
+        _be_observed(result, seconds)
+        _write(result, work())
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -131,6 +140,25 @@ def _fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
     raise AssertionError
 
 
+def _spawn(case: Case, how: str, result: Path, seconds: float) -> int:
+    """As ``fork``, in a process that imports SGLang itself."""
+    told = [str(result), str(seconds), _as_json([case]), how]
+    return os.posix_spawn(sys.executable, [sys.executable, "-m", _MODULE, *told], os.environ)
+
+
+def _be_observed(result: Path, seconds: float) -> None:
+    """This process is a child that writes ``result``."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it wherever it hangs
+    with Path(f"{result}.log").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+
+
+def _write(result: Path, run: Run) -> None:
+    Path(f"{result}.json").write_text(json.dumps(asdict(run)))
+
+
 def _read_models(files: Mapping[str, str]) -> None:
     """Read the text of what every run imports first of all, so that not each has to."""
     package = "sglang.srt.models"
@@ -138,32 +166,57 @@ def _read_models(files: Mapping[str, str]) -> None:
         source_of(f"{package}.{file.stem}", str(file))
 
 
+def _alone(case: Case) -> Run:
+    return runs.alone(case.subject())
+
+
+def _together(case: Case) -> Run:
+    import sglang_distguard
+
+    sglang_distguard.install()
+    return runs.together(case.subject())
+
+
+_HOW: Mapping[str, Callable[[Case], Run]] = {"alone": _alone, "together": _together}
+
+
 def main(arguments: Sequence[str]) -> None:
-    """The process that imports SGLang."""
-    folder, seconds, *models = arguments
-    signal.setitimer(signal.ITIMER_REAL, float(seconds))
-    run = runs.importing()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    (Path(folder) / "import.json").write_text(json.dumps(asdict(run)))
-    _read_models(run.files)
-
-    def alone(model: str) -> Run:
-        return runs.alone(runs.subject_of(model))
-
-    def together(model: str) -> Run:
-        import sglang_distguard
-
-        sglang_distguard.install()
-        return runs.together(runs.subject_of(model))
-
-    works: dict[str, Callable[[], Run]] = {}
-    for model in models:
-        works[f"{Path(model).name} alone"] = lambda model=model: alone(model)
-        works[f"{Path(model).name} together"] = lambda model=model: together(model)
+    """The process that imports SGLang, or one that does a single run."""
+    place, seconds, cases, *single = arguments
+    given = [Case(**case) for case in json.loads(cases)]
+    if single:
+        _be_observed(Path(place), float(seconds))
+        runs.importing()
+        _write(Path(place), _HOW[single[0]](given[0]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # a runner that was closed may leave threads that nobody waits for
     try:
-        fork_each(works, Path(folder), float(seconds))
+        _run_cases(given, Path(place), float(seconds))
     except RuntimeError as error:
         sys.exit(str(error))
+
+
+def _run_cases(cases: Sequence[Case], folder: Path, seconds: float) -> None:
+    import torch
+
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    run = runs.importing()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    _write(folder / "import", run)
+    can_fork = not torch.cuda.is_initialized()
+    if can_fork:
+        _read_models(run.files)
+    starts: dict[str, Callable[[], int]] = {}
+    for case in cases:
+        for how, work in _HOW.items():
+            name = f"{case.name} {how}"
+            starts[name] = (
+                partial(fork, partial(work, case), folder / name, seconds)
+                if can_fork
+                else partial(_spawn, case, how, folder / name, seconds)
+            )
+    follow(starts, folder, seconds)
 
 
 if __name__ == "__main__":

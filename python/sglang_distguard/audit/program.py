@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from tqdm import tqdm
 
-from sglang_distguard.audit import findings, ledger, report
+from sglang_distguard.audit import cases, findings, ledger, report
+from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.processes import run_all
 
 
@@ -20,6 +21,7 @@ def main(
     *,
     model: Optional[Path],
     architectures: Sequence[str],
+    settings: Sequence[str],
     cache: Path,
     json_file: Optional[Path],
     ledger_file: Optional[Path],
@@ -32,7 +34,7 @@ def main(
     try:
         _check_ledger(ledger_file, update=update)
         known = None if ledger_file is None or update else ledger.read(ledger_file)
-        found = audit(_models(model, architectures, cache))
+        found = audit(_cases(model, architectures, _parsed(settings), cache))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,28 +70,49 @@ def _check_ledger(ledger_file: Optional[Path], *, update: bool) -> None:
         raise ValueError(f"there is no {ledger_file}; `--ledger {ledger_file} --update` makes one")
 
 
-def _models(model: Optional[Path], architectures: Sequence[str], cache: Path) -> list[Path]:
+def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+    """Field -> value of texts FIELD=VALUE."""
+    found = {}
+    for text in settings:
+        name, is_given, value = text.partition("=")
+        if not is_given:
+            raise ValueError(f"--set takes FIELD=VALUE, not {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _cases(
+    model: Optional[Path], architectures: Sequence[str], settings: dict[str, Any], cache: Path
+) -> list[Case]:
     if model is not None:
         if not (model / "config.json").is_file():
             raise ValueError(f"{model} is no checkpoint: it has no config.json")
-        return [model]
+        return [Case(model.name, str(model), settings)]
     from sglang_distguard.testing import ARCHITECTURES, create_model
 
-    chosen = list(architectures) or list(ARCHITECTURES)
-    for name in chosen:
+    def model_of(name: str) -> Path:
+        return create_model(name, cache / "models")
+
+    for name in architectures:
         if name not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {name!r}; known: {', '.join(ARCHITECTURES)}")
-    return [create_model(name, cache / "models") for name in chosen]
+    if architectures or settings:
+        chosen = list(architectures) or list(ARCHITECTURES)
+        return [Case(name, str(model_of(name)), settings) for name in chosen]
+    return list(cases.everything(model_of))
 
 
-def audit(models: Sequence[Path]) -> list[findings.Finding]:
-    """Import SGLang, run each model alone and together, every run in a process of its own.
+def audit(given: Sequence[Case]) -> list[findings.Finding]:
+    """Import SGLang, run each case alone and together, every run in a process of its own.
 
     Raises:
         RuntimeError: a run failed.
     """
-    with tqdm(total=2 * len(models), desc="runs", unit="run") as bar:
-        runs = run_all(models, done=bar.update)
+    with tqdm(total=2 * len(given), desc="runs", unit="run") as bar:
+        runs = run_all(given, done=bar.update)
     files = {module for it in runs for module in it.files}
     with tqdm(total=len(files), desc="sources", unit="file") as bar:
 

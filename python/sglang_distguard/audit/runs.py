@@ -22,7 +22,7 @@ from sglang_distguard.audit.values import Value, kind_of
 
 PHASES = (
     *("import", "publish", "init", "load", "pool", "backends", "graphs"),
-    *("prefill", "decode", "close"),
+    *("prefill", "decode", "weights", "close"),
 )
 _NOTHING = "(nothing)"
 
@@ -141,20 +141,6 @@ class Subject:
 
     build: Callable[..., Any]
     compute: Callable[..., Any]
-
-
-def subject_of(model: str) -> Subject:
-    """Two runners of one checkpoint, of different dtypes, that generate."""
-    from sglang_distguard.testing import server_args, steps
-
-    def build(number: int, after: Callable[[str], None]) -> Any:
-        dtype = ("float32", "bfloat16")[number]
-        return steps.build(server_args(model, dtype=dtype), after=after)
-
-    def compute(runner: Any, number: int, **how: Any) -> None:
-        steps.generate(runner, **how)
-
-    return Subject(build, compute)
 
 
 def importing() -> Run:

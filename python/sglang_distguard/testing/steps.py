@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +21,9 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
     tuple((7 * i + 3) % 997 for i in range(20)),
     tuple((11 * i + 5) % 991 for i in range(33)),
 )
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 def _ignore(step: str) -> None:
@@ -111,6 +114,7 @@ def generate(
     steps: int = 3,
     *,
     forced: Optional[Sequence[Sequence[int]]] = None,
+    request: Optional[Mapping[str, Any]] = None,
     activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
     after: Callable[[str], None] = _ignore,
 ) -> Generation:
@@ -122,6 +126,8 @@ def generate(
         steps: decode steps after the prefill.
         forced: per prompt the token ids to go on with, at least ``steps`` of them, in place of
             those sampled (teacher forcing); ``Generation.tokens`` are still those sampled.
+        request: arguments of SGLang's ``Req`` for every prompt over those given here, such as
+            ``sampling_params`` in the place of greedy ones.
         activate: entered around everything: SGLang's batch code reads its context outside the
             runner's methods (``sglang_distguard.activate``).
         after: called with "prefill" and "decode" when that is done.
@@ -134,7 +140,7 @@ def generate(
     if forced is not None and [len(f) >= steps for f in forced] != [True] * len(prompts):
         raise ValueError(f"forced needs {steps} tokens for each of {len(prompts)} prompts")
     with activate(runner), torch.no_grad():
-        batch, token, logits = _extend(prompts, runner)
+        batch, token, logits = _extend(prompts, runner, request or {})
         after("prefill")
         tokens, rows = [token], [logits]
         for step in range(steps):
@@ -182,14 +188,18 @@ def embed(
         return output.embeddings.reshape(len(prompts), -1).cpu()
 
 
-def _extend(prompts: Sequence[Sequence[int]], runner: Any) -> tuple[Any, Any, Any]:
+def _extend(
+    prompts: Sequence[Sequence[int]], runner: Any, request: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
     """As `sglang.benchmark.one_batch.extend` (0.5.23), returning the logits too."""
-    batch = _prefill_batch(prompts, runner)
+    batch = _prefill_batch(prompts, runner, request)
     token, logits = _forward(batch, runner)
     return batch, token, logits
 
 
-def _prefill_batch(prompts: Sequence[Sequence[int]], runner: Any) -> Any:
+def _prefill_batch(
+    prompts: Sequence[Sequence[int]], runner: Any, request: Mapping[str, Any] = _NOTHING
+) -> Any:
     """All prompts in one batch, its memory allocated."""
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -199,16 +209,16 @@ def _prefill_batch(prompts: Sequence[Sequence[int]], runner: Any) -> Any:
     runner.token_to_kv_pool_allocator.clear()
     requests = []
     for index, prompt in enumerate(prompts):
-        request = Req(
+        made = Req(
             rid=str(index),
             origin_input_text="",
             origin_input_ids=array("q", prompt),
-            sampling_params=SamplingParams(temperature=0, max_new_tokens=64),
+            **{"sampling_params": SamplingParams(temperature=0, max_new_tokens=64), **request},
         )
-        request.full_untruncated_fill_ids = request.origin_input_ids
-        request.logprob_start_len = -1
-        request.extend_end = len(request.origin_input_ids)
-        requests.append(request)
+        made.full_untruncated_fill_ids = made.origin_input_ids
+        made.logprob_start_len = -1
+        made.extend_end = len(made.origin_input_ids)
+        requests.append(made)
     batch = ScheduleBatch.init_new(
         reqs=requests,
         req_to_token_pool=runner.req_to_token_pool,

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// What is initialised once: the world, settings of the whole process, model-parallel groups,
-/// expert-location metadata.
+/// What is initialised once: the world, settings of the whole process, a patch of torch's,
+/// model-parallel groups, expert-location metadata.
 ///
 /// The string is a scope's label; the empty one is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,6 +13,8 @@ pub enum Key {
     World,
     /// Settings that are applied to the whole process and never undone.
     Process,
+    /// What SGLang replaces of `torch.multiprocessing.reductions`.
+    Reductions,
     /// A scope's model-parallel groups.
     Groups(String),
     /// A scope's expert-location metadata.
@@ -24,6 +26,7 @@ impl fmt::Display for Key {
         let (name, label) = match self {
             Self::World => ("world", ""),
             Self::Process => ("process", ""),
+            Self::Reductions => ("reductions", ""),
             Self::Groups(label) => ("groups", label.as_str()),
             Self::Experts(label) => ("experts", label.as_str()),
         };
@@ -45,14 +48,15 @@ impl FromStr for Key {
             _ if text.ends_with(':') && label.is_empty() => None,
             ("world", "") => Some(Self::World),
             ("process", "") => Some(Self::Process),
+            ("reductions", "") => Some(Self::Reductions),
             ("groups", label) => Some(Self::Groups(label.into())),
             ("experts", label) => Some(Self::Experts(label.into())),
             _ => None,
         }
         .ok_or_else(|| {
             format!(
-                "unknown key {text:?}; known: world, process, groups, groups:NAME, experts, \
-                 experts:NAME"
+                "unknown key {text:?}; known: world, process, reductions, groups, groups:NAME, \
+                 experts, experts:NAME"
             )
         })
     }
@@ -67,6 +71,7 @@ mod tests {
         let keys = [
             (Key::World, "world"),
             (Key::Process, "process"),
+            (Key::Reductions, "reductions"),
             (Key::Groups(String::new()), "groups"),
             (Key::Groups("draft".into()), "groups:draft"),
             (Key::Groups("a:b".into()), "groups:a:b"),

@@ -1,0 +1,114 @@
+"""What an audit builds and runs unless it is told: small models, some of them with more switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_distguard.audit.actions import ACTIONS
+from sglang_distguard.audit.runs import Subject
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two runners of one checkpoint, of different dtypes, that generate.
+
+    Attributes:
+        name: for people.
+        model: folder of the checkpoint.
+        settings: ``ServerArgs`` fields of both over the recipe's, JSON values.
+        actions: what each does besides, keys of ``ACTIONS``.
+        graphs: whether both capture and replay decode graphs.
+    """
+
+    name: str
+    model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    actions: tuple[str, ...] = ()
+    graphs: bool = False
+
+    def subject(self) -> Subject:
+        """To be run, in a process that has imported SGLang."""
+        settings = {**(_graphs() if self.graphs else {}), **self.settings}
+
+        def build(number: int, after: Callable[[str], None]) -> Any:
+            from sglang_distguard.testing import server_args, steps
+
+            args = server_args(self.model, **{"dtype": _DTYPES[number], **settings})
+            return steps.build(args, after=after)
+
+        return Subject(build, self._compute)
+
+    def _compute(self, runner: Any, number: int, **how: Any) -> None:
+        from sglang_distguard.testing import steps
+
+        steps.generate(runner, **how)
+        for name in self.actions:
+            ACTIONS[name](runner, **how)
+
+
+def _graphs() -> Mapping[str, Any]:
+    import torch
+
+    from sglang_distguard.testing import graphs
+
+    if torch.cuda.is_available():
+        return graphs.CUDA_GRAPHS
+    graphs.allow_cpu_graphs()
+    return graphs.CPU_GRAPHS
+
+
+def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
+    """What is audited unless somebody says what: every small model as SGLang runs it by default, and what
+    that leaves out and a runner can reach: graphs, switches, new weights, sampling.
+
+    Args:
+        model_of: the checkpoint of an architecture.
+    """
+    from sglang_distguard.testing import ARCHITECTURES
+
+    for name in ARCHITECTURES:
+        yield Case(name, str(model_of(name)))
+    import torch
+
+    llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
+    yield Case("llama with graphs", llama, graphs=True)
+    yield Case("qwen3_moe with switches", moe, _SWITCHES, tuple(ACTIONS))
+    if torch.cuda.is_available():  # a CPU does none of these (0.5.23)
+        recording = {
+            "expert_distribution_recorder_mode": "stat",
+            "enable_return_routed_experts": True,
+        }
+        deterministic = {"enable_deterministic_inference": True}
+        yield Case("gpt2, deterministic, with graphs", gpt2, deterministic, graphs=True)
+        yield Case("llama with LoRA and graphs", llama, _LORA, graphs=True)
+        yield Case("llama in fp8 with graphs", llama, {**_HALF, "quantization": "fp8"}, graphs=True)
+        yield Case("qwen3_moe recorded, with graphs", moe, {**_HALF, **recording}, graphs=True)
+
+
+_HALF = {"dtype": "bfloat16"}
+_LORA = {
+    **_HALF,
+    "enable_lora": True,
+    "max_lora_rank": 8,
+    "lora_target_modules": ["q_proj", "v_proj"],
+}
+#: Each was tried alone, too: those of 0.5.23 that a CPU can do and that reach code which nothing else here does.
+_SWITCHES = {
+    "show_time_cost": True,
+    "weight_loader_prefetch_checkpoints": True,
+    "enable_custom_logit_processor": True,
+    "enable_return_hidden_states": True,
+    "enable_tf32_matmul": True,
+    "enable_fp32_lm_head": True,
+    "enable_metrics": True,
+    "ep_dispatch_algorithm": "dynamic",
+    "ep_num_redundant_experts": 4,
+    "cpu_offload_gb": 1,
+    "enable_watermark": True,
+    "page_size": 16,
+}
