@@ -15,11 +15,22 @@ import pytest
 from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard import treatments
 from sglang_distguard.__main__ import main
-from sglang_distguard.audit import findings, ledger, observe, processes, report, values
+from sglang_distguard.audit import (
+    cases,
+    findings,
+    ledger,
+    observe,
+    processes,
+    program,
+    report,
+    values,
+)
+from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.traces import tracing
+from sglang_distguard.testing import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / "ledger" / "0.5.23.csv"
@@ -388,3 +399,24 @@ def test_an_audit_finds_what_the_ledger_says(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     ran = {(it["phase"], it["runner"]) for finding in found for it in finding["ran"]}
     assert {("import", "alone"), ("load", "alone"), ("load", "first")} <= ran
+    changed = {(it["phase"], it["runner"]) for finding in found for it in finding["changes"]}
+    assert {("graphs", "first"), ("weights", "first"), ("decode", "both")} <= ran | changed
+
+
+def test_settings_are_given_to_every_runner_as_json_or_text() -> None:
+    given = ["page_size=16", "dtype=bfloat16", "enable_metrics=true", "x="]
+    assert program.parsed(given) == {
+        "page_size": 16,
+        "dtype": "bfloat16",
+        "enable_metrics": True,
+        "x": "",
+    }
+    with pytest.raises(ValueError, match="--set takes FIELD=VALUE, not 'page_size'"):
+        program.parsed(["page_size"])
+
+
+def test_unless_told_an_audit_runs_every_small_model_and_graphs_switches_and_new_weights() -> None:
+    chosen = list(cases.everything(lambda name: Path(name)))
+    assert [it.name for it in chosen if not (it.graphs or it.settings)] == list(ARCHITECTURES)
+    assert any(it.graphs for it in chosen)
+    assert {name for it in chosen for name in it.actions} == set(ACTIONS)

@@ -34,7 +34,7 @@ def main(
     try:
         _check_ledger(ledger_file, update=update)
         known = None if ledger_file is None or update else ledger.read(ledger_file)
-        found = audit(_cases(model, architectures, _parsed(settings), cache))
+        found = audit(_cases(model, architectures, parsed(settings), cache))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +70,7 @@ def _check_ledger(ledger_file: Optional[Path], *, update: bool) -> None:
         raise ValueError(f"there is no {ledger_file}; `--ledger {ledger_file} --update` makes one")
 
 
-def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+def parsed(settings: Sequence[str]) -> dict[str, Any]:
     """Field -> value of texts FIELD=VALUE."""
     found = {}
     for text in settings:
