@@ -81,7 +81,7 @@ ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test
 ranks-builds ranks-communicators: setup
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
 
-audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (3 minutes)
+audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (4 minutes)
 	@$(BIN)/python -m sglang_distguard audit --ledger ledger/$(subst sglang==,,$(SGLANG)).csv
 
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)

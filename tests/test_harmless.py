@@ -91,6 +91,7 @@ class Switched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self._monkeypatch, self._folder = monkeypatch, folder
         self.done: set[tuple[str, str]] = set()
+        self._threads = number_of_threads()
 
     def all(self) -> None:
         for row in HARMLESS:
@@ -100,6 +101,10 @@ class Switched:
                     change = self._of_sglang(row.module, row.name)
                 change()
                 self.done.add((row.module, row.name))
+
+    def _are_as_many_threads_as_before(self) -> None:
+        """They are part of the bits on a CPU: a runner there must leave them alone."""
+        assert number_of_threads() == self._threads
 
     def _of_process(self, module: str, name: str) -> Callable[[], Any] | None:
         import torch
@@ -117,7 +122,7 @@ class Switched:
             ("threading", "threads:concurrent.futures.thread._worker"): lambda: level(
                 self, "pool", started_pool(), raising=False
             ),
-            ("torch", "num_threads"): lambda: torch.set_num_threads(1),
+            ("torch", "num_threads"): self._are_as_many_threads_as_before,
             ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']"): lambda: self._monkeypatch.setenv(
                 "FLASHINFER_CUDA_ARCH_LIST", "9.0a"
             ),
@@ -159,6 +164,12 @@ class Switched:
         return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
 
 
+def number_of_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
 def started_pool() -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(1)
     pool.submit(int).result()
@@ -180,17 +191,8 @@ def found(row: treatments.Treatment) -> Any:
     return thing
 
 
-@pytest.fixture
-def threads(sglang: None) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_what_others_make_of_it_changes_no_logits(
-    guard: None, threads: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)
     alone = [
