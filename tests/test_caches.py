@@ -74,10 +74,13 @@ def test_sglangs_own_caches_are_there_again_after_uninstall(sglang: None) -> Non
     before = caches()
     sglang_distguard.install()
     try:
-        for ours, theirs in zip(caches(), before, strict=True):
+        kept = caches()
+        for ours, theirs in zip(kept, before, strict=True):
             assert ours is not theirs
             assert ours.cache_parameters() == theirs.cache_parameters()
             assert ours.__wrapped__ is theirs.__wrapped__
     finally:
         sglang_distguard.uninstall()
     assert caches() == before
+    for ours, theirs in zip(kept, before, strict=True):
+        assert ours.cache_info() == theirs.cache_info()

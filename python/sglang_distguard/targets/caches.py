@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from sglang_distguard._core import ScopedGlobal
+from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import Replace
 from sglang_distguard.scoping import CONTEXT_MODULE, accessor
 
@@ -18,6 +19,7 @@ class _OfEachConfiguration:
     def __init__(self, cached: Any) -> None:
         functools.update_wrapper(self, cached)
         self.__wrapped__ = cached.__wrapped__  # as with an lru_cache: what is remembered nowhere
+        self._cached = cached
         self._new = functools.lru_cache(**cached.cache_parameters())
         # (configuration, what was remembered of it); also in the default scope, where one runner may follow
         # another.
@@ -26,7 +28,10 @@ class _OfEachConfiguration:
 
     @property
     def _own(self) -> Any:
-        now = accessor(CONTEXT_MODULE, "_CONTEXT").value._server_args
+        try:
+            now = accessor(CONTEXT_MODULE, "_CONTEXT").value._server_args
+        except NotSupported:
+            return self._cached  # uninstalled, and somebody imported this meanwhile
         configuration, cache = self._remembered.value
         if cache is None or configuration is not now:
             cache = self._new(self.__wrapped__)
