@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_distguard.testing import steps
 from sglang_distguard.testing.catalog import CATALOG, Entry, create
+from sglang_distguard.testing.children import fork
 from sglang_distguard.testing.readouts import greedy, pooled
 from sglang_distguard.testing.reference import bit_equal, max_abs_error
 
@@ -34,7 +34,6 @@ ROUNDS = 3
 SEEDS = (0, 1)
 #: Runs beside every architecture, in a thread of its own.
 COMPANION = "llama"
-_PR_SET_PDEATHSIG = 1
 _M_PERTURB = -6  # glibc: what malloc returns and free takes is filled
 
 
@@ -68,24 +67,8 @@ def in_child(folders: Folders, label: str, seconds: float, work: Callable[[], An
     result = folders.work / f"{label}.json"
     log = folders.work / f"{label}.log"
     result.unlink(missing_ok=True)
-    child = os.fork()
-    if child == 0:
-        _child(result, log, seconds, work)
-    _, status = os.waitpid(child, 0)
-    if result.is_file():
-        return json.loads(result.read_text())
-    if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
-        return {"failed": f"took over {seconds:.0f} s", "where": last_sglang_line(log.read_text())}
-    return {"failed": f"died with status {os.waitstatus_to_exitcode(status)}", "where": ""}
 
-
-def _child(result: Path, log: Path, seconds: float, work: Callable[[], Any]) -> None:
-    status = 1
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        with log.open("w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+    def report() -> None:
         faulthandler.dump_traceback_later(max(1.0, seconds - 5))
         signal.alarm(int(seconds))  # ends the process wherever it hangs
         try:
@@ -94,13 +77,14 @@ def _child(result: Path, log: Path, seconds: float, work: Callable[[], Any]) -> 
             traceback.print_exc()
             value = failure(error)
         result.write_text(json.dumps(value))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # threads and buffers of the parent are not ours to end
+
+    child = fork(report, log)
+    _, status = os.waitpid(child, 0)
+    if result.is_file():
+        return json.loads(result.read_text())
+    if os.waitstatus_to_exitcode(status) == -signal.SIGALRM:
+        return {"failed": f"took over {seconds:.0f} s", "where": last_sglang_line(log.read_text())}
+    return {"failed": f"died with status {os.waitstatus_to_exitcode(status)}", "where": ""}
 
 
 def failure(error: BaseException) -> dict[str, str]:

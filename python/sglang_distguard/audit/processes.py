@@ -7,14 +7,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +23,7 @@ from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.runs import Change, Ran, Run
 from sglang_distguard.audit.sources import source_of
 from sglang_distguard.settings import REUSE_VARIABLE
+from sglang_distguard.testing import children
 
 _MODULE = "sglang_distguard.audit.processes"
 _DONE = "sglang_distguard.audit: done"
@@ -32,7 +31,6 @@ _SECONDS = 600
 #: Runs, of about 2 GiB each.
 _AT_ONCE = 2
 _TOLD = 4000
-_PR_SET_PDEATHSIG = 1
 
 
 def run_all(
@@ -102,42 +100,33 @@ def follow(starts: Mapping[str, Callable[[], int]], folder: Path, seconds: float
     Raises:
         RuntimeError: one failed; the others are killed.
     """
-    waiting, children = list(starts), dict[int, str]()
+    waiting, running = list(starts), dict[int, str]()
     try:
-        while waiting or children:
-            while waiting and len(children) < _AT_ONCE:
+        while waiting or running:
+            while waiting and len(running) < _AT_ONCE:
                 name = waiting.pop(0)
-                children[starts[name]()] = name
+                running[starts[name]()] = name
             child, status = os.wait()
-            name = children.pop(child, "")
+            name = running.pop(child, "")
             if status != 0:
                 what = _end_of(os.waitstatus_to_exitcode(status), seconds)
-                log = (folder / f"{name}.log").read_text(errors="replace")
+                log = _log(folder / name).read_text(errors="replace")
                 raise RuntimeError(f"the audit's run of {name} {what}:\n{log[-_TOLD:]}")
             print(_DONE, flush=True)
     finally:
-        for child in children:
+        for child in running:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
 
 def fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
     """Do ``work`` in a forked child, killed after ``seconds``; what it returns is in ``result``.json."""
-    child = os.fork()
-    if child != 0:
-        return child
-    status = 1
-    try:
-        _be_observed(result, seconds)
+
+    def observed() -> None:
+        _end_after(seconds)
         _write(result, work())
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # threads and buffers of the parent are not ours to end
-    raise AssertionError
+
+    return children.fork(observed, _log(result))
 
 
 def _spawn(case: Case, how: str, result: Path, seconds: float) -> int:
@@ -146,13 +135,12 @@ def _spawn(case: Case, how: str, result: Path, seconds: float) -> int:
     return os.posix_spawn(sys.executable, [sys.executable, "-m", _MODULE, *told], os.environ)
 
 
-def _be_observed(result: Path, seconds: float) -> None:
-    """This process is a child that writes ``result``."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_after(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends it wherever it hangs
-    with Path(f"{result}.log").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+
+
+def _log(result: Path) -> Path:
+    return Path(f"{result}.log")
 
 
 def _write(result: Path, run: Run) -> None:
@@ -185,7 +173,9 @@ def main(arguments: Sequence[str]) -> None:
     place, seconds, cases, *single = arguments
     given = [Case(**case) for case in json.loads(cases)]
     if single:
-        _be_observed(Path(place), float(seconds))
+        children.end_with_parent()
+        children.print_to(_log(Path(place)))
+        _end_after(float(seconds))
         runs.importing()
         _write(Path(place), _HOW[single[0]](given[0]))
         sys.stdout.flush()
@@ -200,9 +190,9 @@ def main(arguments: Sequence[str]) -> None:
 def _run_cases(cases: Sequence[Case], folder: Path, seconds: float) -> None:
     import torch
 
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _end_after(seconds)
     run = runs.importing()
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    _end_after(0)
     _write(folder / "import", run)
     can_fork = not torch.cuda.is_initialized()
     if can_fork:

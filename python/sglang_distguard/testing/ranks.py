@@ -7,7 +7,6 @@ every run from it: a run begins within a second, and no run sees what another ha
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -17,16 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_distguard.testing.children import end_with_parent, fork
 from sglang_distguard.testing.recipe import free_port, prepare_environment
 
 _MODULE = "sglang_distguard.testing.ranks"
 _READY = "ready"
-_PR_SET_PDEATHSIG = 1
 #: As many ranks as any run has at most.
 _MOST = 16
 
@@ -112,7 +110,7 @@ def _serve() -> None:
     """Read jobs from standard input, run each on forked ranks, write what became of them."""
     from sglang_distguard.testing.solo import import_sglang
 
-    _end_with_parent()  # or a killed test run would leave ranks that nobody waits for
+    end_with_parent()  # or a killed test run would leave ranks that nobody waits for
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what sglang prints is no answer
         prepare_environment(ranks=_MOST)
@@ -139,11 +137,6 @@ def _run(
         return [_outcome(file, status) for file, status in zip(files, statuses, strict=True)]
 
 
-def _end_with_parent() -> None:
-    """Be killed when the process (more exactly: the thread) that started this one ends. Linux only."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _fork(
     file: Path,
     rank: int,
@@ -152,16 +145,8 @@ def _fork(
     job: tuple[str, str, Any],
     hold: tuple[int, int],
 ) -> int:
-    child = os.fork()
-    if child != 0:
-        return child
-    status = 1
-    try:
-        _end_with_parent()
+    def work() -> None:
         os.close(hold[1])
-        with file.with_suffix(".out").open("w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         os.environ.update(
             RANK=str(rank),
@@ -176,13 +161,8 @@ def _fork(
         file.with_suffix(".new").write_text(json.dumps(value))
         file.with_suffix(".new").rename(file)
         os.read(hold[0], 1)  # the end of the pipe, when it is closed
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # threads and buffers of the parent are not ours to end
+
+    return fork(work, file.with_suffix(".out"))
 
 
 def _wait(children: list[int], files: list[Path], release: int, seconds: float) -> list[int | None]:

@@ -6,7 +6,6 @@ them and writes one file each; one line of standard output says that a job is do
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import hashlib
@@ -17,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional
 
+from sglang_distguard.testing.children import fork
 from sglang_distguard.testing.steps import PROMPTS, Generation, build, generate
 
 STEPS = 3
@@ -30,7 +29,6 @@ _TIMEOUT_PER_RUNNER = 300  # seconds
 _GUARD_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
 _MODULE = "sglang_distguard.testing.solo"
 _DONE = "sglang_distguard.testing.solo: done"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,19 +207,11 @@ def import_sglang() -> None:
 
 
 def _run_forked(file: Path, job: _Job) -> None:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            signal.alarm(_TIMEOUT_PER_RUNNER)
-            _run(file, job)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)  # threads and buffers of the parent are not ours to end
+    def work() -> None:
+        signal.alarm(_TIMEOUT_PER_RUNNER)
+        _run(file, job)
+
+    child = fork(work)
     _, status = os.waitpid(child, 0)
     if status != 0:
         raise SystemExit(f"{job}: exit code {os.waitstatus_to_exitcode(status)} (-14: timed out)")
