@@ -17,21 +17,16 @@ from typing import Any
 
 #: Architectures whose kernels need no compiler of flashinfer's; of one vocabulary.
 MEMBERS = ("gpt2-0", "gpt2-1", "opt-0", "opt-1")
-GRAPHS: dict[str, Any] = {
-    "disable_cuda_graph": False,
-    "cuda_graph_bs_decode": [1, 2],
-    "cuda_graph_max_bs_decode": 2,
-    "mem_fraction_static": 0.1,
-}
 ROUNDS = 50
 STEPS = 8
 WITHOUT = ("", "GraphSharedOutput._process_shared", "_forward_input_buffer_pool")
 
 
 def build(models: Path, name: str, **options: Any) -> Any:
-    from sglang_distguard.testing import server_args, steps
+    from sglang_distguard.testing import graphs, server_args, steps
 
-    return steps.build(server_args(models / name, dtype="bfloat16", **GRAPHS), **options)
+    settings = {**graphs.CUDA_GRAPHS, "mem_fraction_static": 0.1}
+    return steps.build(server_args(models / name, dtype="bfloat16", **settings), **options)
 
 
 def logits_of(runner: Any, **how: Any) -> Any:
