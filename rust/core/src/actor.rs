@@ -2,6 +2,7 @@
 //! Plain data; never looks at the real threads.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// A thread, as the caller numbers threads (in Python, `threading.get_ident()`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -13,9 +14,9 @@ pub struct Actor {
     /// The thread that acts.
     pub thread: ThreadId,
     /// The thread's name.
-    pub thread_name: String,
+    pub thread_name: Arc<str>,
     /// The name of the runner it acts for, if it is known.
-    pub runner: Option<String>,
+    pub runner: Option<Arc<str>>,
 }
 
 impl fmt::Display for Actor {

@@ -2,6 +2,7 @@
 //! Nothing foreign runs under the lock; the rules of the line are in `rooms`.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::actor::{Actor, ThreadId};
@@ -10,7 +11,7 @@ use crate::events::Event;
 use crate::key::Key;
 use crate::policy::Decision;
 use crate::registry::{Inner, Registry};
-use crate::rooms::{Room, VisitId};
+use crate::rooms::{Access, RunnerId, Visit, VisitId};
 use crate::sync;
 use crate::waitgraph::{find_cycle, Edge, Subject, Wait};
 
@@ -30,12 +31,27 @@ pub enum Entry {
 }
 
 impl Registry {
-    /// Lines up for `room` and enters if nothing is in the way. The visit ends with `leave`, on
+    /// Lines up for a room and enters if nothing is in the way. The visit ends with `leave`, on
     /// every path; a refused one has ended already.
-    pub fn arrive(&self, room: Room, actor: &Actor) -> Result<(VisitId, Entry), Error> {
+    pub fn arrive(
+        &self,
+        access: impl Into<Access>,
+        actor: &Actor,
+    ) -> Result<(VisitId, Entry), Error> {
+        self.arrive_in_step(access, None, actor)
+    }
+
+    /// As `arrive`, in a runner's method `step`.
+    pub fn arrive_in_step(
+        &self,
+        access: impl Into<Access>,
+        step: Option<Arc<str>>,
+        actor: &Actor,
+    ) -> Result<(VisitId, Entry), Error> {
+        let access = access.into();
         self.update(|inner, now| {
             let id = VisitId(inner.fresh_id());
-            inner.rooms.arrive(id, room, actor.clone(), now);
+            inner.rooms.arrive(id, access, step, actor.clone(), now);
             let entry = inner.enter(id, now)?;
             if let Entry::Wait { inside, .. } = &entry {
                 let detail = if inside.is_empty() {
@@ -43,7 +59,7 @@ impl Registry {
                 } else {
                     format!("for {}", crate::error::join(inside, ", "))
                 };
-                let event = Event::new(now, &room, actor, Decision::Wait);
+                let event = Event::new(now, &access, actor, Decision::Wait);
                 inner.record(event.detail(detail));
                 // Whoever waits for this thread may now overtake whom it waits for.
                 inner.touch_rooms();
@@ -69,6 +85,20 @@ impl Registry {
         }
     }
 
+    /// The visits of other threads than `thread` that read or change `runner` now.
+    pub fn inside_of(&self, runner: RunnerId, thread: ThreadId) -> Vec<Visit> {
+        let close = Access {
+            room: crate::rooms::Room::Load,
+            runner: Some(runner),
+            target: None,
+        };
+        let inner = self.lock();
+        let inside = inner.rooms.occupants(close, thread);
+        let about = inside
+            .filter(|it| it.access.runner == Some(runner) || it.access.target == Some(runner));
+        about.cloned().collect()
+    }
+
     /// Ends a visit, inside or in line. False when it has ended before.
     pub fn leave(&self, visit: VisitId) -> bool {
         self.update(|inner, _| inner.leave(visit))
@@ -80,14 +110,14 @@ impl Registry {
             let Some(it) = inner.rooms.get(visit).cloned() else {
                 return Error::VisitOver;
             };
-            let inside = inner.in_the_way(it.room, it.actor.thread);
+            let inside = inner.in_the_way(it.access, it.actor.thread);
             inner.leave(visit);
             let error = Error::RoomTimeout {
-                room: it.room,
+                access: it.access,
                 inside,
                 waited,
             };
-            let event = Event::new(now, &it.room, &it.actor, Decision::Timeout);
+            let event = Event::new(now, &it.access, &it.actor, Decision::Timeout);
             inner.record(event.waited(waited).detail(error.to_string()));
             error
         })
@@ -99,15 +129,15 @@ impl Inner {
         let Some(visit) = self.rooms.get(id).cloned() else {
             return Err(Error::VisitOver);
         };
-        let inside = self.in_the_way(visit.room, visit.actor.thread);
+        let inside = self.in_the_way(visit.access, visit.actor.thread);
         if inside.is_empty() {
             if !visit.inside && self.is_its_turn(id, visit.actor.thread) {
                 self.rooms.enter(id, now);
             }
-        } else if let Some(cycle) = self.cycle(Edge::new(&visit.actor, &visit.room)) {
+        } else if let Some(cycle) = self.cycle(Edge::new(&visit.actor, &visit.access)) {
             self.leave(id);
             let error = Error::Deadlock { cycle };
-            let event = Event::new(now, &visit.room, &visit.actor, Decision::Deadlock);
+            let event = Event::new(now, &visit.access, &visit.actor, Decision::Deadlock);
             self.record(event.detail(error.to_string()));
             return Err(error);
         }
@@ -122,7 +152,8 @@ impl Inner {
 
     fn leave(&mut self, id: VisitId) -> bool {
         let left = self.rooms.leave(id).is_some();
-        if left {
+        // Nobody in line: nobody to wake, which is a system call for every step of every runner.
+        if left && self.rooms.is_anybody_queued() {
             self.touch_rooms();
         }
         left
@@ -134,8 +165,8 @@ impl Inner {
         self.rooms_changed = self.epoch;
     }
 
-    fn in_the_way(&self, room: Room, thread: ThreadId) -> Vec<Actor> {
-        let occupants = self.rooms.occupants(room, thread);
+    fn in_the_way(&self, access: Access, thread: ThreadId) -> Vec<Actor> {
+        let occupants = self.rooms.occupants(access, thread);
         occupants.map(|visit| visit.actor.clone()).collect()
     }
 
@@ -168,7 +199,7 @@ impl Inner {
             found.extend(self.leader_of(&wait.key));
         }
         for (id, visit) in self.rooms.queued(thread) {
-            let inside = self.rooms.occupants(visit.room, thread);
+            let inside = self.rooms.occupants(visit.access, thread);
             let ahead = self.rooms.ahead(id);
             found.extend(inside.chain(ahead).map(|visit| visit.actor.thread));
         }
@@ -179,9 +210,9 @@ impl Inner {
     pub fn cycle(&self, wait: Edge) -> Option<Vec<Edge>> {
         let holders = |edge: &Edge| match &edge.subject {
             Subject::Key(key) => self.leader_of(key).into_iter().collect(),
-            Subject::Room(room) => self
+            Subject::Room(access) => self
                 .rooms
-                .occupants(*room, edge.thread)
+                .occupants(*access, edge.thread)
                 .map(|visit| visit.actor.thread)
                 .collect(),
         };
@@ -189,7 +220,7 @@ impl Inner {
             let slot = self.wait_of(thread);
             let slot = slot.map(|wait| Edge::new(&wait.actor, &wait.key));
             let rooms = self.rooms.queued(thread);
-            let rooms = rooms.map(|(_, visit)| Edge::new(&visit.actor, &visit.room));
+            let rooms = rooms.map(|(_, visit)| Edge::new(&visit.actor, &visit.access));
             slot.into_iter().chain(rooms).collect()
         };
         find_cycle(wait, &holders, &waits)

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::actor::Actor;
 use crate::key::Key;
 use crate::lease::Holder;
-use crate::rooms::Room;
+use crate::rooms::Access;
 use crate::slot::Purpose;
 use crate::spec::FieldDiff;
 use crate::waitgraph::Edge;
@@ -55,8 +55,8 @@ pub enum Error {
     },
     /// The deadline passed in line for a room.
     RoomTimeout {
-        /// Which room.
-        room: Room,
+        /// Which room, for whom.
+        access: Access,
         /// Who is inside and in the way; empty when others were first in line.
         inside: Vec<Actor>,
         /// How long the caller waited.
@@ -155,12 +155,12 @@ impl fmt::Display for Error {
                 )
             }
             Self::RoomTimeout {
-                room,
+                access,
                 inside,
                 waited,
             } => write!(
                 f,
-                "Gave up after waiting {} for {room}: {}. Nothing was changed. Look at what that \
+                "Gave up after waiting {} for {access}: {}. Nothing was changed. Look at what that \
                  thread does, or allow more time: runner_scope(timeout=…), install(timeout=…) or \
                  SGLANG_DISTGUARD_TIMEOUT.",
                 seconds(*waited),
@@ -349,7 +349,7 @@ mod tests {
         };
         let cycle = vec![
             edge(1, "thread T1", (&Key::World).into()),
-            edge(2, "thread T2", (&Room::Capture).into()),
+            edge(2, "thread T2", (&crate::rooms::Room::Capture).into()),
         ];
         let text = "thread T1 waits for world, had by thread T2 waits for room:capture, had by \
                     the first.";

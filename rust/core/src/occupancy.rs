@@ -67,7 +67,7 @@ mod tests {
     fn actor(thread: u64) -> Actor {
         Actor {
             thread: ThreadId(thread),
-            thread_name: format!("t{thread}"),
+            thread_name: format!("t{thread}").into(),
             runner: None,
         }
     }

@@ -3,6 +3,7 @@
 //! The lock is a leaf: nothing foreign runs while it is held, and every wait gives it up.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::rooms::Rooms;
 use crate::slot::{Origin, Slot, Ticket};
 use crate::snapshot::{SlotSnapshot, Snapshot};
 use crate::spec::Spec;
-use crate::sync::{lock, Condvar, Mutex, MutexGuard};
+use crate::sync::{lock, AtomicU64, Condvar, Mutex, MutexGuard};
 use crate::waitgraph::{Subject, WaitGraph};
 
 pub use crate::request::{Observed, Request, Step};
@@ -28,6 +29,8 @@ pub use crate::request::{Observed, Request, Step};
 pub struct Registry {
     clock: Arc<dyn Clock>,
     pub(crate) inner: Mutex<Inner>,
+    /// `Inner::slots_changed`, to be read without the lock.
+    slots_epoch: AtomicU64,
     /// Notified after every change of a slot.
     pub(crate) changed: Condvar,
     /// Notified whenever anybody in line for a room may have got on. Not the same as `changed`:
@@ -86,9 +89,17 @@ impl Registry {
                 next_id: (u64::from(instance) << 32) + 1,
                 generation_floor: 0,
             }),
+            slots_epoch: AtomicU64::new(0),
             changed: Condvar::new(),
             moved: Condvar::new(),
         }
+    }
+
+    /// Counts the changes of slots: leases that were good at an epoch are good as long as it lasts.
+    ///
+    /// Ask for it before the leases are checked, never after.
+    pub fn slots_epoch(&self) -> u64 {
+        self.slots_epoch.load(Ordering::Acquire)
     }
 
     /// Time on the registry's clock.
@@ -222,6 +233,11 @@ impl Registry {
         let now = self.now();
         let result = change(&mut inner, now);
         let (changed, moved) = (inner.slots_changed > epoch, inner.rooms_changed > epoch);
+        if changed {
+            // While the lock is held: who sees the change sees the new epoch.
+            self.slots_epoch
+                .store(inner.slots_changed, Ordering::Release);
+        }
         drop(inner);
         if changed {
             self.changed.notify_all();

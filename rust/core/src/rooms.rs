@@ -1,4 +1,5 @@
 //! The room lock: phases of runners that may overlap share a room, phases that may not wait.
+//! Captures are alone in the process; what loads a runner is alone with that runner.
 //! Pure: who is inside, who is next. The registry's one lock covers it, and its waits are there.
 //!
 //! ```text
@@ -10,7 +11,7 @@
 //! ```
 //!
 //! Invariants:
-//! - Two threads are never Inside with phases that conflict. A thread does not conflict with itself:
+//! - Two threads are never Inside for accesses that conflict. A thread does not conflict with itself:
 //!   a capture runs forwards.
 //! - First come, first served among phases that conflict: whoever arrives later does not overtake,
 //!   unless the earlier one waits, through whatever chain, for the later one. Then being polite would
@@ -21,6 +22,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::actor::{Actor, ThreadId};
@@ -28,7 +30,7 @@ use crate::actor::{Actor, ThreadId};
 /// A phase of a runner that others may have to keep out of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Room {
-    /// A model's weights are loaded or its memory is allocated.
+    /// A runner is changed: its weights are loaded or its memory is allocated.
     Load,
     /// A model computes.
     Forward,
@@ -40,8 +42,8 @@ impl Room {
     /// Every room there is.
     pub const ALL: [Self; 3] = [Self::Load, Self::Forward, Self::Capture];
 
-    /// The one table of what excludes what, between threads. Symmetric.
-    pub fn conflicts_with(self, other: Self) -> bool {
+    /// What excludes what whichever runners are concerned; the rest is `Access::conflicts_with`.
+    fn conflicts_with(self, other: Self) -> bool {
         match (self, other) {
             (Self::Capture, _) | (_, Self::Capture) => true,
             (Self::Load | Self::Forward, Self::Load | Self::Forward) => false,
@@ -75,6 +77,52 @@ impl FromStr for Room {
     }
 }
 
+/// Names a runner. No number is given out twice in a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RunnerId(pub u64);
+
+/// What a visit is for: a phase, and the runners that it is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Access {
+    /// The phase.
+    pub room: Room,
+    /// Whose phase. A load changes that runner, any other phase reads it.
+    pub runner: Option<RunnerId>,
+    /// The runner whose weights `runner`, its draft, uses: read in every phase.
+    pub target: Option<RunnerId>,
+}
+
+impl Access {
+    /// The one table of what excludes what, between threads. Symmetric.
+    pub fn conflicts_with(&self, other: &Self) -> bool {
+        self.room.conflicts_with(other.room) || self.changes(other) || other.changes(self)
+    }
+
+    /// Whether this is a load of a runner that the other one reads or loads.
+    fn changes(&self, other: &Self) -> bool {
+        self.room == Room::Load
+            && self.runner.is_some()
+            && (other.runner == self.runner || other.target == self.runner)
+    }
+}
+
+impl From<Room> for Access {
+    /// A phase of no runner in particular.
+    fn from(room: Room) -> Self {
+        Self {
+            room,
+            runner: None,
+            target: None,
+        }
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.room.fmt(f)
+    }
+}
+
 /// Names one visit of one thread to one room. No number is given out twice by a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VisitId(pub u64);
@@ -82,8 +130,10 @@ pub struct VisitId(pub u64);
 /// One thread in a room or in line for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Visit {
-    /// Which room.
-    pub room: Room,
+    /// What for.
+    pub access: Access,
+    /// The runner's method, if it is one.
+    pub step: Option<Arc<str>>,
     /// Who.
     pub actor: Actor,
     /// Since when it is inside, or in line.
@@ -100,7 +150,14 @@ pub(crate) struct Rooms {
 
 impl Rooms {
     /// `id` is higher than every earlier one.
-    pub fn arrive(&mut self, id: VisitId, room: Room, actor: Actor, now: Duration) {
+    pub fn arrive(
+        &mut self,
+        id: VisitId,
+        access: Access,
+        step: Option<Arc<str>>,
+        actor: Actor,
+        now: Duration,
+    ) {
         debug_assert!(self
             .visits
             .last_key_value()
@@ -108,7 +165,8 @@ impl Rooms {
         self.visits.insert(
             id,
             Visit {
-                room,
+                access,
+                step,
                 actor,
                 since: now,
                 inside: false,
@@ -128,10 +186,10 @@ impl Rooms {
         self.visits.values().any(|visit| !visit.inside)
     }
 
-    /// Who is inside and in the way of `thread` entering `room`.
-    pub fn occupants(&self, room: Room, thread: ThreadId) -> impl Iterator<Item = &Visit> {
+    /// Who is inside and in the way of `thread` entering for `access`.
+    pub fn occupants(&self, access: Access, thread: ThreadId) -> impl Iterator<Item = &Visit> {
         self.visits.values().filter(move |visit| {
-            visit.inside && visit.actor.thread != thread && visit.room.conflicts_with(room)
+            visit.inside && visit.actor.thread != thread && visit.access.conflicts_with(&access)
         })
     }
 
@@ -145,7 +203,7 @@ impl Rooms {
                 own.is_some_and(|own| {
                     !visit.inside
                         && visit.actor.thread != own.actor.thread
-                        && visit.room.conflicts_with(own.room)
+                        && visit.access.conflicts_with(&own.access)
                 })
             })
     }
@@ -195,5 +253,37 @@ mod tests {
         }
         assert!(!Room::Load.conflicts_with(Room::Forward));
         assert!(!Room::Forward.conflicts_with(Room::Forward));
+    }
+
+    fn access(room: Room, runner: u64, target: Option<u64>) -> Access {
+        Access {
+            room,
+            runner: Some(RunnerId(runner)),
+            target: target.map(RunnerId),
+        }
+    }
+
+    #[test]
+    fn a_load_keeps_out_of_its_runner_and_of_drafts_of_it_and_of_nothing_else() {
+        let load = access(Room::Load, 1, None);
+        let forward = |runner, target| access(Room::Forward, runner, target);
+        for (other, apart) in [
+            (forward(1, None), true),
+            (access(Room::Load, 1, None), true),
+            (forward(2, Some(1)), true),
+            (access(Room::Load, 2, Some(1)), true),
+            (forward(2, None), false),
+            (access(Room::Load, 2, None), false),
+            (Room::Forward.into(), false),
+            (Room::Load.into(), false),
+        ] {
+            assert_eq!(load.conflicts_with(&other), apart, "{other:?}");
+            assert_eq!(other.conflicts_with(&load), apart, "{other:?}");
+        }
+        // Loading a draft reads its target.
+        let draft = access(Room::Load, 2, Some(1));
+        assert!(!draft.conflicts_with(&forward(1, None)));
+        assert!(draft.conflicts_with(&forward(2, Some(1))));
+        assert!(!forward(1, None).conflicts_with(&forward(1, None)));
     }
 }

@@ -6,22 +6,22 @@ use std::fmt;
 
 use crate::actor::{Actor, ThreadId};
 use crate::key::Key;
-use crate::rooms::Room;
+use crate::rooms::Access;
 
 /// What events, waits and errors are about.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// A shared piece of state.
     Key(Key),
-    /// A room.
-    Room(Room),
+    /// A room, and the runners for which it is entered.
+    Room(Access),
 }
 
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(key) => key.fmt(f),
-            Self::Room(room) => room.fmt(f),
+            Self::Room(access) => access.fmt(f),
         }
     }
 }
@@ -32,9 +32,9 @@ impl From<&Key> for Subject {
     }
 }
 
-impl From<&Room> for Subject {
-    fn from(room: &Room) -> Self {
-        Self::Room(*room)
+impl<T: Into<Access> + Copy> From<&T> for Subject {
+    fn from(access: &T) -> Self {
+        Self::Room((*access).into())
     }
 }
 
@@ -156,7 +156,7 @@ mod tests {
     fn actor(thread: u64) -> Actor {
         Actor {
             thread: ThreadId(thread),
-            thread_name: format!("t{thread}"),
+            thread_name: format!("t{thread}").into(),
             runner: None,
         }
     }
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_cycle_is_found_through_any_of_several_holders_and_waits() {
-        let room = |thread| Edge::new(&actor(thread), &Room::Capture);
+        let room = |thread| Edge::new(&actor(thread), &crate::rooms::Room::Capture);
         let holders = |edge: &Edge| match edge.thread.0 {
             1 => vec![ThreadId(2), ThreadId(3)],
             3 => vec![ThreadId(4)],

@@ -16,7 +16,7 @@ use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::policy::Policy;
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotState;
 use distguard_core::teardown::Teardown;
@@ -48,10 +48,21 @@ enum Call {
     Reset { thread: u64, force: bool },
     CheckLeases { picks: Vec<usize> },
     Inherit { key: Key, identity: u64 },
-    Arrive { room: Room, thread: u64 },
+    Arrive { access: Access, thread: u64 },
     TryEnter { pick: usize },
     Leave { pick: usize },
     GiveUp { pick: usize },
+}
+
+/// Few runners, so that they meet; a draft of runner 0 among them.
+fn access() -> impl Strategy<Value = Access> {
+    let room = prop::sample::select(&Room::ALL[..]);
+    let runner = prop::option::weighted(0.8, 0..3u64);
+    (room, runner).prop_map(|(room, runner)| Access {
+        room,
+        runner: runner.map(RunnerId),
+        target: (runner == Some(2)).then_some(RunnerId(0)),
+    })
 }
 
 fn key() -> impl Strategy<Value = Key> {
@@ -96,7 +107,6 @@ fn call() -> impl Strategy<Value = Call> {
     ];
     let leased = prop::collection::vec(key(), 1..3);
     let picks = prop::collection::vec(any::<usize>(), 1..4);
-    let room = prop::sample::select(&Room::ALL[..]);
     prop_oneof![
         8 => ask().prop_map(Call::Acquire),
         6 => (any::<usize>(), how).prop_map(|(pick, how)| Call::Resolve { pick, how }),
@@ -110,7 +120,7 @@ fn call() -> impl Strategy<Value = Call> {
         1 => (0..3u64, any::<bool>()).prop_map(|(thread, force)| Call::Reset { thread, force }),
         2 => picks.prop_map(|picks| Call::CheckLeases { picks }),
         1 => (key(), 1..3u64).prop_map(|(key, identity)| Call::Inherit { key, identity }),
-        8 => (room, 0..4u64).prop_map(|(room, thread)| Call::Arrive { room, thread }),
+        8 => (access(), 0..4u64).prop_map(|(access, thread)| Call::Arrive { access, thread }),
         4 => any::<usize>().prop_map(|pick| Call::TryEnter { pick }),
         6 => any::<usize>().prop_map(|pick| Call::Leave { pick }),
         1 => any::<usize>().prop_map(|pick| Call::GiveUp { pick }),
@@ -207,7 +217,7 @@ impl Both {
                 self.model.inherit(key, *identity);
                 (Outcome::Done, Outcome::Done)
             }
-            Call::Arrive { room, thread } => self.arrive(*room, *thread),
+            Call::Arrive { access, thread } => self.arrive(*access, *thread),
             Call::TryEnter { pick } if !self.visits.is_empty() => {
                 let id = self.visits[pick % self.visits.len()];
                 (entered(self.real.try_enter(id)), self.model.try_enter(id))
@@ -233,14 +243,14 @@ impl Both {
         (real, self.model.check(leases))
     }
 
-    fn arrive(&mut self, room: Room, thread: u64) -> (Outcome, Outcome) {
-        let (id, real) = match self.real.arrive(room, &actor(thread)) {
+    fn arrive(&mut self, access: Access, thread: u64) -> (Outcome, Outcome) {
+        let (id, real) = match self.real.arrive(access, &actor(thread)) {
             Ok((id, entry)) => (id, entered(Ok(entry))),
             // The refused visit is over, under a number that nobody was told.
             Err(error) => (VisitId(0), refused(&error)),
         };
         self.visits.push(id);
-        (real, self.model.arrive(id, room, thread))
+        (real, self.model.arrive(id, access, thread))
     }
 
     fn acquire(&mut self, ask: &Ask) -> (Outcome, Outcome) {
@@ -384,9 +394,9 @@ impl Both {
             assert_eq!(real, model, "{lease:?}");
         }
         let visits = snapshot.visits.iter();
-        let visits = visits.map(|it| (it.actor.thread.0, it.room, it.inside));
+        let visits = visits.map(|it| (it.actor.thread.0, it.access, it.inside));
         let expected = self.model.visits.iter();
-        assert!(visits.eq(expected.map(|it| (it.thread, it.room, it.inside))));
+        assert!(visits.eq(expected.map(|it| (it.thread, it.access, it.inside))));
         for (index, event) in snapshot.events.iter().enumerate() {
             assert_eq!(event.seq, snapshot.dropped_events + index as u64);
         }

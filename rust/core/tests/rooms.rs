@@ -9,13 +9,14 @@ use std::thread;
 use std::time::Duration;
 
 use common::*;
+use distguard_core::actor::ThreadId;
 use distguard_core::clock::ManualClock;
 use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::key::Key;
 use distguard_core::policy::Decision;
 use distguard_core::registry::{Registry, Step};
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
 use distguard_core::slot::Origin;
 
 const W: Key = Key::World;
@@ -25,7 +26,7 @@ fn visits(registry: &Registry) -> Vec<(u64, Room, bool)> {
     let snapshot = registry.snapshot();
     let visits = snapshot.visits.iter();
     visits
-        .map(|it| (it.actor.thread.0, it.room, it.inside))
+        .map(|it| (it.actor.thread.0, it.access.room, it.inside))
         .collect()
 }
 
@@ -50,6 +51,45 @@ fn loads_and_forwards_overlap_and_a_capture_is_alone() {
     assert_eq!(registry.try_enter(capture), Ok(Entry::Inside));
     let second = in_line(&registry, Room::Capture, 1);
     assert_eq!(in_the_way(&registry, second), [3]);
+}
+
+/// What `room` of `runner` is, a draft of `target` or none.
+fn access(room: Room, runner: u64, target: Option<u64>) -> Access {
+    Access {
+        room,
+        runner: Some(RunnerId(runner)),
+        target: target.map(RunnerId),
+    }
+}
+
+#[test]
+fn a_load_waits_for_forwards_of_its_runner_and_of_its_drafts_and_keeps_later_ones_out() {
+    let registry = registry();
+    let forward = inside(&registry, access(Room::Forward, 1, None), 1);
+    let draft = inside(&registry, access(Room::Forward, 2, Some(1)), 2);
+    let load = in_line(&registry, access(Room::Load, 1, None), 3);
+    assert_eq!(in_the_way(&registry, load), [1, 2]);
+    let later = in_line(&registry, access(Room::Forward, 1, None), 4);
+    let other = inside(&registry, access(Room::Forward, 3, None), 5);
+    assert!(registry.leave(forward));
+    assert!(registry.leave(draft));
+    assert_eq!(registry.try_enter(load), Ok(Entry::Inside));
+    assert_eq!(in_the_way(&registry, later), [3]);
+    let about = registry.inside_of(RunnerId(1), ThreadId(9));
+    assert_eq!(about.len(), 1);
+    assert!(registry.leave(load));
+    assert_eq!(registry.try_enter(later), Ok(Entry::Inside));
+    assert!(registry.leave(other));
+}
+
+#[test]
+fn two_threads_that_each_run_one_runner_and_load_the_other_are_told_of_the_cycle() {
+    let registry = registry();
+    inside(&registry, access(Room::Forward, 1, None), 1);
+    inside(&registry, access(Room::Forward, 2, None), 2);
+    in_line(&registry, access(Room::Load, 2, None), 1);
+    let second = registry.arrive(access(Room::Load, 1, None), &actor(2));
+    assert!(matches!(second, Err(Error::Deadlock { .. })), "{second:?}");
 }
 
 #[test]
@@ -171,14 +211,14 @@ fn a_deadline_that_has_passed_in_line_names_who_is_in_the_way() {
     let behind = in_line(&registry, Room::Load, 3);
     let gave_up = registry.room_timed_out(behind, waited);
     let only_the_line = Error::RoomTimeout {
-        room: Room::Load,
+        access: Room::Load.into(),
         inside: vec![],
         waited,
     };
     assert_eq!(gave_up, only_the_line);
     let gave_up = registry.room_timed_out(capture, waited);
     let behind_forward = Error::RoomTimeout {
-        room: Room::Capture,
+        access: Room::Capture.into(),
         inside: vec![actor(1)],
         waited,
     };
@@ -260,7 +300,8 @@ fn captures_and_forwards_of_many_threads_never_overlap_and_all_get_in() {
                     {
                         let mut visiting = visiting.lock().unwrap();
                         let others = visiting.iter().map(|(_, other)| *other);
-                        assert!(!others.into_iter().any(|it| it.conflicts_with(room)));
+                        let alone = |it| it == Room::Capture || room == Room::Capture;
+                        assert!(!others.into_iter().any(alone));
                         visiting.push((thread, room));
                     }
                     thread::yield_now();

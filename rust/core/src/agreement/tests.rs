@@ -20,7 +20,7 @@ fn read(agreement: &Agreement, entries: &[Entry]) {
 fn actor(thread: u64) -> Actor {
     Actor {
         thread: ThreadId(thread),
-        thread_name: format!("t{thread}"),
+        thread_name: format!("t{thread}").into(),
         runner: None,
     }
 }

@@ -9,7 +9,7 @@ const LATER: Duration = Duration::from_secs(2);
 fn actor(thread: u64) -> Actor {
     Actor {
         thread: ThreadId(thread),
-        thread_name: format!("t{thread}"),
+        thread_name: format!("t{thread}").into(),
         runner: None,
     }
 }

@@ -14,7 +14,7 @@ use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::policy::{Decision, Policy};
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotSnapshot;
 use distguard_core::spec::Spec;
@@ -30,7 +30,7 @@ pub fn registry() -> Registry {
 pub fn actor(thread: u64) -> Actor {
     Actor {
         thread: ThreadId(thread),
-        thread_name: format!("t{thread}"),
+        thread_name: format!("t{thread}").into(),
         runner: None,
     }
 }
@@ -97,7 +97,7 @@ pub fn acquire(
 }
 
 /// Lines up and waits for as long as it takes: only a wake-up brings it on.
-pub fn enter(registry: &Registry, room: Room, thread: u64) -> Result<VisitId, Error> {
+pub fn enter(registry: &Registry, room: impl Into<Access>, thread: u64) -> Result<VisitId, Error> {
     let (visit, mut entry) = registry.arrive(room, &actor(thread))?;
     while let Entry::Wait { epoch, .. } = entry {
         registry.wait_to_enter(visit, epoch, FOREVER);
@@ -107,7 +107,7 @@ pub fn enter(registry: &Registry, room: Room, thread: u64) -> Result<VisitId, Er
 }
 
 /// Enters at once.
-pub fn inside(registry: &Registry, room: Room, thread: u64) -> VisitId {
+pub fn inside(registry: &Registry, room: impl Into<Access>, thread: u64) -> VisitId {
     match registry.arrive(room, &actor(thread)) {
         Ok((visit, Entry::Inside)) => visit,
         other => panic!("should be inside, but: {other:?}"),
@@ -115,7 +115,7 @@ pub fn inside(registry: &Registry, room: Room, thread: u64) -> VisitId {
 }
 
 /// Lines up and must wait.
-pub fn in_line(registry: &Registry, room: Room, thread: u64) -> VisitId {
+pub fn in_line(registry: &Registry, room: impl Into<Access>, thread: u64) -> VisitId {
     match registry.arrive(room, &actor(thread)) {
         Ok((visit, Entry::Wait { .. })) => visit,
         other => panic!("should be in line, but: {other:?}"),

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::registry::Observed;
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, VisitId};
 use distguard_core::slot::Origin;
 
 /// What happened, without what the model does not predict (tickets, times, texts).
@@ -90,7 +90,7 @@ pub struct Ask {
 pub struct Visit {
     pub id: VisitId,
     pub thread: u64,
-    pub room: Room,
+    pub access: Access,
     pub inside: bool,
 }
 

@@ -2,21 +2,35 @@
 
 use std::collections::BTreeSet;
 
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, Room, VisitId};
 
 use crate::model::{Model, Outcome, Visit};
 
-/// Only captures exclude anybody, and they exclude everybody.
-fn apart(one: Room, other: Room) -> bool {
-    one == Room::Capture || other == Room::Capture
+/// Captures exclude everybody. A load of runner n excludes whatever names n.
+fn apart(one: Access, other: Access) -> bool {
+    for (a, b) in [(one, other), (other, one)] {
+        if a.room == Room::Capture {
+            return true;
+        }
+        if let (Room::Load, Some(changed)) = (a.room, a.runner) {
+            if [b.runner, b.target]
+                .into_iter()
+                .flatten()
+                .any(|it| it == changed)
+            {
+                return true;
+            }
+        }
+    }
+    false
 }
 
 impl Model {
-    /// The threads inside that keep `thread` out of `room`, once per visit.
-    fn keep_out(&self, room: Room, thread: u64) -> Vec<u64> {
+    /// The threads inside that keep `thread` out, once per visit.
+    fn keep_out(&self, access: Access, thread: u64) -> Vec<u64> {
         let inside = self.visits.iter().filter(|it| it.inside);
         inside
-            .filter(|it| it.thread != thread && apart(it.room, room))
+            .filter(|it| it.thread != thread && apart(it.access, access))
             .map(|it| it.thread)
             .collect()
     }
@@ -25,7 +39,7 @@ impl Model {
     fn first_in_line(&self, visit: &Visit) -> Vec<u64> {
         let before = self.visits.iter().take_while(|it| it.id != visit.id);
         before
-            .filter(|it| !it.inside && it.thread != visit.thread && apart(it.room, visit.room))
+            .filter(|it| !it.inside && it.thread != visit.thread && apart(it.access, visit.access))
             .map(|it| it.thread)
             .collect()
     }
@@ -38,7 +52,7 @@ impl Model {
             .iter()
             .filter(|it| !it.inside && it.thread == thread)
         {
-            found.extend(self.keep_out(visit.room, thread));
+            found.extend(self.keep_out(visit.access, thread));
             if line_too {
                 found.extend(self.first_in_line(visit));
             }
@@ -64,11 +78,11 @@ impl Model {
         thread == asker || self.reaches(thread, asker, false)
     }
 
-    pub fn arrive(&mut self, id: VisitId, room: Room, thread: u64) -> Outcome {
+    pub fn arrive(&mut self, id: VisitId, access: Access, thread: u64) -> Outcome {
         self.visits.push(Visit {
             id,
             thread,
-            room,
+            access,
             inside: false,
         });
         self.try_enter(id)
@@ -82,7 +96,7 @@ impl Model {
         if visit.inside {
             return Outcome::Inside;
         }
-        let in_the_way = self.keep_out(visit.room, visit.thread);
+        let in_the_way = self.keep_out(visit.access, visit.thread);
         if in_the_way
             .iter()
             .any(|it| self.is_stuck_behind(*it, visit.thread))
@@ -113,7 +127,7 @@ impl Model {
         let Some(visit) = self.visits.iter().find(|it| it.id == id).cloned() else {
             return Outcome::VisitOver;
         };
-        let in_the_way = self.keep_out(visit.room, visit.thread);
+        let in_the_way = self.keep_out(visit.access, visit.thread);
         let _ = self.leave(id);
         Outcome::GaveUp(in_the_way)
     }
