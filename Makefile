@@ -28,7 +28,7 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
 	@echo "setup 2/3: $(SGLANG) and tools: about 10 GB with CUDA libraries; a minute or two, longer on a slow network"
-	@$(BIN)/uv pip install -q --group dev "$(SGLANG)" "tqdm>=4.60" "wrapt>=1.16"
+	@$(BIN)/uv pip install -q --group dev "$(SGLANG)" "tqdm>=4.60"
 	@touch $@
 
 .venv/.native: .venv/.packages $(SOURCES)

@@ -43,9 +43,8 @@ def guard(sglang: None) -> Iterator[None]:
     from sglang_distguard import _core
 
     sglang_distguard.install()
-    before = _core.current_scope()
-    yield
-    _core.adopt_scope(before)
+    with _core.run_as(_core.current_execution()):
+        yield
     gc.collect()
     teardown_everything()
     sglang_distguard.uninstall()

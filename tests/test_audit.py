@@ -268,7 +268,7 @@ def test_what_ran_only_while_sglang_was_imported_is_told_from_what_ran_later(
 
 def finding(name: str, verdict: str, phase: str = "load") -> Finding:
     change = Change("sglang.m", name, phase, "first", "0", "1")
-    return Finding("sglang.m", name, "container", verdict, "", (), (change,), ())
+    return Finding("sglang.m", name, "container", verdict, "", (), (change,), (), verdict)
 
 
 def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_called_safe(

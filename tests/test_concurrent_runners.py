@@ -167,6 +167,6 @@ def test_an_unequal_request_is_refused_at_once_and_changes_nothing(
     assert "existing 1, requested 2" in message
     assert member.name.split("-")[0] in message  # a holder, by name
     assert sglang_distguard.snapshot()["slots"] == before
-    _core.adopt_scope(None)
+    _core.adopt_execution(None)
     fleet.generate_all(outcomes, 1, sglang_distguard.activate)
     assert [o.problems for o in outcomes if o.problems] == []

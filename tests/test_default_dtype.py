@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_distguard import default_dtype
-from sglang_distguard.default_dtype import thread_default_dtype
+from sglang_distguard import _core, default_dtype
+from sglang_distguard.default_dtype import holding
 from sglang_distguard.testing import bit_equal
+from torch.overrides import _get_current_function_mode_stack
 
 INTEGERS = torch.arange(1, 7)
 FLAGS = torch.tensor([True, False, True, False, True, True])
@@ -91,7 +92,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "LayerNorm": lambda: torch.nn.LayerNorm(3).weight.detach(),
     "rope": lambda: 1.0 / (10000.0 ** (torch.arange(0, 8, 2, dtype=torch.int64) / 8)),
     "attention": lambda: torch.nn.functional.softmax(FLOATS, dim=0),
-    "get_default_dtype": lambda: default_dtype.of_thread() or torch.get_default_dtype(),
+    "get_default_dtype": lambda: default_dtype.in_force() or torch.get_default_dtype(),
 }
 
 
@@ -107,7 +108,7 @@ def test_same_dtype_and_bits_as_with_the_process_wide_default(
         expected = make()
     finally:
         torch.set_default_dtype(before)
-    with thread_default_dtype(dtype):
+    with holding(dtype):
         actual = make()
     assert torch.get_default_dtype() is before
     if not isinstance(expected, torch.Tensor):
@@ -118,7 +119,7 @@ def test_same_dtype_and_bits_as_with_the_process_wide_default(
 
 def test_other_threads_keep_the_process_wide_default() -> None:
     seen: list[torch.dtype] = []
-    with thread_default_dtype(torch.bfloat16):
+    with holding(torch.bfloat16):
         thread = threading.Thread(target=lambda: seen.append(torch.ones(1).dtype))
         thread.start()
         thread.join()
@@ -132,7 +133,7 @@ def test_a_thread_keeps_its_default_while_another_one_compiles(guard: None) -> N
     found = []
 
     def load() -> None:
-        with thread_default_dtype(torch.bfloat16):
+        with holding(torch.bfloat16):
             found.append(torch.get_default_dtype())
 
     with torch.compiler._compile_session_context():
@@ -144,32 +145,34 @@ def test_a_thread_keeps_its_default_while_another_one_compiles(guard: None) -> N
 
 
 def test_nested_defaults_are_restored_in_order_also_after_an_error() -> None:
-    with thread_default_dtype(torch.bfloat16):
-        with pytest.raises(ZeroDivisionError), thread_default_dtype(torch.float16):
+    with holding(torch.bfloat16):
+        with pytest.raises(ZeroDivisionError), holding(torch.float16):
             raise ZeroDivisionError
-        with thread_default_dtype(torch.float16):
+        with holding(torch.float16):
             assert torch.ones(1).dtype is torch.float16
         assert torch.ones(1).dtype is torch.bfloat16
-    assert default_dtype.of_thread() is None
+    assert default_dtype.in_force() is None
 
 
 def test_it_nests_with_a_device_context() -> None:
-    with thread_default_dtype(torch.bfloat16), torch.device("meta"):
+    with holding(torch.bfloat16), torch.device("meta"):
         made = torch.empty(2)
     assert (made.dtype, made.device.type) == (torch.bfloat16, "meta")
 
 
-def test_a_default_that_was_never_restored_ends_with_reset_thread() -> None:
-    default_dtype.set_in_thread(torch.bfloat16)
-    with torch.device("cpu"):
-        default_dtype.set_in_thread(torch.float16)
-        default_dtype.reset_thread()
-        assert torch.ones(1).dtype is torch.float32
-    assert default_dtype.of_thread() is None
+def test_a_default_that_was_never_restored_ends_with_its_execution() -> None:
+    with _core.run_as(None):
+        default_dtype.set_in_force(torch.bfloat16)
+        with torch.device("cpu"):
+            default_dtype.set_in_force(torch.float16)
+            assert torch.ones(1).dtype is torch.float16
+    assert torch.ones(1).dtype is torch.float32
+    assert default_dtype.in_force() is None
+    assert _get_current_function_mode_stack() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, "float32", None])
 def test_what_is_no_floating_dtype_is_refused(dtype: Any) -> None:
     with pytest.raises(TypeError, match="floating"):
-        default_dtype.set_in_thread(dtype)
-    assert default_dtype.of_thread() is None
+        default_dtype.set_in_force(dtype)
+    assert default_dtype.in_force() is None

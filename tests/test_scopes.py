@@ -171,12 +171,10 @@ def test_use_context_binds_to_the_calling_thread_only(two: Two, model: Model) ->
         assert runtime_context.get_parallel() is context.parallel
         inside = threading.Event()
         other: list[str] = []
-        scope = _core.current_scope()
-        _core.adopt_scope(None)
-        thread = threading.Thread(target=lambda: (other.append(seen_model()), inside.set()))
-        thread.start()
+        with _core.run_as(None):
+            thread = threading.Thread(target=lambda: (other.append(seen_model()), inside.set()))
+            thread.start()
         thread.join()
-        _core.adopt_scope(scope)
         assert other == ["gpt2"]
     assert seen_model() == "gpt2"
 

@@ -41,7 +41,7 @@ def switch_off(treatment: str) -> None:
         for module in (singleflight, parallel_state, expert_location):
             module.run_once = everybody_leads  # type: ignore[attr-defined]
     elif treatment == "scope":
-        _core.choose_scope = lambda _label: (None, False)
+        _core.Publishing = Replacing  # type: ignore[assignment, misc]
     elif treatment == "dtype":
         left_out = (*model_loader.CHANGES, *torch_dtype.CHANGES)
     elif treatment == "input buffers":
@@ -52,6 +52,24 @@ def switch_off(treatment: str) -> None:
             change for change in runtime_contexts.changes() if change not in left_out
         ]
     }
+
+
+class Replacing:
+    """A publish as SGLang's: whoever is last replaces the one context."""
+
+    is_fresh = False
+
+    def __init__(self, _label: str, *, may_put_aside: bool) -> None:
+        pass
+
+    def __enter__(self) -> Replacing:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def succeed(self) -> None:
+        pass
 
 
 def main(cache: Path, treatment: str) -> None:

@@ -1,45 +1,59 @@
 """Native part of sglang_distguard: the registry of shared state and the router of scoped globals."""
 
 from collections.abc import Callable
-from contextvars import Token
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, Literal, final
 
 __all__ = [
+    "Activation",
     "Agreement",
     "Claim",
+    "Entered",
+    "Execution",
+    "Publishing",
     "Request",
     "RunnerHandle",
     "Scope",
     "ScopedGlobal",
+    "Step",
+    "StepOf",
     "Teardown",
+    "Through",
+    "Vacancy",
     "Visit",
     "__version__",
-    "abandon_scope",
-    "adopt_scope",
+    "activations",
+    "adopt_execution",
     "begin_exit",
     "begin_teardown",
-    "choose_scope",
-    "claim_vacant",
+    "current_execution",
     "current_scope",
+    "default_dtype_in_force",
     "depth",
-    "enter",
     "forget",
     "has_joined",
+    "in_scope",
+    "in_turn",
     "inherit",
     "is_ready",
-    "leave",
     "live_runners",
     "live_scopes",
     "new_scope",
+    "note_intercepting",
     "note_joined",
+    "owning_environment",
     "ready_keys",
     "reset",
     "resource",
+    "resuming",
+    "run_as",
+    "set_default_dtype",
     "snapshot",
     "start_afresh",
-    "switch",
-    "switch_back",
+    "step",
     "take_events",
+    "with_default_dtype",
 ]
 
 __version__: str
@@ -148,11 +162,126 @@ class ScopedGlobal:
         """Whether ``scope`` has a value of its own, read or written before."""
 
 @final
+class Execution:
+    """Whose code is running, and what it carries. Immutable; it lives in one context variable.
+
+    No Execution at all, None, is code of no runner, which reads SGLang's default scope.
+    """
+
+    @property
+    def scope(self) -> Scope | None: ...
+    @property
+    def runner(self) -> RunnerHandle | None:
+        """Whose method or ``activate`` the code is in."""
+
+    @property
+    def depth(self) -> int:
+        """How many methods and ``activate`` blocks of runners the code is nested in."""
+
+    @property
+    def step(self) -> str | None:
+        """Name of the method that runs, until it ends."""
+
+    @property
+    def default_dtype(self) -> Any: ...
+    @property
+    def turn(self) -> Any: ...
+    @property
+    def owns_environment(self) -> bool:
+        """Whether what is written into the environment belongs to a scope, not to the process."""
+
+@final
+class Entered:
+    """A with block in which another execution is in force; left also when it is dropped."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
+class Step:
+    """A with block that is a method of a runner: its leases are good, its room is entered.
+
+    Raises DistGuardError, ForkedError, LeaseBroken, StateInUse, AcquireTimeout or DeadlockError.
+    Left also when it is dropped.
+    """
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
+class Through:
+    """A with block that does nothing: the code is in a step that covers it."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
+class StepOf:
+    """Called with a runner, or what refers to one, returns the with block of one method of it.
+
+    Args: the method's name; its room; ``exclusive``, for one thread at a time; ``runner``, the
+    attribute of the argument that is the runner, or returns it; ``otherwise``, called with handle and
+    name for the with block where there are several ranks, or always.
+    """
+
+    def __new__(
+        cls,
+        name: str,
+        room: str | None,
+        *,
+        exclusive: bool = False,
+        runner: str | None = None,
+        otherwise: Callable[[RunnerHandle, str], AbstractContextManager[Any]] | None = None,
+        always_otherwise: bool = False,
+    ) -> StepOf: ...
+    def __call__(self, owner: Any, /) -> AbstractContextManager[Any]: ...
+
+@final
+class Activation:
+    """A with block in which the code is a runner's, in no method of it; gives the runner."""
+
+    def __new__(cls, handle: RunnerHandle, runner: Any) -> Activation: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
+class Publishing:
+    """One publish: in its scope, and holding its claim, from ``__enter__`` on.
+
+    Given back at the end of the with block, unless it ends without an error after ``succeed``.
+    """
+
+    def __new__(cls, label: str, *, may_put_aside: bool) -> Publishing: ...
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the scope was made for this publish."""
+
+    def __enter__(self) -> Publishing: ...
+    def __exit__(
+        self, error: type[BaseException] | None, *_more: BaseException | TracebackType | None
+    ) -> None: ...
+    def succeed(self) -> None: ...
+
+@final
+class Vacancy:
+    """A with block that has a scope to itself, if nobody builds or runs there: then it gives True."""
+
+    def __new__(cls, scope: Scope | None, /) -> Vacancy: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
 class RunnerHandle:
     """What one runner holds: its scope and its leases, until closed or collected."""
 
     def __new__(
-        cls, name: str, scope: Scope | None, keys: list[str], *, turns: str | None = None
+        cls,
+        name: str,
+        scope: Scope | None,
+        keys: list[str],
+        *,
+        turns: str | None = None,
+        ranks: bool = False,
     ) -> RunnerHandle: ...
     @property
     def name(self) -> str: ...
@@ -170,16 +299,9 @@ class RunnerHandle:
     def check(self) -> None:
         """Raise DistGuardError when closed, ForkedError in a forked child, LeaseBroken."""
 
-    def enter(self) -> Token[Scope | None] | None:
-        """Make the scope current for a method; give the result to ``leave``."""
+    def inside(self) -> list[tuple[str, str | None]]:
+        """(thread, method) of what other threads do with the runner, or with drafts of it, now."""
 
-    def begin_forward(self) -> None:
-        """Claim the runner for a forward of the calling thread.
-
-        Raises StateInUse when another thread is inside one.
-        """
-
-    def end_forward(self) -> None: ...
     def begin_collectives(self) -> bool:
         """Claim the communicators of the runner's scope for a step of the calling thread.
 
@@ -224,7 +346,9 @@ class Visit:
     Raises DeadlockError when waiting would never end, ValueError for an unknown room.
     """
 
-    def __new__(cls, room: str, *, runner: str | None) -> Visit: ...
+    def __new__(
+        cls, room: str, *, runner: str | None, handle: RunnerHandle | None = None
+    ) -> Visit: ...
     def try_enter(self) -> bool: ...
     def wait(self, seconds: float) -> None: ...
     def timed_out(self) -> Exception: ...
@@ -296,11 +420,33 @@ def ready_keys() -> list[str]:
 
 def snapshot() -> dict[str, Any]: ...
 def current_scope() -> Scope | None: ...
-def adopt_scope(scope: Scope | None, /) -> None: ...
-def switch(scope: Scope | None, /) -> Token[Scope | None] | None: ...
-def switch_back(token: Token[Scope | None] | None, /) -> None: ...
-def enter(scope: Scope | None, /) -> Token[Scope | None] | None: ...
-def leave(token: Token[Scope | None] | None, /) -> int: ...
+def current_execution() -> Execution | None: ...
+def adopt_execution(execution: Execution | None, /) -> None:
+    """Make it the calling code's own, until it is changed again."""
+
+def run_as(execution: Execution | None, /) -> Entered: ...
+def in_scope(scope: Scope | None, /) -> Entered:
+    """Make ``scope`` current; the code in the with block is of no runner yet."""
+
+def in_turn(turn: Any, /) -> Entered: ...
+def owning_environment() -> Entered:
+    """What the with block writes into the environment is a runner's, in the default scope, too."""
+
+def resuming(scope: Scope | None, /) -> Entered:
+    """Go on, in a with block, with what was published in ``scope`` and not built yet."""
+
+def with_default_dtype(dtype: Any, /) -> Entered: ...
+def set_default_dtype(dtype: Any, /) -> None:
+    """Make ``dtype`` that of the running execution, until it ends or it is set again."""
+
+def step(handle: RunnerHandle, name: str, room: str | None, *, exclusive: bool = False) -> Step: ...
+def default_dtype_in_force() -> Any: ...
+def note_intercepting(intercepts: bool) -> bool:
+    """Whether the calling thread intercepts torch's default dtype; returns what was noted before."""
+
+def activations() -> list[tuple[str, str]]:
+    """(thread, runner) of every ``Activation`` that is entered now."""
+
 def depth() -> int: ...
 def note_joined(key: str, generation: int) -> None:
     """The current scope uses this generation of ``key`` from now on."""
@@ -310,7 +456,4 @@ def has_joined(key: str) -> bool:
 
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...
-def choose_scope(label: str) -> tuple[Scope | None, bool]: ...
-def abandon_scope(scope: Scope | None, /) -> None: ...
-def claim_vacant(scope: Scope | None, /) -> bool: ...
 def live_runners(scope: Scope | None, /) -> int: ...

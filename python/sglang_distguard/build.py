@@ -8,9 +8,9 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_distguard import _core, environment, settings
+from sglang_distguard import _core, settings
 from sglang_distguard.arguments import check, check_ranks
-from sglang_distguard.errors import DistGuardError
+from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.groups import default_process_group
 from sglang_distguard.installation import is_installed
 from sglang_distguard.naming import name_of_model
@@ -113,9 +113,8 @@ def build_runner(
     check_ranks(server_args)
     chosen = settings.current()
     named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
-    with named, environment.for_runner():
-        # The caller's own scope stays as it is: what is published here is the runner's.
-        before = _core.current_scope()
+    # The caller's own execution stays as it is: what is published here is the runner's.
+    with named, _core.run_as(_core.current_execution()), _core.owning_environment():
         try:
             if target is not None:
                 with activate(target), building(asks=True):
@@ -125,8 +124,9 @@ def build_runner(
             with building(asks=True):
                 _initialise(server_args, gpu_id, nccl_port)
                 return _construct(server_args, gpu_id, nccl_port, options)
-        finally:
-            _core.adopt_scope(before)
+        except BaseException as error:
+            forget_frames(error)
+            raise
 
 
 def build_runners(
@@ -259,7 +259,6 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
         give_back(scope)  # at once: other ranks may wait for this one in a collective
         if scope is before:
             restore_context(context)
-        _core.abandon_scope(scope)
         raise
 
 

@@ -1,49 +1,41 @@
-"""The TorchFunctionMode that answers for one thread what torch would ask of the process's default.
+"""The TorchFunctionMode that answers for an execution what torch would ask of the process's default.
 
-A module of its own, imported on first use: the import lock makes the one class for all threads.
+Which functions ask is found by running them, not listed. A default dtype has a part in a result only
+where no floating operand and no dtype settles it; then the result has the process's default, or the
+complex dtype that belongs to it:
+
+- what makes tensors is asked on the meta device what it would make, and then told the dtype;
+- what has integral operands casts them to the default first, which is what torch's type promotion does
+  (`TensorIterator`, INT_TO_FLOAT: the operands are cast to the common dtype before anything is computed);
+  where the result has another dtype than that default all the same, the default had no part in it.
+
+A module of its own, imported on first use: torch need not be there when the package is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-#: Make a float tensor of the default dtype unless told otherwise (torch 2.14).
-_FACTORIES = (
-    "empty zeros ones rand randn eye linspace logspace empty_strided empty_permuted "
-    "hann_window hamming_window blackman_window bartlett_window kaiser_window"
-)
-#: The same, but only when a number they are given is a float.
-_INFERRING = "full arange range tensor as_tensor asarray scalar_tensor normal"
-#: Turn integral arguments into floats of the default dtype (torch's type promotion).
-_PROMOTING = (
-    "div divide true_divide add sub subtract mul multiply pow float_power where "
-    "sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan sinh cosh tanh asin acos atan "
-    "asinh acosh atanh arcsin arccos arctan arcsinh arccosh arctanh atan2 arctan2 sigmoid erf erfc "
-    "erfinv lgamma digamma reciprocal logit i0 sinc xlogy ldexp logaddexp logaddexp2 "
-    "rad2deg deg2rad clamp clip maximum minimum lerp std var softmax log_softmax logsumexp "
-    "remainder fmod copysign hypot nan_to_num bernoulli frac cumsum prod"
-)
-_OPERATORS = (
-    "__truediv__ __rtruediv__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __pow__ __rpow__ "
-    "__rdiv__ __mod__ __rmod__"
-)
+from sglang_distguard import _core
 
-
-def _functions(owner: Any, names: str) -> frozenset[Any]:
-    return frozenset(getattr(owner, name) for name in names.split() if hasattr(owner, name))
-
-
-_FACTORY_FUNCTIONS = _functions(torch, _FACTORIES)
-_INFERRING_FUNCTIONS = _functions(torch, _INFERRING)
-_PROMOTING_FUNCTIONS = (
-    _functions(torch, _PROMOTING)
-    | _functions(torch.Tensor, _PROMOTING + " " + _OPERATORS)
-    | _functions(torch.special, _PROMOTING)
-    | _functions(torch.nn.functional, "softmax log_softmax sigmoid tanh")
+#: Floating dtype -> the complex one that type promotion makes of it (c10 `toComplexType`).
+_COMPLEX = {
+    torch.float16: torch.complex32,
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+    torch.bfloat16: torch.complex64,
+}
+#: Never asked twice: they change something, and what they return no default decides.
+_ONCE = frozenset(
+    {
+        torch.Tensor.backward,
+        torch.Tensor.__setitem__,
+        torch.Tensor.register_hook,
+    }
 )
 
 
@@ -53,93 +45,208 @@ def process_default() -> torch.dtype:
 
 
 class DefaultDtypeMode(TorchFunctionMode):
-    """Answers for one thread what torch would ask of the process's default dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+    """Answers with the dtype that the running execution carries; stateless."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("dtype") is None:
-            if func in _FACTORY_FUNCTIONS:
-                return func(*args, **{**kwargs, "dtype": self.dtype})
-            if func in _INFERRING_FUNCTIONS:
-                return self._infer(func, args, kwargs)
-            if func in _PROMOTING_FUNCTIONS:
-                return self._promote(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _infer(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Let torch infer, then ask again where what it inferred is the process's default."""
-        if _has_float_source(args, kwargs) or kwargs.get("out") is not None:
+        wanted = _core.default_dtype_in_force()
+        if wanted is None:
             return func(*args, **kwargs)
-        rng = func is torch.normal
-        inferred = torch.empty(()) if rng else func(*args, **kwargs)
-        if inferred.dtype != process_default():
-            return inferred
-        return func(*args, **{**kwargs, "dtype": self.dtype})
-
-    def _promote(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Cast integral tensors first: what type promotion itself does with the default."""
-        tensors = [value for value in _flat(args, kwargs) if isinstance(value, torch.Tensor)]
-        if any(_is_float(tensor) for tensor in tensors) or kwargs.get("out") is not None:
+        process = process_default()
+        if wanted is process or _is_settled(func, args, kwargs):
             return func(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if not isinstance(result, torch.Tensor) or result.dtype != process_default():
-            return result
-        # A condition is no operand: torch wants it as it is.
-        condition = _condition(func, args, kwargs)
-        operands = _Operands(self.dtype, condition, scalars=condition is not None)
-        return func(*operands.of(args), **operands.named(kwargs))
+        return _Call(func, args, kwargs, wanted, process).result()
 
 
-def _is_float(tensor: Any) -> bool:
-    return bool(tensor.is_floating_point() or tensor.is_complex())
+def _is_settled(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether no default can have a part: a dtype is given, or a floating operand is."""
+    if func in _ONCE or kwargs.get("dtype") is not None:
+        return True
+    operands = [value for name, value in kwargs.items() if name != "out"]
+    return any(_settles(value) for value in _leaves([*args, *operands]))
 
 
-def _flat(args: Any, kwargs: Any) -> list[Any]:
-    return [*args, *kwargs.values()]
+def _settles(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    if isinstance(value, torch.dtype):
+        return True
+    # Arrays and scalars of numpy say their own dtype; a subclass of float, float64, does not.
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind in ("f", "c") and not isinstance(value, (float, complex))
 
 
-def _has_float_source(args: Any, kwargs: Any) -> bool:
-    """Whether the dtype comes from data that has one: a tensor or an array."""
-    return any(hasattr(value, "dtype") and hasattr(value, "shape") for value in _flat(args, kwargs))
+def _leaves(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+class _Call:
+    """One call whose result may depend on the default dtype."""
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        wanted: torch.dtype,
+        process: torch.dtype,
+    ) -> None:
+        self._func = func
+        self._args = args
+        self._kwargs = kwargs
+        self._process = {process, _COMPLEX.get(process)}
+        self._wanted = wanted
+        self._tensors = [
+            it for it in _leaves([*args, *kwargs.values()]) if isinstance(it, torch.Tensor)
+        ]
+
+    def result(self) -> Any:
+        operands = [it for it in self._tensors if it is not self._kwargs.get("out")]
+        return self._promoted() if operands else self._made()
+
+    def _made(self) -> Any:
+        """Of a function that makes tensors of what are none."""
+        if self._kwargs.get("out") is not None:
+            return self._func(*self._args, **self._kwargs)  # its dtype is what is made
+        try:
+            # Takes no memory, draws no random numbers.
+            probe = self._func(*self._args, **{**self._kwargs, "device": "meta"})
+        except Exception:  # it makes nothing on a device, or refuses what it was given
+            return self._made_without_a_device()
+        if not isinstance(probe, torch.Tensor) or probe.dtype not in self._process:
+            return self._func(*self._args, **self._kwargs)
+        return self._told(probe.dtype)
+
+    def _made_without_a_device(self) -> Any:
+        with _Restored(self._tensors) as random:
+            first = self._func(*self._args, **self._kwargs)
+            if isinstance(first, torch.dtype) and first in self._process:
+                return self._default_of(first)
+            if not isinstance(first, torch.Tensor) or first.dtype not in self._process:
+                return first
+            random.restore()
+            try:
+                return self._told(first.dtype)
+            except TypeError:  # takes no dtype: scalars that it makes tensors of itself
+                return self._converted(first, scalars=True)
+
+    def _process_dtype(self, result: Any) -> torch.dtype:
+        dtypes = (_dtype_of(it) for it in _parts(result))
+        return next(it for it in dtypes if it is not None and it in self._process)
+
+    def _told(self, dtype: torch.dtype) -> Any:
+        return self._func(*self._args, **{**self._kwargs, "dtype": self._default_of(dtype)})
+
+    def _default_of(self, dtype: torch.dtype) -> torch.dtype:
+        return _COMPLEX[self._wanted] if dtype.is_complex else self._wanted
+
+    def _promoted(self) -> Any:
+        """Of a function of integral tensors."""
+        out = self._kwargs.get("out")
+        if out is None and _is_in_place(self._func):
+            return self._func(*self._args, **self._kwargs)
+        with _Restored(self._tensors) as random:
+            # What is computed into `out` is computed in the default dtype first.
+            kwargs = {name: it for name, it in self._kwargs.items() if name != "out"}
+            first = self._func(*self._args, **kwargs)
+            if not any(_dtype_of(it) in self._process for it in _parts(first)):
+                return first if out is None else self._func(*self._args, **self._kwargs)
+            random.restore()
+            try:
+                return self._converted(first, scalars=_is_where(self._func))
+            except NotImplementedError:  # torch has no such kernel for the wanted dtype
+                raise
+            except (RuntimeError, TypeError, IndexError):  # a tensor that must be integral
+                random.restore()
+            try:
+                return self._told(self._process_dtype(first))
+            except (RuntimeError, TypeError):  # takes no dtype
+                random.restore()
+                return self._func(*self._args, **self._kwargs)
+
+    def _converted(self, first: Any, *, scalars: bool) -> Any:
+        """With the operands in the wanted dtype; ``first`` if that does not become the result's."""
+        condition = _condition(self._func, self._args, self._kwargs)
+
+        def operand(value: Any) -> Any:
+            if value is condition:
+                return value
+            if isinstance(value, torch.Tensor):
+                return value.to(self._wanted)
+            if isinstance(value, (list, tuple)):
+                return type(value)(operand(it) for it in value)
+            if scalars and isinstance(value, (int, float)):
+                # `where` rounds scalars to the default before it looks at anything else.
+                return torch.scalar_tensor(value, dtype=self._wanted)
+            return value
+
+        args = [operand(value) for value in self._args]
+        kwargs = {
+            name: value if name == "out" else operand(value) for name, value in self._kwargs.items()
+        }
+        second = self._func(*args, **kwargs)
+        if kwargs.get("out") is not None:
+            return second
+        for before, after in zip(_parts(first), _parts(second), strict=False):
+            if _dtype_of(before) in self._process and _dtype_of(after) not in (
+                self._wanted,
+                _COMPLEX.get(self._wanted),
+            ):
+                return first
+        return second
+
+
+def _parts(result: Any) -> Sequence[Any]:
+    return result if isinstance(result, (list, tuple)) else (result,)
+
+
+def _dtype_of(part: Any) -> Optional[torch.dtype]:
+    if isinstance(part, torch.Tensor):
+        return part.dtype
+    return part if isinstance(part, torch.dtype) else None
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def _is_where(func: Callable[..., Any]) -> bool:
+    return getattr(func, "__name__", "") == "where"
 
 
 def _condition(func: Callable[..., Any], args: Any, kwargs: Any) -> Optional[Any]:
-    if getattr(func, "__name__", "") != "where":
+    """The argument of `where` that is no operand: torch wants it as it is."""
+    if not _is_where(func):
         return None
     if "condition" in kwargs:
         return kwargs["condition"]
-    tensor_method = (
-        getattr(func, "__objclass__", None) is not None
-    )  # Tensor.where(self, condition, other)
-    return args[1] if tensor_method else args[0]
+    is_method = getattr(func, "__objclass__", None) is not None  # Tensor.where(self, condition, …)
+    return args[1] if is_method else args[0]
 
 
-class _Operands:
-    """The arguments of a call with every operand in the default dtype."""
+class _Restored:
+    """Lets a call be made twice and draw random numbers once."""
 
-    def __init__(self, dtype: Any, condition: Optional[Any], *, scalars: bool) -> None:
-        self._dtype = dtype
-        self._condition = condition
-        self._scalars = scalars
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._state = torch.get_rng_state()
+        devices = {it.device for it in tensors if it.device.type == "cuda"}
+        self._of_devices = {it: torch.cuda.get_rng_state(it) for it in devices}
 
-    def of(self, values: Any) -> tuple[Any, ...]:
-        return tuple(self._operand(value) for value in values)
+    def __enter__(self) -> _Restored:
+        return self
 
-    def named(self, values: Any) -> dict[str, Any]:
-        return {name: self._operand(value) for name, value in values.items()}
+    def __exit__(self, *_error: object) -> None:
+        pass
 
-    def _operand(self, value: Any) -> Any:
-        if value is self._condition:
-            return value
-        if hasattr(value, "is_floating_point"):
-            return value.to(self._dtype)
-        if self._scalars and isinstance(value, (int, float)):
-            # `where` rounds scalars to the default before it looks at anything else.
-            return torch.scalar_tensor(value, dtype=self._dtype)
-        return value
+    def restore(self) -> None:
+        """As it was before the first call."""
+        torch.set_rng_state(self._state)
+        for device, state in self._of_devices.items():
+            torch.cuda.set_rng_state(state, device)

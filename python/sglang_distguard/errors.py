@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Any
+from typing import Any, Optional
 
 
 class DistGuardError(RuntimeError):
@@ -74,6 +74,24 @@ class RanksDisagree(SpecMismatch):
 
 class RankFailed(DistGuardError):
     """The build failed on another rank, and so on all. ``details``: ``failures``, rank -> error."""
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop what the ended frames of ``error``'s traceback refer to: runners, and so their weights.
+
+    Also of the errors that it came from. What it says, and where it was raised, stays.
+    """
+    seen: set[int] = set()
+    pending: list[Optional[BaseException]] = [error]
+    while pending:
+        it = pending.pop()
+        if it is None or id(it) in seen:
+            continue
+        seen.add(id(it))
+        traceback.clear_frames(it.__traceback__)
+        pending += [it.__cause__, it.__context__]
+        if isinstance(it, BaseExceptionGroup):
+            pending += it.exceptions
 
 
 class AmbiguousBuild(DistGuardError, ValueError):

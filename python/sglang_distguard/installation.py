@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, Optional
 
-import wrapt
-
 from sglang_distguard import _core, adapters, environment, settings
 from sglang_distguard.errors import AcquireTimeout, StateInUse
 from sglang_distguard.patching import ModulePlan
+from sglang_distguard.patching.imports import Watcher
 from sglang_distguard.patching.live import functions_by_module
 
 
 @dataclass
 class _Installation:
     plans: dict[str, ModulePlan]
+    watcher: Watcher
 
 
 # Lock order: this lock is outermost. It is never held while a hook runs, and reentrant because
@@ -29,7 +29,6 @@ _lock = threading.RLock()
 #: Seconds; planning and applying take two.
 _DEADLINE = 300.0
 _installation: Optional[_Installation] = None
-_watched: set[str] = set()
 
 
 def install(
@@ -76,16 +75,16 @@ def install(
             groups=groups,
         )
         if _installation is None:
-            plans = adapters.choose()
-            installation = _Installation({plan.module: plan for plan in plans})
+            plans = {plan.module: plan for plan in adapters.choose()}
+            installation = _Installation(plans, Watcher(plans, _on_import))
             try:
-                _apply(plans)
+                installation.watcher.start()
+                _apply(list(plans.values()))
+                _installation = installation
             except BaseException:
+                _installation = None
                 _undo(installation)
                 raise
-            _installation = installation
-            for plan in plans:
-                _watch(plan.module)
         settings.set_installed(chosen)
 
 
@@ -97,12 +96,14 @@ def uninstall() -> None:
 
     Raises:
         StateInUse: runners that need their own scope are still alive; they would silently read
-            another's configuration. ``close()`` them first.
+            another's configuration. ``close()`` them first. Or code of ours is running: a method of
+            a runner, or the with block of ``activate``.
     """
     global _installation
     with _locked():
         if _installation is None:
             return
+        _refuse_inside()
         held = [scope.label for scope in _core.live_scopes() if _core.live_runners(scope) > 0]
         if held:
             raise StateInUse(
@@ -116,6 +117,26 @@ def uninstall() -> None:
         environ = _imported("sglang.srt.environ")
         if environ is not None:
             environment.hand_over(environ)
+
+
+def _refuse_inside() -> None:
+    """Code that our hooks let in would go on without what it was let in for.
+
+    Raises:
+        StateInUse: a thread is in a method of a runner, in ``activate``, or waits for one of ours.
+    """
+    visits = [
+        f"{visit['step'] or visit['room']} of runner {visit['by']['runner']!r} "
+        f"(thread {visit['by']['thread_name']})"
+        for visit in _core.snapshot()["rooms"]
+    ]
+    blocks = [f"activate({name!r}) (thread {thread})" for thread, name in _core.activations()]
+    inside = sorted([*visits, *blocks])
+    if inside:
+        raise StateInUse(
+            f"uninstall() refused: {', '.join(inside)} would go on without the guard. Let it end first",
+            holders=inside,
+        )
 
 
 @contextmanager
@@ -161,7 +182,7 @@ def _apply(plans: list[ModulePlan]) -> None:
     for plan in plans:
         module = imported[plan.module]
         if module is not None:
-            plan.apply(module, functions[plan.module])
+            plan.apply(module, functions[id(module)])
 
 
 def _imported(name: str) -> Optional[ModuleType]:
@@ -171,25 +192,14 @@ def _imported(name: str) -> Optional[ModuleType]:
     return None if getattr(spec, "_initializing", False) else module
 
 
-def _watch(name: str) -> None:
-    if name in _watched:
-        return
-    _watched.add(name)
-    wrapt.register_post_import_hook(_on_import, name)
-
-
 def _on_import(module: ModuleType) -> None:
-    """Called by wrapt for each watched module, now if it is imported already."""
+    """Called after every execution of a module that has a plan: imported, imported anew, reloaded."""
     global _installation
     with _locked():
-        _watched.discard(module.__name__)
         if _installation is None:
             return
-        plan = _installation.plans.get(module.__name__)
-        if plan is None or plan.applied_to is not None:
-            return
         try:
-            plan.apply(module)
+            _installation.plans[module.__name__].apply(module, again=True)
         except BaseException:
             # Half a guard is worse than none: what is in comes out, and the import fails.
             installation, _installation = _installation, None
@@ -198,7 +208,8 @@ def _on_import(module: ModuleType) -> None:
 
 
 def _undo(installation: _Installation) -> None:
-    plans = [plan for plan in installation.plans.values() if plan.applied_to is not None]
-    functions = functions_by_module(plan.applied_to for plan in plans if plan.applied_to)
+    installation.watcher.stop()
+    plans = [plan for plan in installation.plans.values() if plan.applied_to]
+    functions = functions_by_module(module for plan in plans for module in plan.applied_to)
     for plan in reversed(plans):
-        plan.undo(functions[plan.module])
+        plan.undo(functions)

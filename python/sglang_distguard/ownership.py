@@ -13,12 +13,11 @@ from sglang_distguard.teardowns import forced, tearing_down
 
 def vacate(scope: Optional[_core.Scope]) -> None:
     """Destroy what the runners of ``scope`` own, unless one lives there or is about to be built."""
-    if world.ranks() is None or not _core.claim_vacant(scope):
+    if world.ranks() is None:
         return
-    try:
-        give_back(scope)
-    finally:
-        _core.abandon_scope(scope)
+    with _core.Vacancy(scope) as is_vacant:
+        if is_vacant:
+            give_back(scope)
 
 
 def give_back(scope: Optional[_core.Scope]) -> None:

@@ -12,26 +12,30 @@ Room = Literal["load", "forward", "capture"]
 
 
 @contextmanager
-def room(name: Room, runner: Optional[str] = None) -> Iterator[None]:
+def room(
+    name: Room,
+    handle: Optional[_core.RunnerHandle] = None,
+    *,
+    timeout: Optional[float] = None,
+) -> Iterator[None]:
     """Keep out of the way, for a with block, of what conflicts with phase ``name``, and keep that out.
 
-    Loads and forwards overlap freely; a capture is alone (the table is in
-    rust/core/src/rooms.rs). First come, first served; a thread does not conflict with itself.
+    Loads and forwards overlap freely; a capture is alone, and what loads a runner is alone with that
+    one (the table is in rust/core/src/rooms.rs). First come, first served; a thread does not conflict with itself.
 
     Args:
         name: of the phase.
-        runner: whose phase it is, for messages; default: the name in force.
+        handle: whose phase it is; default: of no runner in particular.
+        timeout: seconds; default: the setting in force.
 
     Raises:
         AcquireTimeout: the deadline of the settings in force has passed.
         DeadlockError: waiting would never end.
     """
     chosen = settings.current()
-    visit = _core.Visit(name, runner=runner or chosen.name)
+    visit = _core.Visit(name, runner=handle.name if handle else chosen.name, handle=handle)
     try:
-        waiting.until(
-            lambda: visit.try_enter() or None, visit, timeout=chosen.timeout, what=f"room:{name}"
-        )
+        waiting.to_enter(visit, f"room:{name}", timeout=timeout)
         yield
     finally:
         visit.leave()

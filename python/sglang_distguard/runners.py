@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard import (
     _core,
-    default_dtype,
     groups,
     ownership,
     process_wide,
@@ -18,7 +17,13 @@ from sglang_distguard import (
     settings,
     world,
 )
-from sglang_distguard.errors import AmbiguousBuild, DistGuardError, NotSupported, StateInUse
+from sglang_distguard.errors import (
+    AcquireTimeout,
+    AmbiguousBuild,
+    DistGuardError,
+    NotSupported,
+    StateInUse,
+)
 from sglang_distguard.groups import GROUPS, WORLD
 from sglang_distguard.naming import name_of_model
 from sglang_distguard.process_wide import PROCESS
@@ -63,7 +68,9 @@ def _handle(
     deadline = time.monotonic() + settings.current().timeout
     while True:
         try:
-            return _core.RunnerHandle(name, scope, keys, turns=turns)
+            return _core.RunnerHandle(
+                name, scope, keys, turns=turns, ranks=world.ranks() is not None
+            )
         except DistGuardError as error:
             if type(error) is not DistGuardError or error.details.get("key") != PROCESS:
                 raise
@@ -183,18 +190,35 @@ def capture_of_anybody() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread_at_a_time(handle: _core.RunnerHandle) -> Iterator[None]:
-    """Refuse a second thread in the with block: a forward writes the runner's static buffers (0.5.23).
+def step_among_ranks(
+    handle: _core.RunnerHandle,
+    step: str,
+    room: Optional[rooms.Room] = None,
+    *,
+    is_collective: bool = False,
+    is_exclusive: bool = False,
+) -> Iterator[None]:
+    """What a step is where it is more than one native step: with several ranks, or to capture.
 
-    Raises:
-        StateInUse: another thread is in it.
+    The room comes last, inside of the step's turn if it takes one.
+
+    Args:
+        handle: of the runner.
+        step: name of the method.
+        room: which it is in.
+        is_collective: computes together with the other ranks.
+        is_exclusive: one thread at a time.
     """
-    with _let_in(handle):
-        handle.begin_forward()
-    try:
+    with ExitStack() as stack:
+        with _let_in(handle) if is_exclusive else nullcontext():
+            stack.enter_context(_core.step(handle, step, None, exclusive=is_exclusive))
+        if is_collective:
+            stack.enter_context(in_order(handle, step))
+        if room == "capture":
+            refuse_capture_without_turns(handle)
+        if room is not None:
+            stack.enter_context(_core.step(handle, step, room))
         yield
-    finally:
-        handle.end_forward()
 
 
 @contextmanager
@@ -228,12 +252,12 @@ def hold_experts(handle: _core.RunnerHandle) -> None:
         handle.hold(key)
 
 
-@contextmanager
-def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
-    """Enter ``runner``'s scope in the calling thread or asyncio task.
+def activate(runner: ModelRunner) -> AbstractContextManager[ModelRunner]:
+    """Make the calling thread's or asyncio task's code ``runner``'s for a with block.
 
-    A runner's own methods do this by themselves; code around them that reads SGLang's context
-    (``get_server_args()``, ``ScheduleBatch``, ``ForwardBatch.init_new`` …) needs it.
+    A runner's own methods do this by themselves, and so does what is given the runner; code around
+    them that reads SGLang's context (``get_server_args()`` …) needs it. It holds nothing: the
+    block may idle.
 
     Args:
         runner: built while distguard was installed.
@@ -244,54 +268,109 @@ def activate(runner: ModelRunner) -> Iterator[ModelRunner]:
         LeaseBroken: what it was built on was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
-    token = handle_of(runner).enter()
-    try:
-        yield runner
-    finally:
-        leave(token)
-
-
-def leave(token: Any) -> None:
-    """Undo ``RunnerHandle.enter``; the thread's default dtype is torch's again outside of all."""
-    if _core.leave(token) == 0:
-        default_dtype.reset_thread()
+    return _core.Activation(handle_of(runner), runner)
 
 
 @contextmanager
-def closing(runner: ModelRunner) -> Iterator[ModelRunner]:
+def closing(
+    runner: ModelRunner, *, timeout: Optional[float] = None, force: bool = False
+) -> Iterator[ModelRunner]:
     """``close(runner)`` at the end of a with block, however that ends; as ``contextlib.closing``.
+
+    Args:
+        runner: built while distguard was installed.
+        timeout: see ``close``.
+        force: see ``close``.
 
     Raises:
         TypeError: ``runner`` was not built under the guard.
+        StateInUse: see ``close``.
     """
     handle = handle_of(runner)
     try:
         yield runner
     finally:
-        give_up(handle)
+        _close(handle, timeout, force=force)
 
 
-def close(runner: ModelRunner) -> bool:
+def close(runner: ModelRunner, *, timeout: Optional[float] = None, force: bool = False) -> bool:
     """Release a runner's leases and the values of its scope; its methods raise from then on.
 
-    Memory of weights and caches is freed when the last reference to the runner goes.
+    Waits for the methods of the runner that other threads are in. Memory of weights and caches is
+    freed when the last reference to the runner goes.
+
+    Args:
+        runner: built while distguard was installed.
+        timeout: seconds to wait; default: the setting in force.
+        force: do not wait. A method that runs goes on, without what is released here.
 
     Returns:
         True the first time, False when the runner was closed before.
 
     Raises:
-        TypeError: ``runner`` was not built under the guard.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        StateInUse: a method of the runner runs still, in the calling thread or after ``timeout``.
+            Nothing was changed.
     """
-    return give_up(handle_of(runner))
+    settings.check_flag("force", force)
+    if timeout is not None:
+        timeout = settings.check_seconds("timeout", timeout)
+    return _close(handle_of(runner), timeout, force=force)
+
+
+def _close(handle: _core.RunnerHandle, timeout: Optional[float], *, force: bool) -> bool:
+    if force or handle.closed:
+        return give_up(handle)
+    execution = _core.current_execution()
+    if execution is not None and execution.runner is handle and execution.step is not None:
+        raise StateInUse(
+            f"runner '{handle.name}' cannot be closed from within its own {execution.step}(): the rest of "
+            "that would run on what is released. Close it afterwards, or with force=True",
+            runner=handle.name,
+            step=execution.step,
+        )
+    try:
+        with rooms.room("load", handle, timeout=timeout):
+            return give_up(handle)
+    except AcquireTimeout as error:
+        inside = handle.inside()
+        if not inside:  # another runner's capture is in the way
+            raise
+        at = ", ".join(f"{step or 'a method'}() in thread {thread}" for thread, step in inside)
+        raise StateInUse(
+            f"runner '{handle.name}' is still in {at}, after {error.details['waited']:.1f} s. Let that end, "
+            "allow more time (timeout=...), or close it with force=True",
+            runner=handle.name,
+            holders=[thread for thread, _ in inside],
+            steps=[step for _, step in inside],
+        ) from error
 
 
 def give_up(handle: _core.RunnerHandle) -> bool:
-    """``close`` for a handle."""
+    """Release what ``handle`` holds, at once."""
     scope = handle.scope
     closed = handle.close()
     if closed:
         ownership.vacate(scope)
     return closed
+
+
+def abandon(runner: Any) -> None:
+    """Release what a runner holds whose construction failed, and all that it was given.
+
+    The error's frames refer to the runner, and it would refer to its weights (46 GB were seen).
+    """
+    handle = find_handle(runner)
+    if handle is not None:
+        give_up(handle)
+    vars(runner).clear()
+
+
+def mark_as_of(runner: Any, part: Any) -> None:
+    """Let ``part``, made by ``runner``'s methods, say whose it is; what another has made stays its."""
+    fields = getattr(part, "__dict__", None)
+    if fields is not None and _ATTRIBUTE not in fields:
+        setattr(part, _ATTRIBUTE, find_handle(runner))
 
 
 def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional
 
 from sglang_distguard import _core, environment
-from sglang_distguard.errors import NotSupported
+from sglang_distguard.errors import AmbiguousBuild, NotSupported
 from sglang_distguard.patching.syntax import accessor_name
 
 CONTEXT_MODULE = "sglang.srt.runtime_context"
@@ -41,14 +40,9 @@ def context_snapshot() -> dict[str, Any]:
     return snapshot
 
 
-@contextmanager
-def scope_active(scope: Optional[_core.Scope]) -> Iterator[None]:
+def scope_active(scope: Optional[_core.Scope]) -> AbstractContextManager[None]:
     """Make ``scope`` current in the calling thread or task for a with block."""
-    token = _core.switch(scope)
-    try:
-        yield
-    finally:
-        _core.switch_back(token)
+    return _core.in_scope(scope)
 
 
 def scope_of_context(context: Any) -> Optional[_core.Scope]:
@@ -65,5 +59,74 @@ def scope_of_context(context: Any) -> Optional[_core.Scope]:
     scope = _core.new_scope(f"context-{id(context):x}")
     contexts.set_value_in(scope, context)
     accessor(CONTEXT_MODULE, "_PARALLEL").set_value_in(scope, context.parallel)
-    environment.of_scope.set_value_in(scope, environment.written_by(context._server_args))
+    environment.adopt(scope, environment.written_by(context._server_args))
     return scope
+
+
+class _Keeps:
+    """Keeps a scope alive through the ``ServerArgs`` published there, and goes nowhere with a copy."""
+
+    def __init__(self, scope: Optional[_core.Scope]) -> None:
+        self._scope = scope
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Processes without distguard unpickle it, too.
+        return type(None), ()
+
+    def __copy__(self) -> None:
+        return None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
+        return None
+
+
+_KEPT = "_sglang_distguard_scope"
+
+
+def keep_published(server_args: Any) -> None:
+    """Let the current scope live as long as ``server_args``, just published there, does.
+
+    The task or thread that published may end long before another one builds the runner.
+    """
+    setattr(server_args, _KEPT, _Keeps(_core.current_scope()))
+
+
+def scopes_of_published(server_args: Any) -> list[Optional[_core.Scope]]:
+    """The scopes in which ``server_args``, this very object, is what was published last."""
+    contexts = accessor(CONTEXT_MODULE, "_CONTEXT")
+    return [
+        scope
+        for scope in (None, *_core.live_scopes())
+        if scope is None or contexts.is_set_in(scope)
+        if contexts.value_in(scope)._server_args is server_args
+    ]
+
+
+def of_published(server_args: Any) -> AbstractContextManager[object]:
+    """Run a with block in the scope where ``server_args`` was published.
+
+    That decides before any context: stages of a start-up may run in tasks, threads or pools of
+    their own. What nobody published is left to SGLang's own complaint.
+
+    Raises:
+        AmbiguousBuild: it was published more than once, and none of that is the running code's.
+    """
+    if server_args is None:
+        return nullcontext()
+    here = _core.current_scope()
+    found = scopes_of_published(server_args)
+    if here in found and (here is not None or _core.current_execution() is not None):
+        return nullcontext()
+    # A runner that lives has its own; one that is to be built has not.
+    open_ones = [scope for scope in found if not _core.live_runners(scope)] or found
+    if not open_ones:
+        return nullcontext()
+    if len(open_ones) > 1:
+        labels = sorted("(default)" if scope is None else scope.label for scope in open_ones)
+        raise AmbiguousBuild(
+            f"this ServerArgs object was published {len(open_ones)} times ({', '.join(labels)}), and "
+            "the running thread or task did not do it: which runner is meant cannot be told. Publish "
+            "a copy of its own for each runner (copy.copy), or build in the thread that published",
+            scopes=labels,
+        )
+    return _core.resuming(open_ones[0])

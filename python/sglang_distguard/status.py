@@ -57,6 +57,7 @@ class VisitInfo(TypedDict):
     """A thread inside a room, or in line for it since ``since``."""
 
     room: str
+    step: Optional[str]
     by: ActorInfo
     inside: bool
     since: float

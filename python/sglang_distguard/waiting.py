@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Optional, Protocol, TypeVar
 
-from sglang_distguard import journal
+from sglang_distguard import _core, journal, settings
 from sglang_distguard.errors import DistGuardError
 
 #: Seconds that a wait goes without handling signals: what Ctrl-C may take at worst.
@@ -58,6 +58,17 @@ def until(
         if _is_exiting():
             raise DistGuardError(f"gave up waiting for {what}: the interpreter is exiting")
         waits.wait(min(SLICE, left))
+
+
+def to_enter(visit: _core.Visit, what: str, timeout: Optional[float] = None) -> None:
+    """Wait until ``visit`` is inside of its room; called from native code, too (rust/src/step.rs).
+
+    Raises:
+        AcquireTimeout: ``timeout`` seconds, or those of the settings in force, have passed.
+        DeadlockError: waiting would never end.
+    """
+    seconds = settings.current().timeout if timeout is None else timeout
+    until(lambda: visit.try_enter() or None, visit, timeout=seconds, what=what)
 
 
 def _is_exiting() -> bool:

@@ -42,7 +42,7 @@ impl Agreement {
         self.core.begin(name, &actor, is_alive)?.or_else(|other| {
             let details = PyDict::new(py);
             details.set_item("name", name)?;
-            details.set_item("thread", &other.thread_name)?;
+            details.set_item("thread", &*other.thread_name)?;
             let text = format!(
                 "thread {} of this process is at '{name}' together with the other ranks right \
                  now, and they could not tell another of that name from it. Use one runner from \

@@ -1,6 +1,9 @@
 //! Between the core's plain data and Python's.
 
+use std::cell::RefCell;
+use std::ffi::c_ulong;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use distguard_core::actor::{Actor, ThreadId};
@@ -20,9 +23,14 @@ pub fn key(text: &str) -> PyResult<Key> {
 }
 
 /// The calling thread's number, as `threading` knows it.
-pub fn thread_id(py: Python<'_>) -> PyResult<ThreadId> {
-    let threading = py.import("threading")?;
-    Ok(ThreadId(threading.call_method0("get_ident")?.extract()?))
+pub fn this_thread() -> ThreadId {
+    // SAFETY: takes nothing, and may be called on any thread.
+    ThreadId(unsafe { PyThread_get_thread_ident() })
+}
+
+extern "C" {
+    /// In CPython's stable ABI, and not in `pyo3::ffi`.
+    fn PyThread_get_thread_ident() -> c_ulong;
 }
 
 /// Seconds that Python gave; an endless or absurd time is one that never passes.
@@ -32,15 +40,29 @@ pub fn seconds(seconds: f64) -> Duration {
 
 /// The calling thread, as `threading` knows it.
 pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
+    NAME.with(|known| *known.borrow_mut() = None); // it may have been given another name
+    this_actor(py, runner.map(Arc::from))
+}
+
+thread_local! {
+    static NAME: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };
+}
+
+/// As `actor`, with the name that the thread had when it was asked last: steps are many.
+pub fn this_actor(py: Python<'_>, runner: Option<Arc<str>>) -> PyResult<Actor> {
+    let known = NAME.with(|known| known.borrow().clone());
+    let thread_name = if let Some(name) = known {
+        name
+    } else {
+        let threading = py.import("threading")?;
+        let name = threading.call_method0("current_thread")?.getattr("name")?;
+        let name: Arc<str> = name.str()?.to_string_lossy().into();
+        NAME.with(|known| *known.borrow_mut() = Some(name.clone()));
+        name
+    };
     Ok(Actor {
-        thread: thread_id(py)?,
-        thread_name: py
-            .import("threading")?
-            .call_method0("current_thread")?
-            .getattr("name")?
-            .str()?
-            .to_string_lossy()
-            .into_owned(),
+        thread: this_thread(),
+        thread_name,
         runner,
     })
 }
@@ -139,8 +161,8 @@ pub fn origin(origin: Origin) -> &'static str {
 fn actor_to_python<'py>(py: Python<'py>, actor: &Actor) -> PyResult<Bound<'py, PyDict>> {
     let out = PyDict::new(py);
     out.set_item("thread", actor.thread.0)?;
-    out.set_item("thread_name", &actor.thread_name)?;
-    out.set_item("runner", &actor.runner)?;
+    out.set_item("thread_name", &*actor.thread_name)?;
+    out.set_item("runner", actor.runner.as_deref())?;
     Ok(out)
 }
 
@@ -181,7 +203,8 @@ pub fn events<'py>(py: Python<'py>, events: &[Event]) -> PyResult<Bound<'py, PyL
 
 fn visit_to_python<'py>(py: Python<'py>, visit: &Visit) -> PyResult<Bound<'py, PyDict>> {
     let out = PyDict::new(py);
-    out.set_item("room", visit.room.to_string())?;
+    out.set_item("room", visit.access.to_string())?;
+    out.set_item("step", visit.step.as_deref())?;
     out.set_item("by", actor_to_python(py, &visit.actor)?)?;
     out.set_item("inside", visit.inside)?;
     out.set_item("since", visit.since.as_secs_f64())?;
@@ -218,7 +241,7 @@ fn slot_to_python<'py>(py: Python<'py>, slot: &SlotSnapshot) -> PyResult<Bound<'
             for holder in leases {
                 let entry = PyDict::new(py);
                 entry.set_item("name", &holder.name)?;
-                entry.set_item("thread_name", &holder.actor.thread_name)?;
+                entry.set_item("thread_name", &*holder.actor.thread_name)?;
                 entry.set_item("since", holder.since.as_secs_f64())?;
                 holders.append(entry)?;
             }

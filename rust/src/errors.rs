@@ -60,11 +60,11 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             "AcquireTimeout"
         }
         Error::RoomTimeout {
-            room,
+            access,
             inside,
             waited,
         } => {
-            details.set_item("key", room.to_string())?;
+            details.set_item("key", access.to_string())?;
             details.set_item("waited", waited.as_secs_f64())?;
             let names: Vec<_> = inside.iter().map(ToString::to_string).collect();
             details.set_item("holders", names)?;

@@ -4,7 +4,7 @@
 //! 3.13) with `pthread_exit`, which unwinds the native frames below it; in Rust and in torch that
 //! aborts the process. So from the moment our `atexit` handler runs, whoever comes back from a wait
 //! or enters a runner's method stops here for good, detached, and the handler gives those who are
-//! inside a method some time to come out.
+//! inside a method some time to come out. Code that only idles in `activate` is inside of nothing.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
@@ -50,22 +50,28 @@ pub fn wait_detached(py: Python<'_>, wait: impl FnOnce() + Send) {
     });
 }
 
-/// A thread goes into a runner's method, from outside of all if `outermost`.
-pub fn going_in(py: Python<'_>, outermost: bool) {
+/// Stops the calling thread for good when the interpreter exits; `inside`: of a step already.
+pub fn stop_if_exiting(py: Python<'_>, inside: bool) {
     if must_stop() {
-        if !outermost {
+        if inside {
             INSIDE.fetch_sub(1, Ordering::AcqRel);
         }
         py.detach(|| stop_for_good());
     }
+}
+
+/// A thread goes into a step, from outside of all if `outermost`.
+pub fn going_in(outermost: bool) {
     if outermost {
         INSIDE.fetch_add(1, Ordering::AcqRel);
     }
 }
 
-/// A thread came out of all runners' methods.
-pub fn came_out() {
-    INSIDE.fetch_sub(1, Ordering::AcqRel);
+/// A thread came out of a step, and of all if `outermost`.
+pub fn came_out(outermost: bool) {
+    if outermost {
+        INSIDE.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A forked child has only the forking thread, which is inside a method or not.

@@ -1,8 +1,11 @@
 //! The native module `sglang_distguard._core`: an export list. Logic lives in `distguard-core`.
 
 mod agreement;
+mod claim;
 mod convert;
+mod dtype;
 mod errors;
+mod execution;
 mod exit;
 mod process;
 mod registry;
@@ -10,6 +13,7 @@ mod room;
 mod runner;
 mod scope;
 mod scoped_global;
+mod step;
 mod sync;
 
 use pyo3::prelude::*;
@@ -19,6 +23,13 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::agreement::Agreement;
+    #[pymodule_export]
+    use crate::dtype::note_intercepting;
+    #[pymodule_export]
+    use crate::execution::{
+        adopt_execution, current_execution, default_dtype_in_force, depth, in_scope, in_turn,
+        owning_environment, run_as, set_default_dtype, with_default_dtype, Entered, Execution,
+    };
     #[pymodule_export]
     use crate::exit::begin_exit;
     #[pymodule_export]
@@ -32,12 +43,13 @@ mod _core {
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
-        abandon_scope, adopt_scope, choose_scope, claim_vacant, current_scope, depth, enter,
-        has_joined, leave, live_runners, live_scopes, new_scope, note_joined, switch, switch_back,
-        Scope,
+        current_scope, has_joined, live_runners, live_scopes, new_scope, note_joined, resuming,
+        Publishing, Scope, Vacancy,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;
+    #[pymodule_export]
+    use crate::step::{activations, step, Activation, Step, StepOf, Through};
 
     #[pymodule_init]
     fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {

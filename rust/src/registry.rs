@@ -19,7 +19,7 @@ use crate::convert;
 use crate::errors::to_python;
 use crate::exit::{self, wait_detached};
 use crate::process::{self, registry};
-use crate::scope;
+use crate::step;
 use crate::sync::lock;
 
 /// What was decided, and for a leader the duty to publish, fail or poison.
@@ -355,7 +355,8 @@ pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
 #[pyfunction]
 pub fn start_afresh() {
     process::start_afresh();
-    exit::start_afresh(scope::depth() > 0);
+    exit::start_afresh(step::is_inside());
+    step::start_afresh();
 }
 
 /// The object `identity` of `key` came over a fork: requests that see it are refused.

@@ -1,10 +1,10 @@
 //! The room lock as a Python object: lines up, enters, waits detached, leaves.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use distguard_core::enter::Entry;
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, Room, VisitId};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -12,6 +12,7 @@ use crate::convert;
 use crate::errors::to_python;
 use crate::exit::wait_detached;
 use crate::process::registry;
+use crate::runner::RunnerHandle;
 
 /// One visit to a room; it ends with `leave` or when it is dropped.
 #[pyclass(frozen, module = "sglang_distguard._core")]
@@ -20,11 +21,36 @@ pub struct Visit {
     since: Duration,
     /// What the next wait compares with; `INSIDE` when there is nothing to wait for.
     epoch: AtomicU64,
+    /// Whether somebody else ends it.
+    kept: AtomicBool,
 }
 
 const INSIDE: u64 = u64::MAX;
 
 impl Visit {
+    /// A visit that has arrived and must wait.
+    pub fn waiting(id: VisitId, entry: &Entry) -> Self {
+        let visit = Self {
+            id,
+            since: registry().now(),
+            epoch: AtomicU64::new(INSIDE),
+            kept: AtomicBool::new(false),
+        };
+        visit.note(entry);
+        visit
+    }
+
+    /// Hands it over: the caller ends it.
+    pub fn keep(&self) -> VisitId {
+        self.kept.store(true, Ordering::Relaxed);
+        self.id
+    }
+
+    /// Ends it, unless it was handed over.
+    pub fn end(&self) -> bool {
+        !self.kept.load(Ordering::Relaxed) && registry().leave(self.id)
+    }
+
     fn note(&self, entry: &Entry) -> bool {
         let epoch = match entry {
             Entry::Inside => INSIDE,
@@ -39,20 +65,19 @@ impl Visit {
 impl Visit {
     /// Lines up for `room`, and enters if nothing is in the way.
     #[new]
-    #[pyo3(signature = (room, *, runner))]
-    fn new(py: Python<'_>, room: &str, runner: Option<String>) -> PyResult<Self> {
+    #[pyo3(signature = (room, *, runner, handle=None))]
+    fn new(
+        py: Python<'_>,
+        room: &str,
+        runner: Option<String>,
+        handle: Option<&Bound<'_, RunnerHandle>>,
+    ) -> PyResult<Self> {
         let room: Room = room.parse().map_err(PyValueError::new_err)?;
+        let access = handle.map_or_else(|| Access::from(room), |it| it.get().access(room));
         let actor = convert::actor(py, runner)?;
-        let since = registry().now();
-        let arrived = registry().arrive(room, &actor);
+        let arrived = registry().arrive(access, &actor);
         let (id, entry) = arrived.map_err(|error| to_python(py, &error))?;
-        let visit = Self {
-            id,
-            since,
-            epoch: AtomicU64::new(INSIDE),
-        };
-        visit.note(&entry);
-        Ok(visit)
+        Ok(Self::waiting(id, &entry))
     }
 
     fn try_enter(&self, py: Python<'_>) -> PyResult<bool> {
@@ -76,12 +101,12 @@ impl Visit {
     }
 
     fn leave(&self) -> bool {
-        registry().leave(self.id)
+        self.end()
     }
 }
 
 impl Drop for Visit {
     fn drop(&mut self) {
-        self.leave();
+        self.end();
     }
 }

@@ -1,12 +1,13 @@
 //! What one runner holds: its scope and its leases, until it is closed or collected.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use distguard_core::actor::Actor;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::occupancy::Place;
+use distguard_core::rooms::{Access, Room, RunnerId, Visit};
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -15,23 +16,31 @@ use pyo3::{PyTraverseError, PyVisit};
 use crate::convert;
 use crate::errors::{make, to_python};
 use crate::process::{forks, occupancy, registry, scopes};
-use crate::scope::{self, Scope};
+use crate::scope::Scope;
 use crate::sync::lock;
 
 static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
+/// No epoch of a registry.
+const NEVER: u64 = u64::MAX;
+
 /// Ties a runner to a scope and to the shared state it uses.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct RunnerHandle {
-    name: String,
+    name: Arc<str>,
     /// None is SGLang's default scope.
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
     leases: Mutex<Vec<(Key, LeaseId)>>,
-    /// Tells it from all other runners of the process.
-    number: u64,
+    /// The registry's epoch at which the leases were good.
+    good_at: AtomicU64,
+    id: RunnerId,
+    /// The runner whose weights it uses, if it is a draft.
+    target: Option<RunnerId>,
     /// The name under which it takes turns with others on all ranks; None when it need not.
     turns: Option<String>,
+    /// Whether it computes together with other ranks.
+    ranks: bool,
     closed: AtomicBool,
     /// Which process built it, for people, and by `process::forks` for us.
     pid: u32,
@@ -39,6 +48,43 @@ pub struct RunnerHandle {
 }
 
 impl RunnerHandle {
+    pub fn id(&self) -> RunnerId {
+        self.id
+    }
+
+    pub fn name_ref(&self) -> Arc<str> {
+        self.name.clone()
+    }
+
+    pub fn scope_ref(&self, py: Python<'_>) -> Option<Py<Scope>> {
+        self.scope.as_ref().map(|scope| scope.clone_ref(py))
+    }
+
+    pub fn has_ranks(&self) -> bool {
+        self.ranks
+    }
+
+    pub fn access(&self, room: Room) -> Access {
+        Access {
+            room,
+            runner: Some(self.id),
+            target: self.target,
+        }
+    }
+
+    /// Claims the runner for a forward of `actor`'s thread.
+    pub fn occupy_for_forward(&self, py: Python<'_>, actor: &Actor) -> PyResult<()> {
+        self.occupy(py, Place::Runner(self.id), actor, |name, other| {
+            format!(
+                "runner '{name}' is in a forward of thread {}: its attention metadata and static \
+                 buffers hold one batch at a time. Let one thread forward it at a time, or build \
+                 one runner per thread",
+                other.thread_name
+            )
+        })
+        .map(drop)
+    }
+
     fn leases(&self) -> MutexGuard<'_, Vec<(Key, LeaseId)>> {
         lock(&self.leases)
     }
@@ -48,15 +94,15 @@ impl RunnerHandle {
         &self,
         py: Python<'_>,
         place: Place,
+        me: &Actor,
         message: impl FnOnce(&str, &Actor) -> String,
     ) -> PyResult<usize> {
-        let me = convert::actor(py, Some(self.name.clone()))?;
-        let other = match occupancy().enter(place, &me) {
+        let other = match occupancy().enter(place, me) {
             Ok(depth) => return Ok(depth),
             Err(other) => other,
         };
         let details = PyDict::new(py);
-        details.set_item("runner", &self.name)?;
+        details.set_item("runner", &*self.name)?;
         details.set_item("holders", [other.to_string()])?;
         Err(make(
             py,
@@ -81,7 +127,7 @@ impl RunnerHandle {
         // A child's registry is not the one that gave the leases.
         if self.forks == forks() {
             self.release_leases();
-            scopes().with(|ledger| ledger.unbind_runner(self.scope_id));
+            scopes().with(|ledger| ledger.unbind_runner(self.scope_id, self.id));
         }
         true
     }
@@ -110,7 +156,7 @@ fn lease(
 #[pymethods]
 impl RunnerHandle {
     #[new]
-    #[pyo3(signature = (name, scope, keys, *, turns=None))]
+    #[pyo3(signature = (name, scope, keys, *, turns=None, ranks=false))]
     #[allow(clippy::needless_pass_by_value)]
     fn new(
         py: Python<'_>,
@@ -118,6 +164,7 @@ impl RunnerHandle {
         scope: Option<Bound<'_, Scope>>,
         keys: Vec<String>,
         turns: Option<String>,
+        ranks: bool,
     ) -> PyResult<Self> {
         let keys: Vec<_> = keys
             .iter()
@@ -127,14 +174,18 @@ impl RunnerHandle {
             .as_ref()
             .map_or(DEFAULT, |scope| scope.get().scope_id());
         let leases = lease(py, scope_id, keys, &name)?;
-        scopes().with(|ledger| ledger.bind_runner(scope_id));
+        let id = RunnerId(NUMBERS.fetch_add(1, Ordering::Relaxed));
+        let target = scopes().with(|ledger| ledger.bind_runner(scope_id, id));
         Ok(Self {
-            name,
+            name: name.into(),
             scope: scope.map(Bound::unbind),
             scope_id,
             leases: Mutex::new(leases),
-            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            good_at: AtomicU64::new(NEVER),
+            id,
+            target,
             turns,
+            ranks,
             closed: AtomicBool::new(false),
             pid: std::process::id(),
             forks: forks(),
@@ -142,7 +193,7 @@ impl RunnerHandle {
     }
 
     #[getter]
-    fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.name
     }
 
@@ -167,6 +218,7 @@ impl RunnerHandle {
         self.check(py)?;
         let taken = lease(py, self.scope_id, vec![key], &self.name)?;
         self.leases().extend(taken);
+        self.good_at.store(NEVER, Ordering::Release);
         if self.closed() {
             // By another thread, which may have released the leases before these were among them.
             self.release_leases();
@@ -175,7 +227,13 @@ impl RunnerHandle {
     }
 
     /// Raises when the runner was closed, belongs to another process or lost what it held.
-    fn check(&self, py: Python<'_>) -> PyResult<()> {
+    pub fn check(&self, py: Python<'_>) -> PyResult<()> {
+        // Asked for first: what changes while the leases are checked is looked at the next time.
+        let epoch = registry().slots_epoch();
+        let mine = self.forks == forks() && !self.closed();
+        if mine && self.good_at.load(Ordering::Acquire) == epoch {
+            return Ok(());
+        }
         let (class, message) = if self.forks != forks() {
             let (pid, here) = (self.pid, std::process::id());
             (
@@ -193,40 +251,31 @@ impl RunnerHandle {
             )
         } else {
             let good = registry().check_leases(&self.leases());
-            return good.map_err(|error| to_python(py, &error));
+            good.map_err(|error| to_python(py, &error))?;
+            self.good_at.store(epoch, Ordering::Release);
+            return Ok(());
         };
         let details = PyDict::new(py);
-        details.set_item("runner", &self.name)?;
+        details.set_item("runner", &*self.name)?;
         Err(make(py, class, &message, &details)?)
     }
 
-    /// Makes the runner's scope current for one of its methods; give the result to `leave`.
-    fn enter(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
-        self.check(py)?;
-        scope::enter(py, self.scope.as_ref().map(|scope| scope.bind(py).clone()))
-    }
-
-    /// Claims the runner for a forward of the calling thread; end it with `end_forward`.
-    fn begin_forward(&self, py: Python<'_>) -> PyResult<()> {
-        self.occupy(py, Place::Runner(self.number), |name, other| {
-            format!(
-                "runner '{name}' is in a forward of thread {}: its attention metadata and static \
-                 buffers hold one batch at a time. Let one thread forward it at a time, or build \
-                 one runner per thread",
-                other.thread_name
-            )
-        })?;
-        Ok(())
-    }
-
-    fn end_forward(&self) {
-        occupancy().leave(Place::Runner(self.number));
+    /// (thread, step) of what other threads do with the runner, or with drafts of it, now.
+    fn inside(&self) -> Vec<(String, Option<String>)> {
+        let visits = registry().inside_of(self.id, convert::this_thread());
+        let named = |visit: Visit| {
+            let step = visit.step.map(|step| step.to_string());
+            (visit.actor.thread_name.to_string(), step)
+        };
+        visits.into_iter().map(named).collect()
     }
 
     /// Claims the communicators of the runner's scope; end it with `end_collectives`. False inside
     /// of another claim of the calling thread.
     fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
-        let depth = self.occupy(py, Place::Communicators(self.scope_id), |name, other| {
+        let me = convert::actor(py, Some(self.name.to_string()))?;
+        let place = Place::Communicators(self.scope_id);
+        let depth = self.occupy(py, place, &me, |name, other| {
             format!(
                 "runner '{name}' uses the communicators over which {other} computes now: a runner \
                  and its drafts share them, and the collectives of two threads would meet. Use \

@@ -1,22 +1,20 @@
-//! Scopes: whose view of SGLang's process-globals the running code has.
-//! The active one lives in a `ContextVar`, so threads and asyncio tasks each have their own.
+//! Scopes: whose view of SGLang's process-globals the running code has (`execution` says which).
 //! Holds values, never decides: who gets a new scope is `distguard_core::scopes`.
 
-use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::key::Key;
-use distguard_core::scopes::{Publish, ScopeId, ScopeLedger, DEFAULT};
-use pyo3::exceptions::PyRuntimeError;
+use distguard_core::scopes::{ClaimId, Publish, ScopeId, ScopeLedger, DEFAULT};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyInt, PyString, PyWeakrefMethods, PyWeakrefReference};
-use pyo3::{intern, PyTraverseError, PyVisit};
+use pyo3::types::{PyInt, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::{PyTraverseError, PyVisit};
 
+use crate::claim::Claim;
 use crate::convert;
-use crate::exit;
+use crate::execution::{self, Entered, Entry, Execution};
 use crate::process;
+use crate::scoped_global;
 use crate::sync::lock;
 
 /// One runner's own values of SGLang's module globals.
@@ -85,7 +83,7 @@ impl Scope {
 impl Drop for Scope {
     fn drop(&mut self) {
         ALIVE.fetch_sub(1, Ordering::Relaxed);
-        process::scopes().drop_scope(self.id);
+        process::scopes().with(|ledger| ledger.drop_scope(self.id));
         process::registry().remove(&Key::Experts(self.id.0.to_string()));
     }
 }
@@ -132,127 +130,20 @@ impl Scope {
     }
 }
 
-thread_local! {
-    /// How many runner methods this thread is inside of.
-    static DEPTH: Cell<usize> = const { Cell::new(0) };
-}
-
-fn context_var(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
-    static VAR: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    VAR.get_or_try_init(py, || {
-        let kwargs = PyDict::new(py);
-        kwargs.set_item("default", py.None())?;
-        let name = PyString::new(py, "sglang_distguard.scope");
-        let var = py
-            .import("contextvars")?
-            .getattr("ContextVar")?
-            .call((name,), Some(&kwargs))?;
-        Ok(var.unbind())
-    })
-    .map(|var| var.bind(py))
-}
-
-/// The scope of the running thread or task; `None` is SGLang's default one.
-pub fn current(py: Python<'_>) -> PyResult<Option<Bound<'_, Scope>>> {
-    // The thread that has one has seen it made; a scope in a ContextVar is alive.
+/// The scope of the running code; `None` is SGLang's default one.
+pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
+    // A scope in an execution is alive, and the thread that has it has seen it made.
     if ALIVE.load(Ordering::Relaxed) == 0 {
         return Ok(None);
     }
-    // The limited API has no PyContextVar_Get; the method call costs about 40 ns.
-    let value = context_var(py)?.call_method0(intern!(py, "get"))?;
-    if value.is_none() {
-        return Ok(None);
-    }
-    Ok(Some(value.cast_into::<Scope>()?))
+    let execution = execution::current(py)?;
+    Ok(execution.and_then(|it| it.get().scope.as_ref().map(|scope| scope.clone_ref(py))))
 }
 
-fn bind(py: Python<'_>, scope: Option<&Bound<'_, Scope>>) -> PyResult<Py<PyAny>> {
-    let value = scope.map_or_else(|| py.None(), |scope| scope.clone().into_any().unbind());
-    let token = context_var(py)?.call_method1(intern!(py, "set"), (value,))?;
-    Ok(token.unbind())
-}
-
-/// The scope of the running thread or task; None is SGLang's default one.
+/// The scope of the running code; None is SGLang's default one.
 #[pyfunction]
-pub fn current_scope(py: Python<'_>) -> PyResult<Option<Bound<'_, Scope>>> {
+pub fn current_scope(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
     current(py)
-}
-
-/// Makes `scope` the running thread's own until it is changed again.
-#[pyfunction]
-#[pyo3(signature = (scope, /))]
-pub fn adopt_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<()> {
-    bind(py, scope.as_ref()).map(drop)
-}
-
-/// Makes `scope` current; returns what `switch_back` needs (None when nothing changed).
-#[pyfunction]
-#[pyo3(signature = (scope, /))]
-pub fn switch(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<Option<Py<PyAny>>> {
-    let unchanged = match (current(py)?, &scope) {
-        (None, None) => true,
-        (Some(now), Some(wanted)) => now.is(wanted),
-        _ => false,
-    };
-    if unchanged {
-        return Ok(None);
-    }
-    bind(py, scope.as_ref()).map(Some)
-}
-
-/// Undoes the `switch` that returned `token`.
-#[pyfunction]
-#[pyo3(signature = (token, /))]
-pub fn switch_back(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<()> {
-    if let Some(token) = token {
-        context_var(py)?.call_method1(intern!(py, "reset"), (token,))?;
-    }
-    Ok(())
-}
-
-/// `switch` for a runner's method: the thread counts as inside one until `leave`.
-#[pyfunction]
-#[pyo3(signature = (scope, /))]
-pub fn enter(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<Option<Py<PyAny>>> {
-    exit::going_in(py, depth() == 0);
-    let token = match switch(py, scope) {
-        Ok(token) => token,
-        Err(error) => {
-            if depth() == 0 {
-                exit::came_out();
-            }
-            return Err(error);
-        }
-    };
-    DEPTH.with(|depth| depth.set(depth.get() + 1));
-    Ok(token)
-}
-
-/// Undoes the `enter` that returned `token`; returns how deep the thread still is.
-#[pyfunction]
-#[pyo3(signature = (token, /))]
-pub fn leave(py: Python<'_>, token: Option<Py<PyAny>>) -> PyResult<usize> {
-    let depth = DEPTH.with(|depth| {
-        let now = depth.get().checked_sub(1);
-        depth.set(now.unwrap_or(0));
-        now
-    });
-    let Some(depth) = depth else {
-        return Err(PyRuntimeError::new_err(
-            "leave() without a matching enter()",
-        ));
-    };
-    if depth == 0 {
-        exit::came_out();
-    }
-    switch_back(py, token)?;
-    Ok(depth)
-}
-
-/// How many runner methods the calling thread is inside of.
-#[pyfunction]
-pub fn depth() -> usize {
-    DEPTH.with(Cell::get)
 }
 
 /// Scopes that are alive, for whoever has to find one by what it holds.
@@ -303,34 +194,208 @@ fn current_id(py: Python<'_>) -> PyResult<ScopeId> {
     Ok(current(py)?.map_or(DEFAULT, |scope| scope.get().id))
 }
 
-/// Which scope a `publish` of the calling thread configures, and whether that is a fresh one.
-#[pyfunction]
-pub fn choose_scope(py: Python<'_>, label: String) -> PyResult<(Option<Bound<'_, Scope>>, bool)> {
-    let (now, thread) = (current_id(py)?, convert::thread_id(py)?);
-    let is_alive = |other| convert::is_alive(py, other);
-    match process::scopes().publish(now, thread, is_alive)? {
-        Publish::Replace(_) => Ok((current(py)?, false)),
-        Publish::New(id) => Ok((Some(register(py, id, label)?), true)),
+fn id_of(scope: Option<&Bound<'_, Scope>>) -> ScopeId {
+    scope.map_or(DEFAULT, |scope| scope.get().id)
+}
+
+/// One publish: chooses its scope when it is entered, and gives it back unless it succeeded.
+///
+/// Entered, the running code is in the scope and holds its claim. `succeed` lets it stay so.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Publishing {
+    label: String,
+    may_put_aside: bool,
+    chosen: Mutex<Option<Chosen>>,
+}
+
+struct Chosen {
+    scope: ScopeId,
+    claim: ClaimId,
+    before: Option<ClaimId>,
+    entry: Entry,
+    is_fresh: bool,
+    has_succeeded: bool,
+}
+
+impl Publishing {
+    fn end(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(chosen) = lock(&self.chosen).take() else {
+            return Ok(());
+        };
+        process::scopes().with(|ledger| ledger.abandon(chosen.scope, chosen.claim, chosen.before));
+        chosen.entry.leave(py)
     }
 }
 
-/// The calling thread's publish in `scope` failed: others may publish there again.
-#[pyfunction]
-#[pyo3(signature = (scope, /))]
-pub fn abandon_scope(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<()> {
-    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
-    let thread = convert::thread_id(py)?;
-    process::scopes().with(|ledger| ledger.abandon(id, thread));
-    Ok(())
+#[pymethods]
+impl Publishing {
+    #[new]
+    #[pyo3(signature = (label, *, may_put_aside))]
+    fn new(label: String, may_put_aside: bool) -> Self {
+        Self {
+            label,
+            may_put_aside,
+            chosen: Mutex::default(),
+        }
+    }
+
+    /// Whether the scope is one that this publish made.
+    #[getter]
+    fn is_fresh(&self) -> bool {
+        lock(&self.chosen).as_ref().is_some_and(|it| it.is_fresh)
+    }
+
+    fn __enter__(slf: Py<Self>, py: Python<'_>) -> PyResult<Py<Self>> {
+        let execution = execution::current(py)?;
+        let now = execution.as_ref().map(pyo3::Bound::get);
+        let current = now.map_or(DEFAULT, Execution::scope_id);
+        let mine = now.and_then(|it| it.claim.clone());
+        let before = mine.as_ref().map(|it| it.id);
+        let may_put_aside = slf.get().may_put_aside;
+        let publish =
+            process::scopes().with(|ledger| ledger.publish(current, before, may_put_aside));
+        let (id, claim, fresh) = match publish {
+            Publish::Replace(claim) => (current, claim, None),
+            Publish::Aside(claim, aside) => {
+                let kept = register(py, aside, "pending".to_owned());
+                if let Err(error) = kept.and_then(|it| scoped_global::move_aside(py, &it)) {
+                    process::scopes().with(|ledger| ledger.take_back(claim, aside));
+                    return Err(error);
+                }
+                (current, claim, None)
+            }
+            Publish::New(claim, scope) => {
+                let label = slf.get().label.clone();
+                (scope, claim, Some(register(py, scope, label)?))
+            }
+        };
+        let held = Claim::new(claim, id);
+        let is_fresh = fresh.is_some();
+        let wanted = execution::derived(py, |it| {
+            if let Some(scope) = fresh {
+                *it = Execution {
+                    default_dtype: it.default_dtype.take(),
+                    turn: it.turn.take(),
+                    owns_environment: it.owns_environment,
+                    ..Execution::default()
+                };
+                it.scope = Some(scope.unbind());
+            }
+            it.claim = Some(held);
+        })?;
+        let entry = Entry::new(py, Some(&wanted))?;
+        *lock(&slf.get().chosen) = Some(Chosen {
+            scope: id,
+            claim,
+            before,
+            entry,
+            is_fresh,
+            has_succeeded: false,
+        });
+        Ok(slf)
+    }
+
+    /// What was published stays, if the with block ends without an error.
+    fn succeed(&self) {
+        if let Some(chosen) = lock(&self.chosen).as_mut() {
+            chosen.has_succeeded = true;
+        }
+    }
+
+    #[pyo3(signature = (error, *_more))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        error: &Bound<'_, PyAny>,
+        _more: &Bound<'_, pyo3::types::PyTuple>,
+    ) -> PyResult<()> {
+        let mut chosen = lock(&self.chosen);
+        if error.is_none() && chosen.as_ref().is_some_and(|it| it.has_succeeded) {
+            // The running code stays in the scope, and holds the claim.
+            let stays = chosen.take();
+            drop(chosen);
+            drop(stays);
+            return Ok(());
+        }
+        drop(chosen);
+        self.end(py)
+    }
 }
 
-/// Whether `scope`, in which nobody builds or runs, is the calling thread's until `abandon_scope`.
+impl Drop for Publishing {
+    fn drop(&mut self) {
+        if lock(&self.chosen).is_some() {
+            Python::attach(|py| drop(self.end(py)));
+        }
+    }
+}
+
+/// `scope` and the claim of what was published there and not built, for a with block.
+///
+/// Not a claim of its own: what others hold is shared, what nobody holds is claimed for the block.
 #[pyfunction]
 #[pyo3(signature = (scope, /))]
-pub fn claim_vacant(py: Python<'_>, scope: Option<Bound<'_, Scope>>) -> PyResult<bool> {
-    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
-    let thread = convert::thread_id(py)?;
-    Ok(process::scopes().with(|ledger| ledger.claim_vacant(id, thread)))
+pub fn resuming(py: Python<'_>, scope: Option<Py<Scope>>) -> PyResult<Entered> {
+    let id = id_of(scope.as_ref().map(|it| it.bind(py)));
+    let claim = process::scopes().with(|ledger| ledger.resume(id));
+    let execution = execution::derived(py, |it| {
+        let claim = claim.map(|claim| Claim::share(claim, id));
+        *it = Execution {
+            scope,
+            claim,
+            default_dtype: it.default_dtype.take(),
+            turn: it.turn.take(),
+            owns_environment: it.owns_environment,
+            ..Execution::default()
+        };
+    })?;
+    Ok(execution::run_as(Some(execution.unbind())))
+}
+
+/// A with block in which `scope`, where nobody builds or runs, is the calling code's to tidy up.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Vacancy {
+    scope: ScopeId,
+    claim: Mutex<Option<ClaimId>>,
+}
+
+#[pymethods]
+impl Vacancy {
+    #[new]
+    #[pyo3(signature = (scope, /))]
+    #[allow(clippy::needless_pass_by_value)]
+    fn new(scope: Option<Bound<'_, Scope>>) -> Self {
+        Self {
+            scope: id_of(scope.as_ref()),
+            claim: Mutex::default(),
+        }
+    }
+
+    /// Whether it is vacant, and so claimed.
+    fn __enter__(&self) -> bool {
+        let claim = process::scopes().with(|ledger| ledger.claim_vacant(self.scope));
+        *lock(&self.claim) = claim;
+        claim.is_some()
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, _error: &Bound<'_, pyo3::types::PyTuple>) {
+        self.end();
+    }
+}
+
+impl Vacancy {
+    fn end(&self) {
+        if let Some(claim) = lock(&self.claim).take() {
+            process::scopes().with(|ledger| ledger.abandon(self.scope, claim, None));
+        }
+    }
+}
+
+impl Drop for Vacancy {
+    fn drop(&mut self) {
+        self.end();
+    }
 }
 
 /// The current scope uses this generation of `key` from now on.
@@ -352,7 +417,8 @@ pub fn has_joined(py: Python<'_>, key: &str) -> PyResult<bool> {
 /// How many runners live in `scope`.
 #[pyfunction]
 #[pyo3(signature = (scope, /))]
+#[allow(clippy::needless_pass_by_value)]
 pub fn live_runners(scope: Option<Bound<'_, Scope>>) -> usize {
-    let id = scope.map_or(DEFAULT, |scope| scope.get().id);
+    let id = id_of(scope.as_ref());
     process::scopes().with(|ledger| ledger.live(id))
 }

@@ -1,12 +1,12 @@
 //! One SGLang module global, or attribute of a class, that every scope has its own value of.
 //! `value` is the whole hot path: a read in every layer of every forward.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, OnceLock};
 
 use pyo3::exceptions::{PyAttributeError, PyNameError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString, PyType};
+use pyo3::types::{PyDict, PyString, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::scope::{current, Scope};
@@ -70,7 +70,7 @@ impl Owner {
 ///
 /// `.value` is SGLang's own in its default scope and the scope's own value elsewhere. torch.compile traces the attribute and guards on it (measured with torch 2.14.1),
 /// so a compiled module is recompiled for another runner's value.
-#[pyclass(frozen, module = "sglang_distguard._core")]
+#[pyclass(frozen, weakref, module = "sglang_distguard._core")]
 pub struct ScopedGlobal {
     owner: Owner,
     name: Py<PyString>,
@@ -79,37 +79,74 @@ pub struct ScopedGlobal {
     slot: usize,
 }
 
+/// The last one of each slot: what `move_aside` moves.
+static LIVE: Mutex<BTreeMap<usize, Py<PyWeakrefReference>>> = Mutex::new(BTreeMap::new());
+
+/// Moves what the default scope holds to `scope`; the default one starts afresh.
+///
+/// Everything that may run Python or fail comes first, so that it is all moved or nothing.
+pub fn move_aside(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
+    let known: Vec<_> = lock(&LIVE)
+        .values()
+        .map(|weak| weak.clone_ref(py))
+        .collect();
+    let live = known.iter().filter_map(|weak| weak.bind(py).upgrade());
+    let mut moves = Vec::new();
+    for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
+        let it = global.get();
+        if let Some(value) = it.owner.get(it.name.bind(py))? {
+            moves.push((global.clone(), value.unbind(), it.initial.call0(py)?));
+        }
+    }
+    for (global, value, initial) in moves {
+        let it = global.get();
+        it.owner.set(it.name.bind(py), initial)?;
+        drop(scope.get().write(it.slot, Some(value)));
+    }
+    Ok(())
+}
+
 #[pymethods]
 impl ScopedGlobal {
     #[new]
     #[pyo3(signature = (owner, name, initial))]
-    fn new(py: Python<'_>, owner: Owner, name: Py<PyString>, initial: Py<PyAny>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        owner: Owner,
+        name: Py<PyString>,
+        initial: Py<PyAny>,
+    ) -> PyResult<Py<Self>> {
         let slot = slot_of(format!("{}.{}", owner.qualified(py)?, name.bind(py)));
-        Ok(Self {
+        let made = Self {
             owner,
             name,
             initial,
             slot,
-        })
+        };
+        let made = Bound::new(py, made)?;
+        let weak = PyWeakrefReference::new(&made)?.unbind();
+        let before = lock(&LIVE).insert(slot, weak);
+        drop(before); // only now: dropping a weak reference may run Python
+        Ok(made.unbind())
     }
 
     #[getter]
     fn value(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let scope = current(py)?;
-        self.value_in(py, scope.as_ref())
+        self.value_in(py, scope.as_ref().map(|it| it.bind(py)))
     }
 
     #[setter]
     fn set_value(&self, py: Python<'_>, value: Py<PyAny>) -> PyResult<()> {
         let scope = current(py)?;
-        self.set_value_in(py, scope.as_ref(), value)
+        self.set_value_in(py, scope.as_ref().map(|it| it.bind(py)), value)
     }
 
     #[deleter]
     fn delete_value(&self, py: Python<'_>) -> PyResult<()> {
         match current(py)? {
             None => self.owner.delete(self.name.bind(py)),
-            Some(scope) => match scope.get().write(self.slot, None) {
+            Some(scope) => match scope.bind(py).get().write(self.slot, None) {
                 Some(_) => Ok(()),
                 None => Err(PyAttributeError::new_err(self.name.to_string())),
             },

@@ -10,6 +10,7 @@ from sglang_distguard.targets import (
     environ,
     expert_location,
     graph_captures,
+    model_config,
     model_loader,
     model_runner,
     parallel_state,
@@ -21,6 +22,7 @@ from sglang_distguard.targets import (
     torch_dtype,
     torch_module,
     transformers_models,
+    unittest_mock,
     weight_updater,
 )
 
@@ -33,6 +35,7 @@ TARGETS = (
     caches,
     environ,
     expert_location,
+    model_config,
     model_runner,
     graph_captures,
     model_loader,
@@ -42,6 +45,7 @@ TARGETS = (
     torch_module,
     transformers_models,
     threads,
+    unittest_mock,
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_distguard import treatments
 from sglang_distguard.audit.observe import Key
+from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
 from sglang_distguard.audit.sources import Write, source_of
 
@@ -21,6 +22,7 @@ class Open(StrEnum):
     ONCE = "import"  # as UNCOVERED, while SGLang was imported and not later
     UNSEEN = "not exercised"  # functions write it, and none of those that ran did
     UNWRITTEN = "no writer found"  # it did not change, and no line that writes it is known
+    MACHINE = "machine"  # a cache that can hold only a property of machine and installation
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Finding:
         writes: where SGLang writes it, as far as its text tells.
         changes: when it was seen to change.
         ran: which of ``writes`` ran, and when.
+        lasting: the verdict without what happened while SGLang was imported: then there is no
+            configuration yet, so that it depends on machine and installation alone.
     """
 
     module: str
@@ -46,6 +50,7 @@ class Finding:
     writes: tuple[Write, ...]
     changes: tuple[Change, ...]
     ran: tuple[Ran, ...]
+    lasting: str
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -92,6 +97,7 @@ def find(
             tuple(writes.get(key, ())),
             tuple(dict.fromkeys(seen.get(key, ()))),
             _ran(writes.get(key, ()), ran),
+            is_probe=kinds[key] == "cache" and is_probe(*key, files),
         )
         for key in sorted(kinds)
     ]
@@ -129,13 +135,19 @@ def _finding(
     writes: tuple[Write, ...],
     changes: tuple[Change, ...],
     ran: tuple[Ran, ...],
+    *,
+    is_probe: bool,
 ) -> Finding:
     row = treatments.find(*key)
+    phases = {it.phase for it in (*changes, *ran)}
     if row is not None:
-        verdict, reason = row.how.value, row.reason
+        verdict, lasting, reason = row.how.value, row.how.value, row.reason
+    elif is_probe:
+        verdict, lasting, reason = Open.MACHINE.value, Open.MACHINE.value, ""
     else:
-        verdict, reason = _open(kind, writes, {it.phase for it in (*changes, *ran)}).value, ""
-    return Finding(*key, kind, verdict, reason, writes, changes, ran)
+        verdict, reason = _open(kind, writes, phases).value, ""
+        lasting = _open(kind, writes, phases - {"import"}).value
+    return Finding(*key, kind, verdict, reason, writes, changes, ran, lasting)
 
 
 def _open(kind: str, writes: tuple[Write, ...], phases: Set[str]) -> Open:

@@ -9,6 +9,8 @@ from sglang_distguard.patching.plan import (
     Reads,
     Replace,
     Scoped,
+    Within,
+    WithinMethods,
 )
 from sglang_distguard.patching.readers import readers
 from sglang_distguard.patching.source import ModuleSource, find_source
@@ -23,6 +25,8 @@ __all__ = [
     "Reads",
     "Replace",
     "Scoped",
+    "Within",
+    "WithinMethods",
     "find_source",
     "readers",
 ]

@@ -8,26 +8,33 @@ the value of the scope in which the function runs.
 from __future__ import annotations
 
 import ast
+import symtable
 from collections.abc import Iterable, Iterator
 from typing import Optional
 
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.source import ModuleSource
-from sglang_distguard.patching.syntax import Function, accessor_name, bound_names, own_nodes
+from sglang_distguard.patching.syntax import Function, ScopeTransformer, accessor_name, own_nodes
 
 
-class Elsewhere(ast.NodeTransformer):
+class Elsewhere(ScopeTransformer):
     """Redirects ``wanted``, (owner, attribute); ``visit`` the whole module.
 
     ``_meaning`` has the names that mean a module, or something of one, at the node being visited.
     """
 
-    def __init__(self, source: ModuleSource, wanted: frozenset[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        source: ModuleSource,
+        wanted: frozenset[tuple[str, str]],
+        table: symtable.SymbolTable,
+    ) -> None:
+        super().__init__(table)
         self._source = source
         self._wanted = wanted
         self._meaning: dict[str, str] = {}
+        self._outer: list[dict[str, str]] = []
         self._classes: list[str] = []
-        self._in_function = False
 
     def visit_Module(self, node: ast.Module) -> ast.AST:
         own = list(own_nodes(node))
@@ -35,42 +42,26 @@ class Elsewhere(ast.NodeTransformer):
         for it in own:
             if isinstance(it, ast.ClassDef):
                 self._meaning[it.name] = f"{self._source.module}.{it.name}"
-        return self.generic_visit(node)
+        return super().generic_visit(node)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+    def entering_class(self, node: ast.ClassDef) -> None:
         self._classes.append(node.name)
-        self.generic_visit(node)
+
+    def leaving_class(self, node: ast.ClassDef) -> None:
         self._classes.pop()
-        return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return self._function(node)
-
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        return self._function(node)
-
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        return self._function(node)
-
-    def _function(self, node: Function) -> ast.AST:
-        # Decorators and defaults belong to the enclosing scope.
-        if not isinstance(node, ast.Lambda):
-            node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
-        node.args = self.visit(node.args)
-        outer = self._meaning, self._in_function
-        bound = bound_names(node)
-        self._meaning = {name: it for name, it in self._meaning.items() if name not in bound}
+    def entering_function(self, node: Function) -> None:
+        self._outer.append(self._meaning)
+        self._meaning = {
+            name: it for name, it in self._meaning.items() if not self.is_bound_here(name)
+        }
         self._meaning |= dict(_imported(own_nodes(node)))
         if _is_class_method(node) and self._classes:
             first = [*node.args.posonlyargs, *node.args.args][0].arg
             self._meaning[first] = ".".join([self._source.module, *self._classes])
-        self._in_function = True
-        if isinstance(node, ast.Lambda):
-            node.body = self.visit(node.body)
-        else:
-            node.body = [made for it in node.body for made in _statements(self.visit(it))]
-        self._meaning, self._in_function = outer
-        return node
+
+    def leaving_function(self, node: Function) -> None:
+        self._meaning = self._outer.pop()
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
         found = [it for it in node.names if (node.module, it.name) in self._wanted]
@@ -107,7 +98,7 @@ class Elsewhere(ast.NodeTransformer):
         return None
 
     def _refuse_at_import(self, node: ast.stmt | ast.expr, name: str) -> None:
-        if not self._in_function:
+        if not self.in_function:
             raise NotSupported(
                 f"{self._source.module}, line {node.lineno}, copies {name} when it is imported: every "
                 "runner would see that copy",
@@ -119,10 +110,6 @@ def _is_class_method(node: Function) -> bool:
     return not isinstance(node, ast.Lambda) and any(
         isinstance(it, ast.Name) and it.id == "classmethod" for it in node.decorator_list
     )
-
-
-def _statements(made: ast.AST | list[ast.stmt]) -> list[ast.stmt]:
-    return made if isinstance(made, list) else [made]  # type: ignore[list-item]
 
 
 def _imported(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, str]]:

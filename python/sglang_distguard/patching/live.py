@@ -23,7 +23,7 @@ def functions_of(module: ModuleType) -> list[FunctionType]:
     sglang imported); for several modules at once use ``functions_by_module``.
     """
     if gc.get_freeze_count():
-        return functions_by_module([module])[module.__name__]
+        return functions_by_module([module])[id(module)]
     namespace = vars(module)
     return [
         referrer
@@ -32,16 +32,16 @@ def functions_of(module: ModuleType) -> list[FunctionType]:
     ]
 
 
-def functions_by_module(modules: Iterable[ModuleType]) -> dict[str, list[FunctionType]]:
-    """``functions_of`` for several modules in one pass over the tracked objects."""
-    by_namespace = {id(vars(module)): module.__name__ for module in modules}
-    found: dict[str, list[FunctionType]] = {name: [] for name in by_namespace.values()}
+def functions_by_module(modules: Iterable[ModuleType]) -> dict[int, list[FunctionType]]:
+    """``functions_of`` for several modules, by ``id``, in one pass over the tracked objects."""
+    by_namespace = {id(vars(module)): id(module) for module in modules}
+    found: dict[int, list[FunctionType]] = {module: [] for module in by_namespace.values()}
     for candidate in _tracked():
         # Not isinstance: it would run the `__class__` property of every proxy in the process.
         if type(candidate) is FunctionType:
-            name = by_namespace.get(id(candidate.__globals__))
-            if name is not None:
-                found[name].append(candidate)
+            module = by_namespace.get(id(candidate.__globals__))
+            if module is not None:
+                found[module].append(candidate)
     return found
 
 
@@ -79,28 +79,36 @@ def swap_code(
     return swapped
 
 
-def _call(*args: Any, **kwargs: Any) -> Any:
-    return HOOK(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
-
-
-def _generate(*args: Any, **kwargs: Any) -> Any:
-    return (yield from HOOK(*args, **kwargs))  # type: ignore[name-defined]  # noqa: F821
-
-
 def trampoline(function: FunctionType, hook_name: str) -> CodeType:
     """Code for ``function`` that calls the module global ``hook_name`` with what it is given.
 
-    A generator function stays one: SGLang decorates some with ``contextmanager``.
+    From outside it is the function's own: parameters, names, file, line. A generator function stays
+    one: SGLang decorates some with ``contextmanager``.
     """
-    template = _generate if inspect.isgeneratorfunction(function) else _call
     code = function.__code__
+    names = code.co_varnames
+    plain = names[: code.co_argcount]
+    named = names[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    rest = iter(names[code.co_argcount + code.co_kwonlyargcount :])
+    every = f"*{next(rest)}" if code.co_flags & inspect.CO_VARARGS else ""
+    others = f"**{next(rest)}" if code.co_flags & inspect.CO_VARKEYWORDS else ""
+    only = code.co_posonlyargcount
+    parameters = [*plain[:only], *(["/"] if only else []), *plain[only:]]
+    parameters += [every or "*", *named] if named or every else []
+    given = [*plain, every, *(f"{name}={name}" for name in named), others]
+    call = f"{hook_name}({', '.join(filter(None, given))})"
+    if inspect.isgeneratorfunction(function):
+        call = f"(yield from {call})"
+    text = f"def made({', '.join([*parameters, *filter(None, [others])])}): return {call}"
+    module = compile(text, code.co_filename, "exec", dont_inherit=True)
+    made = next(it for it in module.co_consts if isinstance(it, CodeType))
     # Free variables are declared, for the closure must fit, and never read: the code has no
     # COPY_FREE_VARS (CPython 3.11+), which is what would look at them.
-    return template.__code__.replace(
-        co_names=(hook_name,),
+    return made.replace(
         co_name=code.co_name,
-        co_freevars=code.co_freevars,
         co_qualname=code.co_qualname,
+        co_freevars=code.co_freevars,
+        co_firstlineno=code.co_firstlineno,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import CodeType, FunctionType, ModuleType
@@ -13,10 +13,11 @@ from typing import Any, Optional, Union
 
 from sglang_distguard._core import ScopedGlobal
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching import live
+from sglang_distguard.patching import live, modules
 from sglang_distguard.patching.rewrite import Rewrite, rewrite
 from sglang_distguard.patching.source import ModuleSource
 from sglang_distguard.patching.syntax import accessor_name
+from sglang_distguard.patching.within import Block
 
 MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -52,6 +53,23 @@ class Around:
 
 
 @dataclass(frozen=True)
+class Within:
+    """The body of ``module``.``qualname`` runs in a with block: ``with manager(argument): …``.
+
+    Attributes:
+        module: where it is.
+        qualname: of the function.
+        manager: called with the value of ``argument``; returns a context manager.
+        argument: name of a parameter; None for the first.
+    """
+
+    module: str
+    qualname: str
+    manager: Callable[[Any], Any]
+    argument: Optional[str] = None
+
+
+@dataclass(frozen=True)
 class Replace:
     """``make(original)`` takes the place of an attribute that is not a Python function."""
 
@@ -80,6 +98,24 @@ class AroundMethods:
 
 
 @dataclass(frozen=True)
+class WithinMethods:
+    """``Within`` for every public method of a class for which there is a manager."""
+
+    module: str
+    classname: str
+    manager_for: Callable[[str], Optional[Callable[[Any], Any]]]
+
+    def expand(self, names: Sequence[str]) -> list[Within]:
+        """One ``Within`` per name in ``names`` that is public and has a manager."""
+        managers = {name: self.manager_for(name) for name in names if not name.startswith("_")}
+        return [
+            Within(self.module, f"{self.classname}.{name}", manager)
+            for name, manager in managers.items()
+            if manager is not None
+        ]
+
+
+@dataclass(frozen=True)
 class Needs:
     """``module``.``qualname`` must be defined: a hook uses it."""
 
@@ -87,7 +123,7 @@ class Needs:
     qualname: str
 
 
-Change = Union[Scoped, Reads, Around, AroundMethods, Replace, Needs]
+Change = Union[Scoped, Reads, Around, AroundMethods, Within, WithinMethods, Replace, Needs]
 
 
 @dataclass
@@ -100,7 +136,8 @@ class ModulePlan:
 
     source: ModuleSource
     changes: Sequence[Change]
-    _applied: Optional[_Applied] = field(default=None, init=False)
+    #: What was done to each module object of that name: one that is imported anew is another one.
+    _applied: list[_Applied] = field(default_factory=list, init=False)
 
     @property
     def module(self) -> str:
@@ -111,7 +148,12 @@ class ModulePlan:
         names = frozenset(self._scoped_names)
         reads = ((it.of, it.name) for it in self.changes if isinstance(it, Reads))
         elsewhere = frozenset(reads)
-        return rewrite(self.source, names, elsewhere) if names or elsewhere else Rewrite({}, {})
+        blocks = frozenset(
+            (it.qualname, Block(_manager_name(it.qualname), it.argument)) for it in self._withins
+        )
+        if not names and not elsewhere and not blocks:
+            return Rewrite({}, {})
+        return rewrite(self.source, names, elsewhere, blocks)
 
     @property
     def _scoped_names(self) -> list[str]:
@@ -126,18 +168,30 @@ class ModulePlan:
         found = [change for change in self.changes if isinstance(change, Around)]
         for change in self.changes:
             if isinstance(change, AroundMethods):
-                prefix = change.classname + "."
-                names = [
-                    name.removeprefix(prefix) for name in self._defined if name.startswith(prefix)
-                ]
-                found += change.expand(names)
+                found += change.expand(self._methods(change.classname))
         return found
+
+    @cached_property
+    def _withins(self) -> list[Within]:
+        found = [change for change in self.changes if isinstance(change, Within)]
+        for change in self.changes:
+            if isinstance(change, WithinMethods):
+                found += change.expand(self._methods(change.classname))
+        return found
+
+    def _methods(self, classname: str) -> list[str]:
+        prefix = classname + "."
+        return [name.removeprefix(prefix) for name in self._defined if name.startswith(prefix)]
 
     def check(self) -> None:
         """Raise NotSupported unless the source has what every change needs."""
-        wanted = [change.qualname for change in self._arounds]
+        wanted = [change.qualname for change in (*self._arounds, *self._withins)]
         wanted += [change.qualname for change in self.changes if isinstance(change, Needs)]
-        wanted += [change.classname for change in self.changes if isinstance(change, AroundMethods)]
+        wanted += [
+            change.classname
+            for change in self.changes
+            if isinstance(change, (AroundMethods, WithinMethods))
+        ]
         missing = sorted(set(wanted) - set(self._defined))
         if missing:
             raise NotSupported(
@@ -145,15 +199,26 @@ class ModulePlan:
             )
         _ = self._rewrite
 
-    def apply(self, module: ModuleType, functions: Optional[Sequence[FunctionType]] = None) -> None:
+    def apply(
+        self,
+        module: ModuleType,
+        functions: Optional[Sequence[FunctionType]] = None,
+        *,
+        again: bool = False,
+    ) -> None:
         """Change the imported ``module``; nothing happens when that is done already.
 
         Args:
             module: the module itself.
             functions: its live functions, when the caller has looked for them already.
+            again: its code was executed anew (`importlib.reload`): what that defined is changed, and
+                what was defined before stays so.
         """
-        if self._applied is not None:
+        before = next((it for it in self._applied if it.module is module), None)
+        if before is not None and not again:
             return
+        if before is not None:
+            before.prepare_again()
         applied = _Applied(module)
         try:
             if self._rewrite.replaced or self._scoped_names:
@@ -168,22 +233,30 @@ class ModulePlan:
         except BaseException:
             applied.undo()
             raise
-        self._applied = applied
+        if before is not None:
+            applied.follow(before)
+            self._applied.remove(before)
+        self._applied.append(applied)
 
-    def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
-        """Put everything back; nothing happens when nothing was applied."""
-        applied, self._applied = self._applied, None
-        if applied is not None:
-            applied.undo(functions)
+    def undo(self, functions: Optional[Mapping[int, Sequence[FunctionType]]] = None) -> None:
+        """Put everything back; nothing happens when nothing was applied.
+
+        Args:
+            functions: the live functions of modules, by ``id``, when the caller has looked for them.
+        """
+        applied, self._applied = self._applied, []
+        for it in applied:
+            it.undo(None if functions is None else functions.get(id(it.module)))
 
     @property
-    def applied_to(self) -> Optional[ModuleType]:
-        """The module that is changed now."""
-        return None if self._applied is None else self._applied.module
+    def applied_to(self) -> list[ModuleType]:
+        """The modules that are changed now: one, and those that were imported before it."""
+        return [it.module for it in self._applied]
 
     def _apply_rewrite(self, applied: _Applied, functions: Sequence[FunctionType]) -> None:
         plan = self._rewrite
         namespace = vars(applied.module)
+        own: dict[str, ScopedGlobal] = {}
         for name in self._scoped_names:
             initial = eval(plan.initials[name], namespace)
             *path, last = name.split(".")
@@ -192,8 +265,26 @@ class ModulePlan:
                 owner = getattr(owner, part)
             accessor = ScopedGlobal(owner if path else namespace, last, initial)
             applied.inject(accessor_name(last), accessor, owner)
+            if not path:
+                own[name] = accessor
+        if own:
+            applied.give_attributes(own)
+        for within in self._withins:
+            applied.inject(_manager_name(within.qualname), within.manager)
         applied.swap(plan.replaced, functions)
+        self._check_enclosed(applied.module)
         self._check_no_raw_access(functions)
+
+    def _check_enclosed(self, module: ModuleType) -> None:
+        for within in self._withins:
+            function = live.resolve_function(module, within.qualname)
+            if _manager_name(within.qualname) not in function.__code__.co_names:
+                raise NotSupported(
+                    f"{self.module}.{within.qualname} is not the function that the source file defines; "
+                    "was it changed at run time? Install before that",
+                    module=self.module,
+                    missing=[within.qualname],
+                )
 
     def _check_no_raw_access(self, functions: Sequence[FunctionType]) -> None:
         """No live function may still reach a scoped global directly: it would see another runner's.
@@ -206,6 +297,9 @@ class ModulePlan:
             name.rpartition(".")[2] for name in self._scoped_names if "." in name
         )
         for function in functions:
+            if not function.__code__.co_flags & inspect.CO_OPTIMIZED:
+                # The module's own code, which a frame keeps alive (CPython 3.11): it has run, once.
+                continue
             raw = _reached(function.__code__, _GLOBALS, names)
             raw |= _reached(function.__code__, _ATTRIBUTES, attributes)
             if raw:
@@ -217,6 +311,11 @@ class ModulePlan:
                 )
 
 
+def _manager_name(qualname: str) -> str:
+    """The module global that a function's body asks for its with block."""
+    return f"_distguard_within_{qualname.replace('.', '__')}"
+
+
 class _Applied:
     """What was done to one module, in a form that can be undone."""
 
@@ -224,14 +323,27 @@ class _Applied:
         self.module = module
         self._restore: dict[CodeType, CodeType] = {}
         self._injected: list[tuple[Any, str]] = []
-        self._signed: list[FunctionType] = []
+        self._class: Optional[type[ModuleType]] = None
         self._attributes: list[tuple[str, Any, Any]] = []
+
+    def prepare_again(self) -> None:
+        """The module's code was executed anew in its namespace; what is not there is ours to put."""
+        if self._class is not None:
+            modules.take_attributes(self.module, self._class)
+
+    def follow(self, before: _Applied) -> None:
+        """Take over what is to be undone of what was defined before."""
+        self._restore = {**before._restore, **self._restore}
 
     def inject(self, name: str, value: object, owner: Any = None) -> None:
         """Add ``name`` to the module, or to the class ``owner``."""
         owner = self.module if owner is None else owner
         setattr(owner, name, value)
         self._injected.append((owner, name))
+
+    def give_attributes(self, accessors: Mapping[str, ScopedGlobal]) -> None:
+        """See ``modules``."""
+        self._class = modules.give_attributes(self.module, accessors)
 
     def swap(self, codes: dict[CodeType, CodeType], functions: Sequence[FunctionType]) -> None:
         # Inner functions that do not live yet get the plan's code back, the others their own object.
@@ -245,10 +357,6 @@ class _Applied:
         name = f"_distguard_hook_{qualname.replace('.', '__')}"
         code = live.trampoline(function, name)
         self.inject(name, make(original))
-        if not hasattr(function, "__signature__"):
-            # The trampoline takes anything; what the caller may give is still SGLang's to say.
-            function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-            self._signed.append(function)
         before = function.__code__
         self._restore[code] = self._restore.get(before, before)
         function.__code__ = code
@@ -263,14 +371,15 @@ class _Applied:
         live.swap_code(
             live.functions_of(self.module) if functions is None else functions, self._restore
         )
-        for function in self._signed:
-            vars(function).pop("__signature__", None)
+        if self._class is not None:
+            modules.take_attributes(self.module, self._class)
         for name, before, ours in reversed(self._attributes):
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:
                 setattr(self.module, name, before)
+        # Accessors stay, inert: what is suspended in the middle of a function goes on with its code.
         for owner, name in self._injected:
-            if name in vars(owner):
+            if name in vars(owner) and not isinstance(vars(owner)[name], ScopedGlobal):
                 delattr(owner, name)
 
 

@@ -8,23 +8,18 @@ file, same lines, same constants. Works on source text alone.
 from __future__ import annotations
 
 import ast
+import symtable
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
+from typing import Optional
 
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.elsewhere import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
-from sglang_distguard.patching.syntax import (
-    COMPREHENSIONS,
-    NAMED,
-    Function,
-    accessor_name,
-    bound_names,
-    own_nodes,
-    owned,
-)
+from sglang_distguard.patching.syntax import Function, ScopeTransformer, accessor_name, owned
+from sglang_distguard.patching.within import Block, Enclose
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ def rewrite(
     source: ModuleSource,
     names: frozenset[str],
     elsewhere: frozenset[tuple[str, str]] = frozenset(),
+    blocks: frozenset[tuple[str, Block]] = frozenset(),
 ) -> Rewrite:
     """Plan the rewriting of ``names`` in ``source``, and of the attributes that are ``elsewhere``.
 
@@ -53,6 +49,7 @@ def rewrite(
         source: of the module.
         names: its own globals; "Class.attribute" for a class's.
         elsewhere: (owner, attribute); the owner is another module, or "module.Class".
+        blocks: (qualified name, block) of functions whose bodies run in a with block.
 
     Raises:
         NotSupported: a name is not assigned exactly once at the level of its module or class, a
@@ -64,8 +61,12 @@ def rewrite(
     changed = ast.parse(source.text, source.filename)
     attributes = {owned(source.module, name) for name in names if "." in name}
     if elsewhere or attributes:
-        changed = Elsewhere(source, elsewhere | attributes).visit(changed)
-    changed = _Accessors(source, names).visit(changed)
+        table = symtable.symtable(source.text, source.filename, "exec")
+        changed = Elsewhere(source, elsewhere | attributes, table).visit(changed)
+    table = symtable.symtable(source.text, source.filename, "exec")
+    changed = _Accessors(source, names, table).visit(changed)
+    if blocks:
+        changed = Enclose(dict(blocks)).visit(changed)
     ast.fix_missing_locations(changed)
     replaced = dict(_changed_code(_compile(tree, source), _compile(changed, source)))
     return Rewrite(replaced, initials)
@@ -113,8 +114,10 @@ def _initial_values(
     for name, (value,) in found.items():
         # Inside a lambda, so that globals it reads are this scope's own too
         # (runtime_context: `_CONTEXT = RuntimeContext(parallel=_PARALLEL)`).
-        thunk = ast.Lambda(args=_no_arguments(), body=value)
-        expression = ast.Expression(_Accessors(source, names).visit(thunk))
+        text = f"lambda: ({ast.unparse(value)})"
+        thunk = ast.parse(text, source.filename, "eval")
+        table = symtable.symtable(text, source.filename, "eval")
+        expression = _Accessors(source, names, table).visit(thunk)
         initials[name] = _compile(ast.fix_missing_locations(expression), source, "eval")
     return initials
 
@@ -131,102 +134,65 @@ def _assigned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.
                     yield prefix + target.id, statement.value
 
 
-def _no_arguments() -> ast.arguments:
-    return ast.arguments(
-        posonlyargs=[], args=[], vararg=None, kwonlyargs=[], kw_defaults=[], kwarg=None, defaults=[]
-    )
-
-
-class _Accessors(ast.NodeTransformer):
+class _Accessors(ScopeTransformer):
     """Turns global `X` into `_distguard_scoped_X.value` inside functions.
 
     Code at module and class level runs once, at import, in the module's own namespace: it stays.
-    `visible` holds the wanted names that still mean the module global at the node being visited.
     """
 
-    def __init__(self, source: ModuleSource, names: frozenset[str]) -> None:
+    def __init__(
+        self, source: ModuleSource, names: frozenset[str], table: symtable.SymbolTable
+    ) -> None:
+        super().__init__(table)
         self._source = source
         self._names = names
-        self._visible = names
-        self._in_function = False
+
+    def _is_wanted(self, name: Optional[str]) -> bool:
+        return (
+            self.in_function and name is not None and name in self._names and self.is_global(name)
+        )
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        if not self._in_function or node.id not in self._visible:
+        if not self._is_wanted(node.id):
             return node
         accessor = ast.Name(id=accessor_name(node.id), ctx=ast.Load())
         attribute = ast.Attribute(value=accessor, attr="value", ctx=node.ctx)
         ast.copy_location(accessor, node)
         return ast.copy_location(attribute, node)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return self._function(node)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name in _bound_without_a_target(node):
+            if self._is_wanted(name):
+                self._refuse(name, node)
+        return super().generic_visit(node)
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        return self._function(node)
-
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
-        return self._function(node)
-
-    def _function(self, node: Function) -> ast.AST:
-        # Decorators, defaults and annotations belong to the enclosing scope.
-        if not isinstance(node, ast.Lambda):
-            node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
-            node.returns = node.returns and self.visit(node.returns)
-        node.args = self.visit(node.args)
-        outer = self._visible, self._in_function
-        self._visible, self._in_function = self._still_global(node), True
-        if isinstance(node, ast.Lambda):
-            node.body = self.visit(node.body)
-        else:
-            node.body = [self.visit(statement) for statement in node.body]
-        self._visible, self._in_function = outer
-        return node
+    def _function(self, node: Function, name: str) -> ast.AST:
+        if self._is_wanted(name) and not isinstance(node, ast.Lambda):
+            self._refuse(name, node)
+        return super()._function(node, name)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        # A class body binds attributes, not globals; the methods in it are functions again.
-        outer, self._in_function = self._in_function, False
-        self.generic_visit(node)
-        self._in_function = outer
-        return node
+        if self._is_wanted(node.name):
+            self._refuse(node.name, node)
+        return super().visit_ClassDef(node)
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, COMPREHENSIONS):
-            return super().generic_visit(node)
-        bound = {
-            name.id
-            for generator in node.generators
-            for name in ast.walk(generator.target)
-            if isinstance(name, ast.Name)
-        }
-        outer = self._visible
-        self._visible = outer - bound
-        super().generic_visit(node)
-        self._visible = outer
-        return node
+    def _refuse(self, name: str, node: ast.AST) -> None:
+        line = getattr(node, "lineno", 0)
+        raise NotSupported(
+            f"{self._source.module}, line {line}, binds the global {name!r} by "
+            f"{type(node).__name__}, which cannot be redirected to a scope",
+            module=self._source.module,
+        )
 
-    def _still_global(self, node: Function) -> frozenset[str]:
-        declared = {
-            name
-            for child in own_nodes(node)
-            if isinstance(child, ast.Global)
-            for name in child.names
-        }
-        bound = bound_names(node)
-        for child in own_nodes(node):
-            if isinstance(child, (ast.Import, ast.ImportFrom)):
-                imported = {(alias.asname or alias.name).split(".")[0] for alias in child.names}
-                self._refuse(imported & declared, child)
-                bound |= imported
-            elif isinstance(child, NAMED) and child.name is not None:
-                self._refuse({child.name} & declared, child)
-                bound.add(child.name)
-        return (self._visible - (bound - declared)) | (declared & self._names)
 
-    def _refuse(self, names: set[str], node: ast.AST) -> None:
-        for name in sorted(names & self._names):
-            line = getattr(node, "lineno", 0)
-            raise NotSupported(
-                f"{self._source.module}, line {line}, binds the global {name!r} by "
-                f"{type(node).__name__}, which cannot be redirected to a scope",
-                module=self._source.module,
-            )
+def _bound_without_a_target(node: ast.AST) -> Iterator[str]:
+    """Names that ``node`` binds and that have no form as an attribute."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.NamedExpr):
+        yield node.target.id
+    elif isinstance(node, ast.MatchMapping):
+        if node.rest is not None:
+            yield node.rest
+    elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        yield node.name

@@ -1,18 +1,25 @@
-"""What rewriting needs to know of Python's syntax, and how an accessor is called."""
+"""What rewriting needs to know of Python's syntax, and how an accessor is called.
+
+Which scope a name belongs to is asked of Python's own symbol tables, walked beside the syntax tree.
+"""
 
 from __future__ import annotations
 
 import ast
+import symtable
 from collections.abc import Iterator
 from typing import Union
 
 #: One leading underscore: names with two are mangled inside classes.
 _PREFIX = "_distguard_scoped"
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
-#: Nodes that bind a name which has no Name node.
-NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *COMPREHENSIONS)
+Comprehension = Union[ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp]
+_COMPREHENSIONS = {
+    ast.ListComp: "listcomp",
+    ast.SetComp: "setcomp",
+    ast.DictComp: "dictcomp",
+    ast.GeneratorExp: "genexpr",
+}
 
 
 def accessor_name(name: str) -> str:
@@ -27,19 +34,130 @@ def owned(module: str, name: str) -> tuple[str, str]:
 
 
 def own_nodes(owner: Union[ast.Module, Function]) -> Iterator[ast.AST]:
-    """Walk a body without entering the functions and classes nested in it."""
+    """Walk a body without entering the functions, classes and comprehensions nested in it."""
     pending: list[ast.AST] = list(owner.body if isinstance(owner.body, list) else [owner.body])
+    scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     while pending:
         node = pending.pop()
         yield node
-        if not isinstance(node, _SCOPES):
+        if not isinstance(node, (*scopes, *_COMPREHENSIONS)):
             pending.extend(ast.iter_child_nodes(node))
 
 
-def bound_names(function: Function) -> set[str]:
-    """A function's parameters, and the names that it writes or deletes."""
-    found = {it.arg for it in ast.walk(function.args) if isinstance(it, ast.arg)}
-    for node in own_nodes(function):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
-            found.add(node.id)
+class ScopeTransformer(ast.NodeTransformer):
+    """Visits a module and knows the symbol table of the scope in which each node is evaluated.
+
+    Decorators, defaults and annotations of a function, and what a comprehension's first loop is over,
+    belong to the scope around it.
+    """
+
+    def __init__(self, table: symtable.SymbolTable) -> None:
+        self._table = table
+        #: Tables of nested scopes that were not met yet, by (name, line): both walks are in order.
+        self._nested = _nested(table)
+        self.in_function = False
+
+    def is_global(self, name: str) -> bool:
+        """Whether ``name`` means the module's global at the node being visited."""
+        try:
+            symbol = self._table.lookup(name)
+        except KeyError:  # not used here
+            return False
+        return symbol.is_global() or self._table.get_type() == "module"
+
+    def is_bound_here(self, name: str) -> bool:
+        """Whether ``name`` is bound in the scope of the node being visited, not in one around it."""
+        try:
+            symbol = self._table.lookup(name)
+        except KeyError:
+            return False
+        return symbol.is_local()
+
+    def entering_function(self, node: Function) -> None:
+        """Called inside of the scope of ``node``, before its body is visited."""
+
+    def leaving_function(self, node: Function) -> None:
+        """Called inside of the scope of ``node``, after its body was visited."""
+
+    def entering_class(self, node: ast.ClassDef) -> None:
+        """Called inside of the scope of ``node``, before its body is visited."""
+
+    def leaving_class(self, node: ast.ClassDef) -> None:
+        """Called inside of the scope of ``node``, after its body was visited."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return self._function(node, node.name)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        return self._function(node, node.name)
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        return self._function(node, "lambda")
+
+    def _function(self, node: Function, name: str) -> ast.AST:
+        if not isinstance(node, ast.Lambda):
+            node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+            node.returns = node.returns and self.visit(node.returns)
+        node.args = self.visit(node.args)
+        outer = self._enter(name, node.lineno), self.in_function
+        self.in_function = True
+        self.entering_function(node)
+        if isinstance(node, ast.Lambda):
+            node.body = self.visit(node.body)
+        else:
+            node.body = [made for it in node.body for made in self._statements(it)]
+        self.leaving_function(node)
+        self._leave(outer[0])
+        self.in_function = outer[1]
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        node.bases = [self.visit(base) for base in node.bases]
+        node.keywords = [self.visit(keyword) for keyword in node.keywords]
+        outer = self._enter(node.name, node.lineno), self.in_function
+        # A class body runs where the class is made; the methods in it are functions again.
+        self.in_function = False
+        self.entering_class(node)
+        node.body = [made for it in node.body for made in self._statements(it)]
+        self.leaving_class(node)
+        self._leave(outer[0])
+        self.in_function = outer[1]
+        return node
+
+    def _statements(self, node: ast.stmt) -> list[ast.stmt]:
+        made = self.visit(node)
+        return made if isinstance(made, list) else [made]
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        name = _COMPREHENSIONS.get(type(node))  # type: ignore[call-overload]
+        if name is None:
+            return super().generic_visit(node)
+        assert isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))
+        first = node.generators[0]
+        first.iter = self.visit(first.iter)
+        kept, first.iter = first.iter, ast.Constant(None)
+        outer = self._enter(name, node.lineno)
+        super().generic_visit(node)
+        self._leave(outer)
+        first.iter = kept
+        return node
+
+    def _enter(self, name: str, line: int) -> tuple[symtable.SymbolTable, _Nested]:
+        outer = self._table, self._nested
+        self._table = self._nested[name, line].pop(0)
+        self._nested = _nested(self._table)
+        return outer
+
+    def _leave(self, outer: tuple[symtable.SymbolTable, _Nested]) -> None:
+        self._table, self._nested = outer
+
+
+_Nested = dict[tuple[str, int], list[symtable.SymbolTable]]
+
+
+def _nested(table: symtable.SymbolTable) -> _Nested:
+    found: _Nested = {}
+    for child in table.get_children():
+        found.setdefault((child.get_name(), child.get_lineno()), []).append(child)
     return found

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
-from sglang_distguard import settings, waiting
+from sglang_distguard import _core, settings, waiting
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.ranks import failures
 from sglang_distguard.ranks.creation import creating
@@ -28,7 +28,6 @@ _ENDS = ("ask", "turn", "build")
 #: Seconds in which a rank that lost a connection hears from the others why.
 _HEAR = 5.0
 
-_turn: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.turn", default=None)
 #: What the running code builds a runner with, until it has told the others how that went.
 _asked: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.asked", default=None)
 _building: ContextVar[Optional[_Block]] = ContextVar("sglang_distguard.building", default=None)
@@ -276,15 +275,16 @@ def turn(
         RanksDisagree, AgreementTimeout, RankFailed, StoreLost: see ``errors``. All ranks raise.
         Whatever the with block raised, on the rank where it did; the others raise RankFailed.
     """
-    outer = _turn.get()
+    outer = _turn_in_force()
     if outer is not None and not outer.has_left_turn:
         yield outer
         return
     chosen = settings.current()
     deadline = chosen.agreement_timeout
     ask = Ask(ranks, what, ranks.state.begin(what), deadline, creates)
-    token = _turn.set(ask)
+    turn_of_code = ExitStack()
     try:
+        turn_of_code.enter_context(_core.in_turn(ask))
         with _store_errors(ask, "ask"):
             _tell_and_await(ask, "ask", {"spec": dict(spec)})
             # Others may have their turns first: that is a wait for them, not for ranks.
@@ -305,7 +305,7 @@ def turn(
         raise
     finally:
         ask.has_left_turn = True
-        _turn.reset(token)
+        turn_of_code.close()
         ranks.state.leave(what, ask.round)
     if keep:
         _asked.set(ask)
@@ -408,8 +408,14 @@ def asked() -> Optional[Ask]:
 
 def has_turn() -> bool:
     """Whether the running code is in a turn."""
-    ask = _turn.get()
+    ask = _turn_in_force()
     return ask is not None and not ask.has_left_turn
+
+
+def _turn_in_force() -> Optional[Ask]:
+    """The turn that the running execution carries, be it over or not."""
+    execution = _core.current_execution()
+    return None if execution is None else execution.turn
 
 
 def leave(ranks: Ranks, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""sglang.srt.distributed.bootstrap: the run-once flag of `init_parallel_runtime`."""
+"""sglang.srt.distributed.bootstrap: whose runtime is initialised, and how often."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sglang_distguard import _core, runners, settings
+from sglang_distguard import _core, settings
 from sglang_distguard.patching import Around
-from sglang_distguard.scoping import accessor
+from sglang_distguard.scoping import accessor, of_published
+from sglang_distguard.targets.model_config import made_from
 
 MODULE = "sglang.srt.distributed.bootstrap"
 
@@ -21,20 +22,31 @@ def _init_parallel_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def init_parallel_runtime(*args: Any, **kwargs: Any) -> Any:
-        ran = accessor(MODULE, "_PARALLEL_INITIALISED")
-        if settings.current().reuse:
-            ran.value = False
-        before = ran.value
-        token = _core.enter(_core.current_scope())  # as in the runner's methods
-        try:
-            return original(*args, **kwargs)
-        except BaseException:
+        with of_published(kwargs.get("server_args")), _core.owning_environment():
+            ran = accessor(MODULE, "_PARALLEL_INITIALISED")
+            before = False if settings.current().reuse else ran.value
             ran.value = before
-            raise
-        finally:
-            runners.leave(token)
+            try:
+                return original(*args, **kwargs)
+            except BaseException:
+                ran.value = before
+                raise
 
     return init_parallel_runtime
 
 
-CHANGES = (Around(MODULE, "init_parallel_runtime", _init_parallel_runtime),)
+def _init_layer_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes the model's configuration (0.5.23), which says whose it is."""
+
+    @functools.wraps(original)
+    def init_layer_runtime(*args: Any, **kwargs: Any) -> Any:
+        with of_published(made_from(kwargs.get("model_config"))):
+            return original(*args, **kwargs)
+
+    return init_layer_runtime
+
+
+CHANGES = (
+    Around(MODULE, "init_parallel_runtime", _init_parallel_runtime),
+    Around(MODULE, "init_layer_runtime", _init_layer_runtime),
+)

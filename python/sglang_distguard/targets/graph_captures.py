@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from sglang_distguard import rooms, runners
+from sglang_distguard import runners
 from sglang_distguard.patching import Around
 
 #: On a context manager, while it is entered: what ends its visit.
@@ -30,13 +30,8 @@ def _capture(original: Callable[..., Any]) -> Callable[..., Any]:
         handle = runners.find_handle(self.model_runner)
         if handle is None:
             return original(self)
-        token = handle.enter()
-        try:
-            runners.refuse_capture_without_turns(handle)
-            with runners.in_order(handle, "capture"), rooms.room("capture", handle.name):
-                return original(self)
-        finally:
-            runners.leave(token)
+        with runners.step_among_ranks(handle, "capture", "capture", is_collective=True):
+            return original(self)
 
     return capture
 

@@ -1,4 +1,4 @@
-"""sglang.srt.model_loader.utils: the default dtype of a load is the loading thread's."""
+"""sglang.srt.model_loader.utils: the default dtype of a load is the loading execution's."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_distguard.default_dtype import thread_default_dtype
+from sglang_distguard.default_dtype import holding
 from sglang_distguard.patching import Around
 
 
 def _set_default_torch_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_default_torch_dtype(dtype: Any) -> Iterator[None]:
-        with thread_default_dtype(dtype):
+        with holding(dtype):
             yield
 
     return set_default_torch_dtype

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Optional
 
-from sglang_distguard import rooms, runners
-from sglang_distguard.patching import AroundMethods
+from sglang_distguard import _core, rooms, runners
+from sglang_distguard.errors import forget_frames
+from sglang_distguard.patching import Around, WithinMethods
 from sglang_distguard.ranks import agreement
+from sglang_distguard.scoping import of_published, scope_active
 
 MODULE = "sglang.srt.model_executor.model_runner"
 
@@ -23,6 +26,8 @@ class Steps(NamedTuple):
     #: Compute together with the other ranks, so in their turn (docs/COLLECTIVES.md).
     are_collective: bool = False
     why_in_no_room: str = ""
+    #: Read nothing that is scoped: no hook.
+    is_plain: bool = False
 
 
 #: Every public method and property of ModelRunner, once (0.5.23).
@@ -74,21 +79,29 @@ TABLE = (
         why_in_no_room="called by alloc_memory_pool, which is in the room for loads",
     ),
     Steps(
-        "sampling_observer supports_sampling_observer get_pp_proxy_dspark_hidden_size "
+        "supports_sampling_observer get_pp_proxy_dspark_hidden_size "
         "get_aux_hidden_states_width get_pp_proxy_topk_size get_pp_proxy_residual_num_blocks "
-        "decode_num_tokens_per_req decode_graph_gather_requirements max_decode_logits_rows "
-        "preloaded_weights_bytes account_preloaded_weights max_shared_logits_buffer_rows "
-        "logical_max_total_num_tokens effective_logical_max_total_num_tokens "
-        "effective_max_total_num_tokens max_token_pool_size get_cuda_graph_layers "
-        "update_decode_attn_backend prepare_dummy_forward_batch attn_tp_sequence_sharded "
+        "decode_num_tokens_per_req max_decode_logits_rows max_shared_logits_buffer_rows "
+        "get_cuda_graph_layers update_decode_attn_backend prepare_dummy_forward_batch "
         "update_model_fields",
         why_in_no_room="read or assign fields of the runner and of its configuration",
+    ),
+    Steps(
+        "sampling_observer preloaded_weights_bytes account_preloaded_weights "
+        "logical_max_total_num_tokens effective_logical_max_total_num_tokens "
+        "effective_max_total_num_tokens max_token_pool_size attn_tp_sequence_sharded "
+        "decode_graph_gather_requirements",
+        is_plain=True,
+        why_in_no_room="read or assign fields of the runner alone, so that they have no hook",
     ),
 )
 
 _COLLECTIVE = frozenset(
     name for steps in TABLE if steps.are_collective for name in steps.names.split()
 )
+_PLAIN = frozenset(name for steps in TABLE if steps.is_plain for name in steps.names.split())
+#: One thread at a time: attention metadata and static buffers hold one batch (0.5.23).
+_EXCLUSIVE = "forward"
 _ROOMS: dict[str, rooms.Room] = {
     name: steps.room for steps in TABLE if steps.room is not None for name in steps.names.split()
 }
@@ -115,69 +128,38 @@ def _captures() -> bool:
     return not all(check_cuda_graph_backend(phase, Backend.DISABLED) for phase in phases)
 
 
-def _method(original: Callable[..., Any]) -> Callable[..., Any]:
-    if original.__name__ in _ROOMS:
-        original = _in_room(original)
-    if original.__name__ in _COLLECTIVE:
-        original = _in_order(original)
-    if original.__name__ == "forward":
-        original = _one_thread_at_a_time(original)
+def _step_of(name: str) -> Optional[_core.StepOf]:
+    """What the method ``name`` runs in; None where it reads nothing that is scoped."""
+    if name in _PLAIN:
+        return None
+    room = _ROOMS.get(name)
 
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = runners.find_handle(self)
-        if handle is None:
-            return original(self, *args, **kwargs)
-        token = handle.enter()
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            runners.leave(token)
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return _in_python(handle, step)
 
-    return method
+    captures = room == "capture"
+    return _core.StepOf(
+        name,
+        None if captures else room,
+        exclusive=name == _EXCLUSIVE,
+        otherwise=otherwise,
+        always_otherwise=captures,
+    )
 
 
-def _in_order(original: Callable[..., Any]) -> Callable[..., Any]:
-    step = original.__name__
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = runners.find_handle(self)
-        if handle is None:
-            return original(self, *args, **kwargs)
-        with runners.in_order(handle, step):
-            return original(self, *args, **kwargs)
-
-    return method
-
-
-def _in_room(original: Callable[..., Any]) -> Callable[..., Any]:
-    step = original.__name__
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = runners.find_handle(self)
-        if handle is None:
-            return original(self, *args, **kwargs)
-        room = room_of(step)
-        if room == "capture":
-            runners.refuse_capture_without_turns(handle)
-        with rooms.room(room, handle.name):
-            return original(self, *args, **kwargs)
-
-    return method
-
-
-def _one_thread_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = runners.find_handle(self)
-        if handle is None:
-            return original(self, *args, **kwargs)
-        with runners.one_thread_at_a_time(handle):
-            return original(self, *args, **kwargs)
-
-    return forward
+@contextmanager
+def _in_python(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
+    """A step that captures, or one of several ranks."""
+    with scope_active(handle.scope):
+        room = room_of(step) if step in _ROOMS else None
+    with runners.step_among_ranks(
+        handle,
+        step,
+        room,
+        is_collective=step in _COLLECTIVE,
+        is_exclusive=step == _EXCLUSIVE,
+    ):
+        yield
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,22 +170,43 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         if runners.find_handle(self) is not None:  # a subclass calling up
             original(self, *args, **kwargs)
             return
-        with agreement.building():
-            call = signature.bind_partial(self, *args, **kwargs).arguments
-            runners.agree_on_one_more(call.get("server_args"))
-            handle = runners.bind(self, args, kwargs)
-            token = handle.enter()
+        server_args = signature.bind_partial(self, *args, **kwargs).arguments.get("server_args")
+        with agreement.building(), of_published(server_args):
+            runners.agree_on_one_more(server_args)
             try:
-                with runners.in_order(handle, "construction"), rooms.room("load", handle.name):
+                handle = runners.bind(self, args, kwargs)
+                with runners.step_among_ranks(handle, "construction", "load", is_collective=True):
                     original(self, *args, **kwargs)
-                runners.hold_experts(handle)
-            except BaseException:
-                runners.give_up(handle)
+                    runners.hold_experts(handle)
+            except BaseException as error:
+                runners.abandon(self)
+                forget_frames(error)
                 raise
-            finally:
-                runners.leave(token)
 
     return __init__
 
 
-CHANGES = (AroundMethods(MODULE, "ModelRunner", make=_method, make_init=_init),)
+def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Batches know the pool of requests, and by it whose they are (``targets.schedule_batch``)."""
+    step_of = _step_of("alloc_memory_pool")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def alloc_memory_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with step_of(self):
+            result = original(self, *args, **kwargs)
+            runners.mark_as_of(self, getattr(self, "req_to_token_pool", None))
+        return result
+
+    return alloc_memory_pool
+
+
+CHANGES = (
+    Around(MODULE, "ModelRunner.__init__", _init),
+    Around(MODULE, "ModelRunner.alloc_memory_pool", _alloc_memory_pool),
+    WithinMethods(
+        MODULE,
+        "ModelRunner",
+        lambda name: None if name == "alloc_memory_pool" else _step_of(name),
+    ),
+)

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_distguard import _core, environment, ownership, settings
+from sglang_distguard import _core, environment, ownership, settings, world
 from sglang_distguard.patching import Around
 from sglang_distguard.scoping import (
     CONTEXT_MODULE,
     context_snapshot,
+    keep_published,
     scope_active,
     scope_of_context,
 )
@@ -22,35 +23,32 @@ _ENVIRONMENT = "__environment__"
 def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
     """SGLang's `publish` replaces the one context of the process (0.5.23: "last-publish-wins").
 
-    Here it replaces only the caller's own, and only while no runner lives in it; else the calling
-    thread gets a scope of its own, in which SGLang's code makes a fresh context by itself.
+    Here it replaces only the caller's own, and only while no runner lives in it; else the running
+    code gets a scope of its own, in which SGLang's code makes a fresh context by itself. What was
+    published and not built, by code that has ended, is put aside (rust/core/src/scopes.rs).
     """
     namespace = original.__globals__
 
     @functools.wraps(original)
     def publish(server_args: Any, *args: Any, **kwargs: Any) -> Any:
-        previous = _core.current_scope()
-        ownership.vacate(
-            previous
-        )  # of a runner that was collected: SGLang compares with its groups
-        scope, fresh = _core.choose_scope(settings.current().name or "")
-        if fresh:
-            _core.adopt_scope(scope)
+        # Of a runner that was collected: SGLang compares with its groups.
+        ownership.vacate(_core.current_scope())
+        name = settings.current().name or ""
+        # Groups of several ranks stay where all ranks know them.
+        movable = world.ranks() is None
+        with _core.Publishing(name, may_put_aside=movable) as publishing:
+            before = None if publishing.is_fresh else context_snapshot()
             try:
                 environment.resolve(server_args)
-                return original(server_args, *args, **kwargs)
+                context = original(server_args, *args, **kwargs)
+                keep_published(server_args)
+                publishing.succeed()
             except BaseException:
-                _core.adopt_scope(previous)
+                # SGLang's own way back from a failed launch; it writes into the same objects.
+                if before is not None:
+                    namespace["restore_context"](before)
                 raise
-        before = context_snapshot()
-        try:
-            environment.resolve(server_args)
-            return original(server_args, *args, **kwargs)
-        except BaseException:
-            # SGLang's own way back from a failed launch; it writes into the same objects.
-            namespace["restore_context"](before)
-            _core.abandon_scope(scope)
-            raise
+        return context
 
     return publish
 

@@ -1,4 +1,4 @@
-"""torch: the default dtype set inside a runner's methods stays in the thread that set it."""
+"""torch: the default dtype that is set inside a runner's methods is the running execution's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _set_default_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         if _core.depth() == 0:
             original(d)
         else:
-            default_dtype.set_in_thread(d)
+            default_dtype.set_in_force(d)
 
     return set_default_dtype
 
@@ -29,7 +29,7 @@ def _get_default_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         # Under torch.compile the builtin is what Dynamo knows; loads are never compiled.
         if default_dtype.is_traced():
             return original()
-        return default_dtype.of_thread() or original()
+        return default_dtype.in_force() or original()
 
     return get_default_dtype
 

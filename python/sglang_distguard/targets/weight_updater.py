@@ -10,43 +10,48 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Optional
 
-from sglang_distguard import rooms, runners
-from sglang_distguard.patching import AroundMethods
+from sglang_distguard import _core, runners
+from sglang_distguard.patching import Around, WithinMethods
+from sglang_distguard.scoping import scope_active
 from sglang_distguard.targets.model_runner import room_of
 
+MODULE = "sglang.srt.model_executor.model_runner_components.weight_updater"
 #: Parameter of `update_weights_from_disk`.
 _RECAPTURE = "recapture_cuda_graph"
 
 
-def _method(original: Callable[..., Any]) -> Callable[..., Any]:
+def _step_of(name: str) -> Optional[_core.StepOf]:
+    if name == "update_weights_from_disk":
+        return None
+
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return runners.step_among_ranks(handle, step, "load", is_collective=True)
+
+    return _core.StepOf(name, "load", runner="get_model_runner", otherwise=otherwise)
+
+
+def _from_disk(original: Callable[..., Any]) -> Callable[..., Any]:
     step = original.__name__
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def update_weights_from_disk(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = runners.find_handle(self.get_model_runner())
         if handle is None:
             return original(self, *args, **kwargs)
         call = signature.bind_partial(self, *args, **kwargs).arguments
-        token = handle.enter()
-        try:
+        with scope_active(handle.scope):
             room = room_of("recapture_decode_cuda_graph" if call.get(_RECAPTURE) else "load_model")
-            if room == "capture":
-                runners.refuse_capture_without_turns(handle)
-            with runners.in_order(handle, step), rooms.room(room, handle.name):
-                return original(self, *args, **kwargs)
-        finally:
-            runners.leave(token)
+        with runners.step_among_ranks(handle, step, room, is_collective=True):
+            return original(self, *args, **kwargs)
 
-    return method
+    return update_weights_from_disk
 
 
 CHANGES = (
-    AroundMethods(
-        "sglang.srt.model_executor.model_runner_components.weight_updater",
-        "WeightUpdater",
-        make=_method,
-    ),
+    Around(MODULE, "WeightUpdater.update_weights_from_disk", _from_disk),
+    WithinMethods(MODULE, "WeightUpdater", _step_of),
 )

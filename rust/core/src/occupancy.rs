@@ -6,14 +6,15 @@
 use std::collections::HashMap;
 
 use crate::actor::Actor;
+use crate::rooms::RunnerId;
 use crate::scopes::ScopeId;
 use crate::sync::{lock, Mutex};
 
 /// What is occupied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Place {
-    /// One runner, by a number of its own: its attention metadata and static buffers.
-    Runner(u64),
+    /// One runner: its attention metadata and static buffers.
+    Runner(RunnerId),
     /// The communicators that all runners of a scope use.
     Communicators(ScopeId),
 }
@@ -75,7 +76,7 @@ mod tests {
     #[test]
     fn a_second_thread_is_told_who_is_inside_until_that_one_has_left_as_often_as_it_came() {
         let occupancy = Occupancy::new();
-        let place = Place::Runner(1);
+        let place = Place::Runner(RunnerId(1));
         assert_eq!(occupancy.enter(place, &actor(1)), Ok(1));
         assert_eq!(occupancy.enter(place, &actor(1)), Ok(2));
         occupancy.leave(place);
@@ -89,8 +90,8 @@ mod tests {
     fn places_are_told_apart() {
         let occupancy = Occupancy::new();
         let places = [
-            Place::Runner(0),
-            Place::Runner(1),
+            Place::Runner(RunnerId(0)),
+            Place::Runner(RunnerId(1)),
             Place::Communicators(DEFAULT),
             Place::Communicators(ScopeId(1)),
         ];
@@ -102,7 +103,10 @@ mod tests {
     #[test]
     fn leaving_where_nobody_is_changes_nothing() {
         let occupancy = Occupancy::new();
-        occupancy.leave(Place::Runner(1));
-        assert_eq!(occupancy.enter(Place::Runner(1), &actor(1)), Ok(1));
+        occupancy.leave(Place::Runner(RunnerId(1)));
+        assert_eq!(
+            occupancy.enter(Place::Runner(RunnerId(1)), &actor(1)),
+            Ok(1)
+        );
     }
 }

@@ -1,10 +1,31 @@
 //! Whose context a `publish` configures: the caller's own while nobody else is in it, else a new
 //! one. Decides only; the values of a scope are the binding's.
+//!
+//! ```text
+//! state       what it means                                   a publish that finds it
+//! Vacant      nothing is published here, or it is used up     claims it
+//! Claimed(c)  published, and executions that hold c build     with c: replaces; else: a new scope
+//! Pending     published, and no execution holds the claim     puts it aside, then claims the scope
+//! Inhabited   runners live here                               makes a new scope
+//!
+//! from        by                     to
+//! Vacant      publish, claim_vacant  Claimed(new)
+//! Claimed(c)  publish with c         Claimed(new): the last publish counts
+//! Claimed(c)  release(c)             Pending
+//! Claimed(c)  abandon(c)             what it was before
+//! Pending     resume                 Claimed(new)
+//! Pending     publish                Claimed(new); what was there is Pending in a scope of its own
+//! any         bind_runner            Inhabited
+//! Inhabited   the last unbind        Vacant
+//! ```
+//!
+//! Invariant: `publish` never gives a scope away while a runner lives in it or another execution is
+//! about to build one in it; and what was published and not built is found until it is dropped.
 
 use std::collections::BTreeMap;
 
-use crate::actor::ThreadId;
 use crate::key::Key;
+use crate::rooms::RunnerId;
 use crate::sync::{lock, Mutex};
 
 /// Names a scope. 0 is SGLang's default one.
@@ -14,35 +35,40 @@ pub struct ScopeId(pub u64);
 /// SGLang's own, process-wide scope. It always exists.
 pub const DEFAULT: ScopeId = ScopeId(0);
 
-/// Which scope a `publish` configures. The calling thread is its builder now.
+/// Names what one publish claimed. It travels with the execution that published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClaimId(pub u64);
+
+/// Which scope a `publish` configures, and what its execution holds from now on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Publish {
     /// The current one, in place.
-    Replace(ScopeId),
-    /// A fresh one, which becomes the calling thread's.
-    New(ScopeId),
+    Replace(ClaimId),
+    /// The current one, after what it holds has been moved to the scope named here.
+    Aside(ClaimId, ScopeId),
+    /// A fresh one.
+    New(ClaimId, ScopeId),
 }
 
-/// A thread that published and has not built its runner yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Builder {
-    thread: ThreadId,
-    /// Its publishes that did not fail: a failed second one must not give the first one's up.
-    claims: usize,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum State {
+    #[default]
+    Vacant,
+    Claimed(ClaimId),
+    Pending,
 }
 
 #[derive(Debug, Default)]
 struct Entry {
-    builder: Option<Builder>,
-    runners: usize,
+    state: State,
+    /// Runners that live here, oldest first: later ones are drafts of the first. While there are
+    /// any the scope is Inhabited and `state` is Vacant.
+    runners: Vec<RunnerId>,
     /// The generation of each shared piece of state that the scope built or joined last.
     joined: BTreeMap<Key, u64>,
 }
 
-/// Builders and live runners of every scope. Pure.
-///
-/// Invariant: `publish` never gives a scope to a thread while a runner lives in it or another
-/// living thread is about to build one in it.
+/// Claims and live runners of every scope. Pure.
 #[derive(Debug)]
 pub struct ScopeLedger {
     entries: BTreeMap<ScopeId, Entry>,
@@ -59,82 +85,130 @@ impl ScopeLedger {
         }
     }
 
-    /// Decides whose context a `publish` by `thread` configures, and claims it for that thread.
+    fn fresh(&mut self) -> u64 {
+        let fresh = self.next;
+        self.next += 1;
+        fresh
+    }
+
+    /// Decides whose context a `publish` configures, and claims it.
     ///
-    /// The current scope is replaced, as SGLang does, only while no runner lives in it and no
-    /// other living thread has published in it to build one.
+    /// Args: the caller's current scope; the claim that its execution holds, if any; whether what
+    /// is pending in the default scope may be moved (with several ranks its groups may not).
     pub fn publish(
         &mut self,
         current: ScopeId,
-        thread: ThreadId,
-        is_alive: impl Fn(ThreadId) -> bool,
+        mine: Option<ClaimId>,
+        may_put_aside: bool,
     ) -> Publish {
-        let entry = self.entries.get_mut(&current);
-        let Some(entry) = entry.filter(|entry| entry.runners == 0) else {
-            return self.publish_new(thread);
+        let claim = ClaimId(self.fresh());
+        let aside = ScopeId(self.fresh());
+        let Some(entry) = self.entries.get_mut(&current) else {
+            return self.publish_new(claim, aside);
         };
-        match &mut entry.builder {
-            Some(builder) if builder.thread == thread => builder.claims += 1,
-            Some(builder) if is_alive(builder.thread) => return self.publish_new(thread),
-            _ => entry.builder = Some(Builder { thread, claims: 1 }),
+        let pending = entry.state == State::Pending && current == DEFAULT;
+        let is_mine = |held| Some(held) == mine;
+        let taken = matches!(entry.state, State::Claimed(held) if !is_mine(held));
+        if !entry.runners.is_empty() || taken || (pending && !may_put_aside) {
+            return self.publish_new(claim, aside);
         }
-        Publish::Replace(current)
+        entry.state = State::Claimed(claim);
+        if !pending {
+            return Publish::Replace(claim);
+        }
+        let moved = Entry {
+            state: State::Pending,
+            runners: Vec::new(),
+            joined: std::mem::take(&mut entry.joined),
+        };
+        self.entries.insert(aside, moved);
+        Publish::Aside(claim, aside)
     }
 
-    fn publish_new(&mut self, thread: ThreadId) -> Publish {
-        let scope = self.create();
-        let builder = Some(Builder { thread, claims: 1 });
-        self.entries.insert(
-            scope,
-            Entry {
-                builder,
-                ..Entry::default()
-            },
-        );
-        Publish::New(scope)
+    /// Undoes `Publish::Aside`: what was to be moved stays, and is pending again.
+    pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId) {
+        let Some(moved) = self.entries.remove(&aside) else {
+            return;
+        };
+        if let Some(entry) = self.claimed(DEFAULT, claim) {
+            entry.state = State::Pending;
+            entry.joined = moved.joined;
+        }
+    }
+
+    fn publish_new(&mut self, claim: ClaimId, scope: ScopeId) -> Publish {
+        let entry = self.entries.entry(scope).or_default();
+        entry.state = State::Claimed(claim);
+        Publish::New(claim, scope)
     }
 
     /// A scope that nobody has published in: its context comes from elsewhere.
     pub fn create(&mut self) -> ScopeId {
-        let scope = ScopeId(self.next);
-        self.next += 1;
+        let scope = ScopeId(self.fresh());
         self.entries.insert(scope, Entry::default());
         scope
     }
 
-    /// Claims a scope in which no runner lives and nobody is about to build one, for `thread` to
-    /// tidy up in; `abandon` gives it back.
-    pub fn claim_vacant(&mut self, scope: ScopeId, thread: ThreadId) -> bool {
-        let entry = self.entries.get_mut(&scope);
-        let Some(entry) = entry.filter(|it| it.runners == 0 && it.builder.is_none()) else {
-            return false;
-        };
-        entry.builder = Some(Builder { thread, claims: 1 });
-        true
+    /// Claims a scope in which no runner lives and none is about to be built, to tidy up in;
+    /// `abandon` gives it back.
+    pub fn claim_vacant(&mut self, scope: ScopeId) -> Option<ClaimId> {
+        let claim = ClaimId(self.fresh());
+        let entry = self.entries.get_mut(&scope)?;
+        let vacant = entry.runners.is_empty() && entry.state == State::Vacant;
+        vacant.then(|| {
+            entry.state = State::Claimed(claim);
+            claim
+        })
     }
 
-    /// `thread`'s last publish in the scope failed: what it claimed is free again.
-    pub fn abandon(&mut self, scope: ScopeId, thread: ThreadId) {
-        let Some(entry) = self.entries.get_mut(&scope) else {
-            return;
-        };
-        if let Some(builder) = entry.builder.filter(|it| it.thread == thread) {
-            let claims = builder.claims - 1;
-            entry.builder = (claims > 0).then_some(Builder { thread, claims });
+    /// The claim under which work goes on in a scope that was published in: the one that is held,
+    /// or a new one where none is. None when there is nothing to go on with.
+    pub fn resume(&mut self, scope: ScopeId) -> Option<ClaimId> {
+        let claim = ClaimId(self.fresh());
+        let entry = self.entries.get_mut(&scope)?;
+        match entry.state {
+            State::Vacant => None,
+            State::Claimed(held) => Some(held),
+            State::Pending => {
+                entry.state = State::Claimed(claim);
+                Some(claim)
+            }
         }
     }
 
-    /// A runner is constructed in the scope; it is no longer just claimed.
-    pub fn bind_runner(&mut self, scope: ScopeId) {
+    /// The publish that got `claim` failed: its scope is again what it was for the caller, who
+    /// held `before`.
+    pub fn abandon(&mut self, scope: ScopeId, claim: ClaimId, before: Option<ClaimId>) {
+        if let Some(entry) = self.claimed(scope, claim) {
+            entry.state = before.map_or(State::Vacant, State::Claimed);
+        }
+    }
+
+    /// No execution holds `claim` any more.
+    pub fn release(&mut self, scope: ScopeId, claim: ClaimId) {
+        if let Some(entry) = self.claimed(scope, claim) {
+            entry.state = State::Pending;
+        }
+    }
+
+    fn claimed(&mut self, scope: ScopeId, claim: ClaimId) -> Option<&mut Entry> {
+        let entry = self.entries.get_mut(&scope)?;
+        (entry.state == State::Claimed(claim)).then_some(entry)
+    }
+
+    /// A runner is constructed in the scope, which is no longer just claimed. Returns the runner
+    /// whose draft it is, if it is one.
+    pub fn bind_runner(&mut self, scope: ScopeId, runner: RunnerId) -> Option<RunnerId> {
         let entry = self.entries.entry(scope).or_default();
-        entry.runners += 1;
-        entry.builder = None;
+        entry.state = State::Vacant;
+        entry.runners.push(runner);
+        Some(entry.runners[0]).filter(|first| *first != runner)
     }
 
     /// A runner of the scope was closed or is gone.
-    pub fn unbind_runner(&mut self, scope: ScopeId) {
+    pub fn unbind_runner(&mut self, scope: ScopeId, runner: RunnerId) {
         if let Some(entry) = self.entries.get_mut(&scope) {
-            entry.runners = entry.runners.saturating_sub(1);
+            entry.runners.retain(|it| *it != runner);
         }
     }
 
@@ -157,16 +231,16 @@ impl ScopeLedger {
 
     /// How many runners live in the scope.
     pub fn live(&self, scope: ScopeId) -> usize {
-        self.entries.get(&scope).map_or(0, |entry| entry.runners)
+        let entry = self.entries.get(&scope);
+        entry.map_or(0, |entry| entry.runners.len())
     }
 
-    /// The thread that published in the scope and has not built its runner yet.
-    pub fn builder(&self, scope: ScopeId) -> Option<ThreadId> {
-        Some(self.claim(scope)?.thread)
-    }
-
-    fn claim(&self, scope: ScopeId) -> Option<Builder> {
-        self.entries.get(&scope)?.builder
+    /// The claim of the executions that have published in the scope and not built yet.
+    pub fn claim(&self, scope: ScopeId) -> Option<ClaimId> {
+        match self.entries.get(&scope)?.state {
+            State::Claimed(claim) => Some(claim),
+            State::Vacant | State::Pending => None,
+        }
     }
 
     /// The scope is gone. The default one stays.
@@ -197,238 +271,8 @@ impl Scopes {
     pub fn with<T>(&self, change: impl FnOnce(&mut ScopeLedger) -> T) -> T {
         change(&mut lock(&self.0))
     }
-
-    /// See `ScopeLedger::publish`. `is_alive` runs unlocked, after the builder it is asked about
-    /// has claimed (a list made earlier lacks threads that have started since), and again if the
-    /// builder changes. If it fails, nothing was decided.
-    pub fn publish<E>(
-        &self,
-        current: ScopeId,
-        thread: ThreadId,
-        is_alive: impl Fn(ThreadId) -> Result<bool, E>,
-    ) -> Result<Publish, E> {
-        loop {
-            let builder = self.with(|ledger| ledger.claim(current));
-            let alive = match builder.filter(|builder| builder.thread != thread) {
-                Some(builder) => is_alive(builder.thread)?,
-                None => false,
-            };
-            let decided = self.with(|ledger| {
-                // The answer is about the claim that was asked for, and no other.
-                let same = ledger.claim(current) == builder;
-                same.then(|| ledger.publish(current, thread, |_| alive))
-            });
-            if let Some(publish) = decided {
-                return Ok(publish);
-            }
-        }
-    }
-
-    /// See `ScopeLedger::drop_scope`.
-    pub fn drop_scope(&self, scope: ScopeId) {
-        self.with(|ledger| ledger.drop_scope(scope));
-    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ONE: ThreadId = ThreadId(1);
-    const TWO: ThreadId = ThreadId(2);
-
-    fn everyone(_: ThreadId) -> bool {
-        true
-    }
-
-    fn nobody(_: ThreadId) -> bool {
-        false
-    }
-
-    fn new(publish: Publish) -> ScopeId {
-        match publish {
-            Publish::New(scope) => scope,
-            Publish::Replace(scope) => panic!("{scope:?} was replaced"),
-        }
-    }
-
-    #[test]
-    fn the_first_publish_configures_the_default_scope() {
-        let mut ledger = ScopeLedger::default();
-        let publish = ledger.publish(DEFAULT, ONE, everyone);
-        assert_eq!(publish, Publish::Replace(DEFAULT));
-        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
-    }
-
-    #[test]
-    fn a_builder_may_publish_again_and_others_get_a_scope_of_their_own() {
-        let mut ledger = ScopeLedger::default();
-        let _ = ledger.publish(DEFAULT, ONE, everyone);
-        let again = ledger.publish(DEFAULT, ONE, everyone);
-        assert_eq!(again, Publish::Replace(DEFAULT));
-        let other = new(ledger.publish(DEFAULT, TWO, everyone));
-        assert_ne!(other, DEFAULT);
-        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
-        assert_eq!(ledger.builder(other), Some(TWO));
-    }
-
-    #[test]
-    fn a_builder_that_died_claims_nothing() {
-        let mut ledger = ScopeLedger::default();
-        let _ = ledger.publish(DEFAULT, ONE, nobody);
-        let publish = ledger.publish(DEFAULT, TWO, nobody);
-        assert_eq!(publish, Publish::Replace(DEFAULT));
-        assert_eq!(ledger.builder(DEFAULT), Some(TWO));
-    }
-
-    #[test]
-    fn a_scope_with_a_live_runner_is_never_replaced() {
-        let mut ledger = ScopeLedger::default();
-        let _ = ledger.publish(DEFAULT, ONE, everyone);
-        ledger.bind_runner(DEFAULT);
-        assert_eq!((ledger.live(DEFAULT), ledger.builder(DEFAULT)), (1, None));
-        let first = new(ledger.publish(DEFAULT, ONE, nobody));
-        let second = new(ledger.publish(DEFAULT, ONE, nobody));
-        assert_ne!(first, second);
-    }
-
-    #[test]
-    fn a_scope_whose_runners_are_all_gone_is_replaced() {
-        let mut ledger = ScopeLedger::default();
-        ledger.bind_runner(DEFAULT);
-        ledger.bind_runner(DEFAULT);
-        ledger.unbind_runner(DEFAULT);
-        let _ = new(ledger.publish(DEFAULT, ONE, everyone));
-        ledger.unbind_runner(DEFAULT);
-        ledger.unbind_runner(DEFAULT);
-        assert_eq!(ledger.live(DEFAULT), 0);
-        let publish = ledger.publish(DEFAULT, ONE, everyone);
-        assert_eq!(publish, Publish::Replace(DEFAULT));
-    }
-
-    #[test]
-    fn a_failed_publish_gives_its_claim_back() {
-        let mut ledger = ScopeLedger::default();
-        let _ = ledger.publish(DEFAULT, ONE, everyone);
-        ledger.abandon(DEFAULT, TWO);
-        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
-        ledger.abandon(DEFAULT, ONE);
-        assert_eq!(ledger.builder(DEFAULT), None);
-        ledger.abandon(DEFAULT, ONE);
-        let scope = {
-            ledger.bind_runner(DEFAULT);
-            new(ledger.publish(DEFAULT, TWO, everyone))
-        };
-        ledger.abandon(scope, TWO);
-        let publish = ledger.publish(scope, ONE, everyone);
-        assert_eq!(publish, Publish::Replace(scope));
-    }
-
-    #[test]
-    fn a_failed_second_publish_keeps_the_first_ones_claim() {
-        let mut ledger = ScopeLedger::default();
-        let _ = ledger.publish(DEFAULT, ONE, everyone);
-        let _ = ledger.publish(DEFAULT, ONE, everyone);
-        ledger.abandon(DEFAULT, ONE);
-        assert_eq!(ledger.builder(DEFAULT), Some(ONE));
-        let _ = new(ledger.publish(DEFAULT, TWO, everyone));
-    }
-
-    #[test]
-    fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
-        let mut ledger = ScopeLedger::default();
-        assert!(ledger.claim_vacant(DEFAULT, ONE));
-        assert!(!ledger.claim_vacant(DEFAULT, TWO));
-        let _ = new(ledger.publish(DEFAULT, TWO, everyone));
-        ledger.abandon(DEFAULT, ONE);
-        let publish = ledger.publish(DEFAULT, TWO, everyone);
-        assert_eq!(publish, Publish::Replace(DEFAULT));
-        assert!(!ledger.claim_vacant(DEFAULT, TWO));
-        ledger.bind_runner(DEFAULT);
-        assert!(!ledger.claim_vacant(DEFAULT, ONE));
-        assert!(!ledger.claim_vacant(ScopeId(99), ONE));
-    }
-
-    #[test]
-    fn a_created_scope_is_open_to_the_first_who_publishes_in_it() {
-        let mut ledger = ScopeLedger::default();
-        let scope = ledger.create();
-        assert_eq!(ledger.builder(scope), None);
-        let publish = ledger.publish(scope, TWO, everyone);
-        assert_eq!(publish, Publish::Replace(scope));
-    }
-
-    #[test]
-    fn a_scope_knows_which_generation_it_joined_last() {
-        let mut ledger = ScopeLedger::default();
-        let scope = ledger.create();
-        ledger.join(scope, Key::World, 1);
-        ledger.join(scope, Key::World, 2);
-        assert_eq!(ledger.joined(scope, &Key::World), Some(2));
-        assert_eq!(ledger.joined(DEFAULT, &Key::World), None);
-    }
-
-    #[test]
-    fn a_dropped_scope_is_gone_and_the_default_one_stays() {
-        let mut ledger = ScopeLedger::default();
-        let scope = ledger.create();
-        ledger.drop_scope(scope);
-        let other = new(ledger.publish(scope, ONE, everyone));
-        assert_ne!(other, scope);
-        ledger.drop_scope(DEFAULT);
-        let publish = ledger.publish(DEFAULT, ONE, everyone);
-        assert_eq!(publish, Publish::Replace(DEFAULT));
-        ledger.abandon(scope, ONE);
-        ledger.unbind_runner(scope);
-        assert_eq!(ledger.live(scope), 0);
-    }
-
-    #[test]
-    fn another_instance_gives_out_other_numbers() {
-        let mut parent = ScopeLedger::default();
-        let mut child = ScopeLedger::with_instance(4711);
-        assert_ne!(parent.create(), child.create());
-    }
-
-    #[test]
-    fn whether_a_builder_lives_is_asked_without_the_lock_and_again_if_it_changed() {
-        let scopes = Scopes::default();
-        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
-        let publish: Result<_, ()> = scopes.publish(DEFAULT, TWO, |thread| {
-            // Would deadlock under the lock; the builder changes, so liveness is asked again.
-            if thread == ONE {
-                scopes.with(|ledger| {
-                    ledger.abandon(DEFAULT, ONE);
-                    let _ = ledger.publish(DEFAULT, ThreadId(3), everyone);
-                });
-            }
-            Ok(thread == ONE)
-        });
-        assert_eq!(publish, Ok(Publish::Replace(DEFAULT)));
-        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(TWO));
-    }
-
-    #[test]
-    fn a_builder_that_claims_while_its_predecessor_is_found_dead_keeps_its_claim() {
-        let scopes = Scopes::default();
-        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
-        let three = ThreadId(3);
-        let publish: Result<_, ()> = scopes.publish(DEFAULT, TWO, |thread| {
-            if thread == ONE {
-                let _ = scopes.with(|ledger| ledger.publish(DEFAULT, three, nobody));
-            }
-            Ok(thread == three)
-        });
-        let _ = new(publish.expect("nothing fails"));
-        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(three));
-    }
-
-    #[test]
-    fn nothing_is_decided_when_nobody_can_tell_who_lives() {
-        let scopes = Scopes::default();
-        let _ = scopes.with(|ledger| ledger.publish(DEFAULT, ONE, everyone));
-        let publish = scopes.publish(DEFAULT, TWO, |_| Err("no list"));
-        assert_eq!(publish, Err("no list"));
-        assert_eq!(scopes.with(|it| it.builder(DEFAULT)), Some(ONE));
-    }
-}
+#[path = "scopes/tests.rs"]
+mod tests;

@@ -1,0 +1,68 @@
+"""Makes scoped globals ordinary attributes of their module for code outside of it.
+
+Functions of the module reach a scoped global through its accessor. What reads, writes or deletes it as an
+attribute - ``m.X = 1``, ``getattr``, ``from m import X``, ``mock.patch.object`` - means the same: the
+running code's scope, SGLang's default one outside of every runner. A subclass of the module's class with a
+data descriptor for each name does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Optional
+
+from sglang_distguard._core import ScopedGlobal
+
+
+class _Attribute:
+    """One scoped global as an attribute of its module."""
+
+    def __init__(self, name: str, accessor: ScopedGlobal) -> None:
+        self._name = name
+        self._accessor = accessor
+
+    def __get__(self, module: Optional[ModuleType], owner: Any = None) -> Any:
+        if module is None:
+            return self
+        try:
+            return self._accessor.value
+        except NameError as error:
+            raise self._missing(module) from error
+
+    def __set__(self, module: ModuleType, value: Any) -> None:
+        self._accessor.value = value
+
+    def __delete__(self, module: ModuleType) -> None:
+        try:
+            del self._accessor.value
+        except KeyError as error:  # the default scope's, which is the module's namespace
+            raise self._missing(module) from error
+
+    def _missing(self, module: ModuleType) -> AttributeError:
+        return AttributeError(
+            f"module {module.__name__!r} has no attribute {self._name!r}",
+            name=self._name,
+            obj=module,
+        )
+
+
+class WithScopedAttributes(ModuleType):
+    """What the subclasses share; found by ``isinstance``."""
+
+
+def give_attributes(module: ModuleType, accessors: Mapping[str, ScopedGlobal]) -> type[ModuleType]:
+    """Make ``accessors``, by name, attributes of ``module``; returns the class that it had."""
+    before = type(module)
+    attributes: dict[str, Any] = {
+        name: _Attribute(name, accessor) for name, accessor in accessors.items()
+    }
+    attributes["__module__"] = before.__module__
+    module.__class__ = type(before.__name__, (WithScopedAttributes, before), attributes)
+    return before
+
+
+def take_attributes(module: ModuleType, before: type[ModuleType]) -> None:
+    """Give ``module`` its class back, unless that has been changed since."""
+    if issubclass(type(module), WithScopedAttributes) and before in type(module).__mro__:
+        module.__class__ = before

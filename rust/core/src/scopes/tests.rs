@@ -1,0 +1,208 @@
+use super::*;
+
+const RUNNER: RunnerId = RunnerId(7);
+
+fn replaced(publish: Publish) -> ClaimId {
+    match publish {
+        Publish::Replace(claim) => claim,
+        other => panic!("should replace, but: {other:?}"),
+    }
+}
+
+fn new(publish: Publish) -> (ClaimId, ScopeId) {
+    match publish {
+        Publish::New(claim, scope) => (claim, scope),
+        other => panic!("should be new, but: {other:?}"),
+    }
+}
+
+fn aside(publish: Publish) -> (ClaimId, ScopeId) {
+    match publish {
+        Publish::Aside(claim, scope) => (claim, scope),
+        other => panic!("should put aside, but: {other:?}"),
+    }
+}
+
+#[test]
+fn the_first_publish_configures_the_default_scope() {
+    let mut ledger = ScopeLedger::default();
+    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.claim(DEFAULT), Some(claim));
+}
+
+#[test]
+fn whoever_holds_the_claim_may_publish_again_and_others_get_a_scope_of_their_own() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let again = replaced(ledger.publish(DEFAULT, Some(first), true));
+    assert_ne!(first, again);
+    let (other, scope) = new(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.claim(DEFAULT), Some(again));
+    assert_eq!(ledger.claim(scope), Some(other));
+}
+
+#[test]
+fn of_two_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
+    let mut ledger = ScopeLedger::default();
+    let parents = replaced(ledger.publish(DEFAULT, None, true));
+    let first = replaced(ledger.publish(DEFAULT, Some(parents), true));
+    let (_, second) = new(ledger.publish(DEFAULT, Some(parents), true));
+    assert_ne!(second, DEFAULT);
+    assert_eq!(ledger.claim(DEFAULT), Some(first));
+}
+
+#[test]
+fn what_is_pending_is_put_aside_and_can_be_gone_on_with() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    ledger.join(DEFAULT, Key::World, 3);
+    ledger.release(DEFAULT, first);
+    assert_eq!(ledger.claim(DEFAULT), None);
+    let (second, scope) = aside(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.claim(DEFAULT), Some(second));
+    assert_eq!(ledger.joined(DEFAULT, &Key::World), None);
+    assert_eq!(ledger.joined(scope, &Key::World), Some(3));
+    let resumed = ledger.resume(scope).unwrap();
+    assert_eq!(ledger.resume(scope), Some(resumed));
+    // Its executions are gone again, and nothing is lost.
+    ledger.release(scope, resumed);
+    assert!(ledger.resume(scope).is_some());
+}
+
+#[test]
+fn what_could_not_be_moved_is_pending_again_where_it_was() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    ledger.join(DEFAULT, Key::World, 3);
+    ledger.release(DEFAULT, first);
+    let (claim, scope) = aside(ledger.publish(DEFAULT, None, true));
+    ledger.take_back(claim, scope);
+    assert_eq!(ledger.joined(DEFAULT, &Key::World), Some(3));
+    assert_eq!(ledger.resume(scope), None);
+    assert!(ledger.resume(DEFAULT).is_some());
+}
+
+#[test]
+fn what_is_pending_is_never_moved_under_the_feet_of_an_execution_that_goes_on_with_it() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    ledger.release(DEFAULT, first);
+    let resumed = ledger.resume(DEFAULT).unwrap();
+    let _ = new(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.claim(DEFAULT), Some(resumed));
+}
+
+#[test]
+fn what_may_not_be_moved_stays_and_the_publish_gets_a_scope_of_its_own() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, false));
+    ledger.release(DEFAULT, first);
+    let _ = new(ledger.publish(DEFAULT, None, false));
+    assert!(ledger.resume(DEFAULT).is_some());
+}
+
+#[test]
+fn a_scope_with_a_live_runner_is_never_replaced() {
+    let mut ledger = ScopeLedger::default();
+    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.bind_runner(DEFAULT, RUNNER), None);
+    assert_eq!((ledger.live(DEFAULT), ledger.claim(DEFAULT)), (1, None));
+    let _ = new(ledger.publish(DEFAULT, Some(claim), true));
+    assert_eq!(ledger.resume(DEFAULT), None);
+}
+
+#[test]
+fn a_second_runner_of_a_scope_is_a_draft_of_the_first() {
+    let mut ledger = ScopeLedger::default();
+    assert_eq!(ledger.bind_runner(DEFAULT, RUNNER), None);
+    assert_eq!(ledger.bind_runner(DEFAULT, RunnerId(8)), Some(RUNNER));
+}
+
+#[test]
+fn a_scope_whose_runners_are_all_gone_is_replaced() {
+    let mut ledger = ScopeLedger::default();
+    ledger.bind_runner(DEFAULT, RUNNER);
+    ledger.bind_runner(DEFAULT, RunnerId(8));
+    ledger.unbind_runner(DEFAULT, RUNNER);
+    let _ = new(ledger.publish(DEFAULT, None, true));
+    ledger.unbind_runner(DEFAULT, RunnerId(8));
+    ledger.unbind_runner(DEFAULT, RunnerId(8));
+    assert_eq!(ledger.live(DEFAULT), 0);
+    replaced(ledger.publish(DEFAULT, None, true));
+}
+
+#[test]
+fn a_failed_publish_leaves_the_claim_that_was_there() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let second = replaced(ledger.publish(DEFAULT, Some(first), true));
+    ledger.abandon(DEFAULT, first, None); // not the one in force
+    assert_eq!(ledger.claim(DEFAULT), Some(second));
+    ledger.abandon(DEFAULT, second, Some(first));
+    assert_eq!(ledger.claim(DEFAULT), Some(first));
+    ledger.abandon(DEFAULT, first, None);
+    assert_eq!(ledger.claim(DEFAULT), None);
+    replaced(ledger.publish(DEFAULT, None, true));
+}
+
+#[test]
+fn the_end_of_an_earlier_claim_ends_nothing() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let second = replaced(ledger.publish(DEFAULT, Some(first), true));
+    ledger.release(DEFAULT, first);
+    assert_eq!(ledger.claim(DEFAULT), Some(second));
+}
+
+#[test]
+fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
+    let mut ledger = ScopeLedger::default();
+    let tidies = ledger.claim_vacant(DEFAULT).unwrap();
+    assert_eq!(ledger.claim_vacant(DEFAULT), None);
+    let _ = new(ledger.publish(DEFAULT, None, true));
+    ledger.abandon(DEFAULT, tidies, None);
+    replaced(ledger.publish(DEFAULT, None, true));
+    assert_eq!(ledger.claim_vacant(DEFAULT), None);
+    ledger.bind_runner(DEFAULT, RUNNER);
+    assert_eq!(ledger.claim_vacant(DEFAULT), None);
+    assert_eq!(ledger.claim_vacant(ScopeId(99)), None);
+}
+
+#[test]
+fn a_created_scope_is_open_to_the_first_publish_in_it() {
+    let mut ledger = ScopeLedger::default();
+    let scope = ledger.create();
+    assert_eq!(ledger.claim(scope), None);
+    replaced(ledger.publish(scope, None, true));
+}
+
+#[test]
+fn a_scope_knows_which_generation_it_joined_last() {
+    let mut ledger = ScopeLedger::default();
+    let scope = ledger.create();
+    ledger.join(scope, Key::World, 1);
+    ledger.join(scope, Key::World, 2);
+    assert_eq!(ledger.joined(scope, &Key::World), Some(2));
+    assert_eq!(ledger.joined(DEFAULT, &Key::World), None);
+}
+
+#[test]
+fn a_dropped_scope_is_gone_and_the_default_one_stays() {
+    let mut ledger = ScopeLedger::default();
+    let scope = ledger.create();
+    ledger.drop_scope(scope);
+    let (_, other) = new(ledger.publish(scope, None, true));
+    assert_ne!(other, scope);
+    ledger.drop_scope(DEFAULT);
+    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    ledger.abandon(scope, claim, None);
+    ledger.unbind_runner(scope, RUNNER);
+    assert_eq!(ledger.live(scope), 0);
+}
+
+#[test]
+fn another_instance_gives_out_other_numbers() {
+    let mut parent = ScopeLedger::default();
+    let mut child = ScopeLedger::with_instance(4711);
+    assert_ne!(parent.create(), child.create());
+}

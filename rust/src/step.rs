@@ -1,0 +1,491 @@
+//! One method of a runner, entered in one native step: leases, occupancy, room, execution.
+//! A method that is called from within its runner's own step goes straight through.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use distguard_core::actor::{Actor, ThreadId};
+use distguard_core::enter::Entry as Entrance;
+use distguard_core::occupancy::Place;
+use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyString, PyTuple};
+use pyo3::{intern, PyTraverseError, PyVisit};
+
+use crate::convert;
+use crate::errors::to_python;
+use crate::execution::{self, Entry, Execution};
+use crate::exit;
+use crate::process::{forks, occupancy, registry};
+use crate::room::Visit;
+use crate::runner::RunnerHandle;
+use crate::sync::lock;
+
+/// What all steps of one name have in common.
+struct Kind {
+    name: Arc<str>,
+    room: Option<Room>,
+    /// One thread at a time: a forward writes the runner's static buffers (sglang 0.5.23).
+    exclusive: bool,
+}
+
+/// A step that has not ended; its executions know it weakly.
+pub struct Running {
+    kind: Arc<Kind>,
+    runner: RunnerId,
+    thread: ThreadId,
+    visit: Option<VisitId>,
+    occupies: bool,
+    /// The step of another thread that has the room for this one, and so lasts as long.
+    _outer: Option<Arc<Running>>,
+    forks: u32,
+}
+
+impl Running {
+    pub fn name(&self) -> &str {
+        &self.kind.name
+    }
+
+    /// Whether `kind` on `runner` needs nothing that this step does not have.
+    fn covers(&self, kind: &Kind, runner: RunnerId) -> bool {
+        let room = match (self.kind.room, kind.room) {
+            (_, None) | (Some(Room::Capture), _) | (Some(Room::Load), Some(Room::Forward)) => true,
+            (mine, wanted) => mine == wanted,
+        };
+        self.runner == runner && room
+    }
+}
+
+impl Drop for Running {
+    /// Runs no Python.
+    fn drop(&mut self) {
+        // A child's registry is not the one that let it in.
+        if self.forks != forks() {
+            return;
+        }
+        if let Some(visit) = self.visit {
+            registry().leave(visit);
+        }
+        if self.occupies {
+            occupancy().leave(Place::Runner(self.runner));
+        }
+    }
+}
+
+thread_local! {
+    /// How many steps this thread is inside of: for the exit and for what torch keeps per thread.
+    static STEPS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Whether this thread is inside of a step.
+pub fn is_inside() -> bool {
+    STEPS.with(Cell::get) > 0
+}
+
+/// What is left when a step ends.
+struct Held {
+    entry: Entry,
+    /// Let go last, when the running code is the caller's again.
+    running: Arc<Running>,
+    thread: ThreadId,
+}
+
+/// A context manager: the running code is in a step of a runner.
+///
+/// Dropped without `__exit__` (an interrupt may come at any bytecode) it leaves all the same.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Step {
+    kind: Arc<Kind>,
+    handle: Py<RunnerHandle>,
+    held: Mutex<Option<Held>>,
+}
+
+impl Step {
+    fn begin(&self, py: Python<'_>) -> PyResult<Held> {
+        let handle = self.handle.bind(py).get();
+        let thread = convert::this_thread();
+        exit::stop_if_exiting(py, is_inside());
+        handle.check(py)?;
+        let now = execution::current(py)?;
+        let outer = now.as_ref().and_then(|it| it.get().step.upgrade());
+        let outer = outer.filter(|it| it.covers(&self.kind, handle.id()));
+        let running = self.admit(py, handle, thread, outer.as_ref())?;
+        let wanted = execution::derived(py, |it| {
+            let same = it.runner.as_ref().is_some_and(|it| it.is(&self.handle));
+            *it = Execution {
+                scope: handle.scope_ref(py),
+                runner: Some(self.handle.clone_ref(py)),
+                depth: it.depth + 1,
+                step: Arc::downgrade(&running),
+                // What one runner's code has set is not for another's.
+                default_dtype: it.default_dtype.take().filter(|_| same),
+                owns_environment: true,
+                turn: it.turn.take(),
+                claim: it.claim.take(),
+            };
+        })?;
+        let entry = Entry::new(py, Some(&wanted))?;
+        let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
+        exit::going_in(outermost);
+        Ok(Held {
+            entry,
+            running,
+            thread,
+        })
+    }
+
+    /// Occupancy and room, or what an outer step of the runner has of them.
+    fn admit(
+        &self,
+        py: Python<'_>,
+        handle: &RunnerHandle,
+        thread: ThreadId,
+        outer: Option<&Arc<Running>>,
+    ) -> PyResult<Arc<Running>> {
+        let mine = |it: &&Arc<Running>| it.occupies && it.thread == thread;
+        let occupied = outer.as_ref().is_some_and(mine);
+        if let Some(outer) = outer.filter(|_| occupied || !self.kind.exclusive) {
+            // The outer step lasts as long as this one, should it be another thread's.
+            return Ok(outer.clone());
+        }
+        let actor = convert::this_actor(py, Some(handle.name_ref()))?;
+        let mut running = Running {
+            kind: self.kind.clone(),
+            runner: handle.id(),
+            thread,
+            visit: None,
+            occupies: false,
+            _outer: outer.cloned(),
+            forks: forks(),
+        };
+        if self.kind.exclusive {
+            handle.occupy_for_forward(py, &actor)?;
+            running.occupies = true;
+        }
+        if let Some(room) = self.kind.room.filter(|_| outer.is_none()) {
+            let access = handle.access(room);
+            running.visit = Some(enter(py, access, &self.kind.name, &actor)?);
+            if running.visit.is_some() {
+                handle.check(py)?; // it may have been closed meanwhile
+            }
+        }
+        Ok(Arc::new(running))
+    }
+
+    fn end(&self, py: Python<'_>) -> PyResult<bool> {
+        let held = lock(&self.held).take();
+        let Some(held) = held else {
+            return Ok(false);
+        };
+        let left = held.entry.leave(py);
+        if held.thread == convert::this_thread() {
+            let outermost = STEPS.with(|steps| {
+                steps.set(steps.get().saturating_sub(1));
+                steps.get() == 0
+            });
+            exit::came_out(outermost);
+        }
+        drop(held.running);
+        left.map(|()| true)
+    }
+}
+
+/// Enters a room; waits, in Python, where something is in the way.
+fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyResult<VisitId> {
+    let arrived = registry().arrive_in_step(access, Some(step.clone()), actor);
+    let (id, entrance) = arrived.map_err(|error| to_python(py, &error))?;
+    if entrance == Entrance::Inside {
+        return Ok(id);
+    }
+    let visit = Bound::new(py, Visit::waiting(id, &entrance))?;
+    let entered = py
+        .import(intern!(py, "sglang_distguard.waiting"))?
+        .call_method1(intern!(py, "to_enter"), (&visit, access.to_string()));
+    match entered {
+        Ok(_) => Ok(visit.get().keep()),
+        Err(error) => {
+            visit.get().end();
+            Err(error)
+        }
+    }
+}
+
+#[pymethods]
+impl Step {
+    fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
+        if lock(&self.held).is_some() {
+            return Err(PyRuntimeError::new_err("this step has been entered before"));
+        }
+        let held = self.begin(py)?;
+        *lock(&self.held) = Some(held);
+        Ok(())
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        if self.end(py)? {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err("this step is not entered"))
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.handle)
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if lock(&self.held).is_some() {
+            Python::attach(|py| drop(self.end(py)));
+        }
+    }
+}
+
+/// A context manager that does nothing: the code is in a step that covers this one, or is of no
+/// runner of ours.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Through;
+
+#[pymethods]
+#[allow(clippy::unused_self)]
+impl Through {
+    fn __enter__(&self) {}
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, _error: &Bound<'_, PyTuple>) {}
+}
+
+fn through(py: Python<'_>) -> PyResult<Py<PyAny>> {
+    static THROUGH: PyOnceLock<Py<Through>> = PyOnceLock::new();
+    let through = THROUGH.get_or_try_init(py, || Py::new(py, Through))?;
+    Ok(through.clone_ref(py).into_any())
+}
+
+/// What a method of a runner is called with, to become its `Step`: one for each name.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct StepOf {
+    kind: Arc<Kind>,
+    /// Attribute of the argument that is the runner, or returns it; None: it is the runner itself.
+    runner: Option<Py<PyString>>,
+    /// Called with handle and name where a step is more than what is native; None: never.
+    otherwise: Option<Py<PyAny>>,
+    /// Also with one rank.
+    always_otherwise: bool,
+}
+
+static ATTRIBUTE: &str = "_sglang_distguard_handle";
+
+/// The handle of a runner that was built under the guard.
+pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, RunnerHandle>>> {
+    let py = runner.py();
+    let Ok(fields) = runner.getattr(intern!(py, "__dict__")) else {
+        return Ok(None);
+    };
+    let Ok(fields) = fields.cast_into::<PyDict>() else {
+        return Ok(None);
+    };
+    let found = fields.get_item(intern!(py, ATTRIBUTE))?;
+    Ok(found.and_then(|it| it.cast_into::<RunnerHandle>().ok()))
+}
+
+#[pymethods]
+impl StepOf {
+    #[new]
+    #[pyo3(signature = (name, room, *, exclusive=false, runner=None, otherwise=None, always_otherwise=false))]
+    fn new(
+        name: &str,
+        room: Option<&str>,
+        exclusive: bool,
+        runner: Option<Py<PyString>>,
+        otherwise: Option<Py<PyAny>>,
+        always_otherwise: bool,
+    ) -> PyResult<Self> {
+        let room = room.map(str::parse).transpose();
+        Ok(Self {
+            kind: Arc::new(Kind {
+                name: name.into(),
+                room: room.map_err(PyValueError::new_err)?,
+                exclusive,
+            }),
+            runner,
+            otherwise,
+            always_otherwise,
+        })
+    }
+
+    #[pyo3(signature = (owner, /))]
+    fn __call__(&self, py: Python<'_>, owner: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+        let handle = match &self.runner {
+            None => handle_of(owner)?,
+            Some(name) => {
+                let runner = owner.getattr(name)?;
+                match handle_of(&runner)? {
+                    None if runner.is_callable() => handle_of(&runner.call0()?)?,
+                    found => found,
+                }
+            }
+        };
+        let Some(handle) = handle else {
+            return through(py);
+        };
+        if let Some(now) = execution::current(py)? {
+            let now = now.get();
+            if now.runner.as_ref().is_some_and(|it| it.is(&handle)) {
+                let step = now.step.upgrade();
+                let covered = step.is_some_and(|it| {
+                    let same = it.thread == convert::this_thread();
+                    it.covers(&self.kind, handle.get().id())
+                        && same
+                        && (it.occupies || !self.kind.exclusive)
+                });
+                if covered {
+                    return through(py);
+                }
+            }
+        }
+        if let Some(otherwise) = &self.otherwise {
+            if self.always_otherwise || handle.get().has_ranks() {
+                return otherwise.call1(py, (handle, &*self.kind.name));
+            }
+        }
+        Ok(Py::new(py, self.step(&handle))?.into_any())
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let otherwise = self.otherwise.as_ref();
+        otherwise.map_or(Ok(()), |it| visit.call(it))
+    }
+}
+
+impl StepOf {
+    fn step(&self, handle: &Bound<'_, RunnerHandle>) -> Step {
+        Step {
+            kind: self.kind.clone(),
+            handle: handle.clone().unbind(),
+            held: Mutex::default(),
+        }
+    }
+}
+
+/// A step of `handle`'s runner, to be entered with `with`.
+#[pyfunction]
+#[pyo3(signature = (handle, name, room, *, exclusive=false))]
+pub fn step(
+    handle: &Bound<'_, RunnerHandle>,
+    name: &str,
+    room: Option<&str>,
+    exclusive: bool,
+) -> PyResult<Step> {
+    Ok(StepOf::new(name, room, exclusive, None, None, false)?.step(handle))
+}
+
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
+/// Who has entered an `Activation` and not left it.
+static ACTIVATIONS: Mutex<BTreeMap<u64, Actor>> = Mutex::new(BTreeMap::new());
+
+/// (thread, runner) of every `Activation` that is entered now.
+#[pyfunction]
+pub fn activations() -> Vec<(String, String)> {
+    let named = |actor: &Actor| {
+        let runner = actor.runner.as_deref().unwrap_or_default();
+        (actor.thread_name.to_string(), runner.to_owned())
+    };
+    lock(&ACTIVATIONS).values().map(named).collect()
+}
+
+/// In a forked child: only the forking thread came along.
+pub fn start_afresh() {
+    let me = convert::this_thread();
+    lock(&ACTIVATIONS).retain(|_, actor| actor.thread == me);
+}
+
+/// A context manager: the running code is the runner's, in no step of it.
+///
+/// It may idle and be left in another thread's step: it holds nothing, and delays no exit.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Activation {
+    handle: Py<RunnerHandle>,
+    /// What `with … as` gives.
+    runner: Py<PyAny>,
+    entries: Mutex<Vec<(Entry, u64)>>,
+}
+
+#[pymethods]
+impl Activation {
+    #[new]
+    fn new(handle: Py<RunnerHandle>, runner: Py<PyAny>) -> Self {
+        Self {
+            handle,
+            runner,
+            entries: Mutex::default(),
+        }
+    }
+
+    fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let handle = self.handle.bind(py).get();
+        exit::stop_if_exiting(py, is_inside());
+        handle.check(py)?;
+        let wanted = execution::derived(py, |it| {
+            let same = it.runner.as_ref().is_some_and(|it| it.is(&self.handle));
+            *it = Execution {
+                scope: handle.scope_ref(py),
+                runner: Some(self.handle.clone_ref(py)),
+                depth: it.depth + 1,
+                step: if same {
+                    std::mem::take(&mut it.step)
+                } else {
+                    Weak::default()
+                },
+                default_dtype: it.default_dtype.take().filter(|_| same),
+                owns_environment: true,
+                turn: it.turn.take(),
+                claim: it.claim.take(),
+            };
+        })?;
+        let actor = convert::this_actor(py, Some(handle.name_ref()))?;
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let entry = Entry::new(py, Some(&wanted))?;
+        lock(&ACTIVATIONS).insert(number, actor);
+        lock(&self.entries).push((entry, number));
+        Ok(self.runner.clone_ref(py))
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        let entry = lock(&self.entries).pop();
+        let Some((entry, number)) = entry else {
+            return Err(PyRuntimeError::new_err("left more often than entered"));
+        };
+        lock(&ACTIVATIONS).remove(&number);
+        entry.leave(py)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.handle)?;
+        visit.call(&self.runner)
+    }
+}
+
+impl Drop for Activation {
+    fn drop(&mut self) {
+        let entries = std::mem::take(&mut *lock(&self.entries));
+        if entries.is_empty() {
+            return;
+        }
+        Python::attach(|py| {
+            for (entry, number) in entries.into_iter().rev() {
+                lock(&ACTIVATIONS).remove(&number);
+                let _ = entry.leave(py); // in another context, or too late
+            }
+        });
+    }
+}
