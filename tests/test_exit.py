@@ -189,3 +189,24 @@ def test_a_subinterpreter_is_refused_with_the_reason() -> None:
     assert result.returncode == 0, result.stderr
     assert "SubinterpreterError" in result.stdout
     assert "Import it in the main interpreter" in result.stdout
+
+
+def test_an_activate_that_idles_does_not_delay_the_exit() -> None:
+    done = run(
+        RUNNERS,
+        """
+        from sglang_distguard import _core
+        inside = threading.Event()
+
+        def idle():
+            with sglang_distguard.activate(runners[1]):
+                inside.set()
+                threading.Event().wait()
+
+        threading.Thread(target=idle, daemon=True).start()
+        inside.wait()
+        print("still inside of a step:", _core.begin_exit(60.0))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "still inside of a step: 0" in done.stdout

@@ -59,7 +59,7 @@ class Replacing:
 
     is_fresh = False
 
-    def __init__(self, _label: str, *, may_put_aside: bool) -> None:
+    def __init__(self, _label: str, *, is_other: bool, may_put_aside: bool) -> None:
         pass
 
     def __enter__(self) -> Replacing:

@@ -27,6 +27,7 @@ __all__ = [
     "adopt_execution",
     "begin_exit",
     "begin_teardown",
+    "carried_execution",
     "current_execution",
     "current_scope",
     "default_dtype_in_force",
@@ -251,7 +252,7 @@ class Publishing:
     Given back at the end of the with block, unless it ends without an error after ``succeed``.
     """
 
-    def __new__(cls, label: str, *, may_put_aside: bool) -> Publishing: ...
+    def __new__(cls, label: str, *, is_other: bool, may_put_aside: bool) -> Publishing: ...
     @property
     def is_fresh(self) -> bool:
         """Whether the scope was made for this publish."""
@@ -423,6 +424,9 @@ def current_scope() -> Scope | None: ...
 def current_execution() -> Execution | None: ...
 def adopt_execution(execution: Execution | None, /) -> None:
     """Make it the calling code's own, until it is changed again."""
+
+def carried_execution() -> Execution | None:
+    """The running execution, to be carried to another thread: its dtype is held there anew."""
 
 def run_as(execution: Execution | None, /) -> Entered: ...
 def in_scope(scope: Scope | None, /) -> Entered:

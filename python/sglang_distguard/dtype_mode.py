@@ -119,7 +119,10 @@ class _Call:
             probe = self._func(*self._args, **{**self._kwargs, "device": "meta"})
         except Exception:  # it makes nothing on a device, or refuses what it was given
             return self._made_without_a_device()
-        if not isinstance(probe, torch.Tensor) or probe.dtype not in self._process:
+        # Some meta kernels are Python (`torch._refs`) and ask `torch.get_default_dtype`, which answers
+        # with the wanted one already.
+        defaults = {*self._process, self._wanted, _COMPLEX.get(self._wanted)}
+        if not isinstance(probe, torch.Tensor) or probe.dtype not in defaults:
             return self._func(*self._args, **self._kwargs)
         return self._told(probe.dtype)
 

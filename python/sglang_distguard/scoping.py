@@ -91,6 +91,13 @@ def keep_published(server_args: Any) -> None:
     setattr(server_args, _KEPT, _Keeps(_core.current_scope()))
 
 
+def keep_pending(scope: _core.Scope) -> None:
+    """``keep_published`` for ``scope``, to which what was published elsewhere has been moved."""
+    server_args = accessor(CONTEXT_MODULE, "_CONTEXT").value_in(scope)._server_args
+    if server_args is not None:
+        setattr(server_args, _KEPT, _Keeps(scope))
+
+
 def scopes_of_published(server_args: Any) -> list[Optional[_core.Scope]]:
     """The scopes in which ``server_args``, this very object, is what was published last."""
     contexts = accessor(CONTEXT_MODULE, "_CONTEXT")

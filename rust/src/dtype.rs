@@ -31,6 +31,18 @@ impl HeldDtype {
     }
 }
 
+impl HeldDtype {
+    /// For an execution that is carried to another thread, which holds it anew: this one need not
+    /// intercept for what lives on there.
+    pub fn carried(&self, py: Python<'_>) -> Arc<Self> {
+        let held = Arc::new(AtomicUsize::new(1));
+        Arc::new(Self {
+            dtype: self.dtype.clone_ref(py),
+            held,
+        })
+    }
+}
+
 impl Drop for HeldDtype {
     fn drop(&mut self) {
         self.held.fetch_sub(1, Ordering::AcqRel);

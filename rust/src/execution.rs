@@ -215,6 +215,19 @@ pub fn current_execution(py: Python<'_>) -> PyResult<Option<Bound<'_, Execution>
     current(py)
 }
 
+/// The running execution, to be carried to another thread.
+#[pyfunction]
+pub fn carried_execution(py: Python<'_>) -> PyResult<Option<Bound<'_, Execution>>> {
+    let Some(now) = current(py)? else {
+        return Ok(None);
+    };
+    let Some(dtype) = &now.get().default_dtype else {
+        return Ok(Some(now));
+    };
+    let dtype = dtype.carried(py);
+    derived(py, |it| it.default_dtype = Some(dtype)).map(Some)
+}
+
 /// Makes `execution` the running thread's own until it is changed again.
 #[pyfunction]
 #[pyo3(signature = (execution, /))]

@@ -27,8 +27,9 @@ mod _core {
     use crate::dtype::note_intercepting;
     #[pymodule_export]
     use crate::execution::{
-        adopt_execution, current_execution, default_dtype_in_force, depth, in_scope, in_turn,
-        owning_environment, run_as, set_default_dtype, with_default_dtype, Entered, Execution,
+        adopt_execution, carried_execution, current_execution, default_dtype_in_force, depth,
+        in_scope, in_turn, owning_environment, run_as, set_default_dtype, with_default_dtype,
+        Entered, Execution,
     };
     #[pymodule_export]
     use crate::exit::begin_exit;

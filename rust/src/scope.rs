@@ -8,7 +8,7 @@ use distguard_core::key::Key;
 use distguard_core::scopes::{ClaimId, Publish, ScopeId, ScopeLedger, DEFAULT};
 use pyo3::prelude::*;
 use pyo3::types::{PyInt, PyWeakrefMethods, PyWeakrefReference};
-use pyo3::{PyTraverseError, PyVisit};
+use pyo3::{intern, PyTraverseError, PyVisit};
 
 use crate::claim::Claim;
 use crate::convert;
@@ -204,6 +204,7 @@ fn id_of(scope: Option<&Bound<'_, Scope>>) -> ScopeId {
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Publishing {
     label: String,
+    is_other: bool,
     may_put_aside: bool,
     chosen: Mutex<Option<Chosen>>,
 }
@@ -215,6 +216,22 @@ struct Chosen {
     entry: Entry,
     is_fresh: bool,
     has_succeeded: bool,
+}
+
+/// Moves what the default scope holds to the scope `aside`.
+///
+/// It lives as long as the `ServerArgs` published there, which its own context refers to.
+fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<()> {
+    let kept = register(py, aside, "pending".to_owned())?;
+    let fresh = new_scope(py, "fresh".to_owned())?;
+    let inside = execution::derived(py, |it| it.scope = Some(fresh.clone().unbind()))?;
+    let entry = Entry::new(py, Some(&inside))?;
+    let moved = scoped_global::move_aside(py, &kept, &fresh);
+    entry.leave(py)?;
+    moved?;
+    py.import(intern!(py, "sglang_distguard.scoping"))?
+        .call_method1(intern!(py, "keep_pending"), (kept,))?;
+    Ok(())
 }
 
 impl Publishing {
@@ -230,10 +247,11 @@ impl Publishing {
 #[pymethods]
 impl Publishing {
     #[new]
-    #[pyo3(signature = (label, *, may_put_aside))]
-    fn new(label: String, may_put_aside: bool) -> Self {
+    #[pyo3(signature = (label, *, is_other, may_put_aside))]
+    fn new(label: String, is_other: bool, may_put_aside: bool) -> Self {
         Self {
             label,
+            is_other,
             may_put_aside,
             chosen: Mutex::default(),
         }
@@ -251,14 +269,13 @@ impl Publishing {
         let current = now.map_or(DEFAULT, Execution::scope_id);
         let mine = now.and_then(|it| it.claim.clone());
         let before = mine.as_ref().map(|it| it.id);
-        let may_put_aside = slf.get().may_put_aside;
+        let (other, movable) = (slf.get().is_other, slf.get().may_put_aside);
         let publish =
-            process::scopes().with(|ledger| ledger.publish(current, before, may_put_aside));
+            process::scopes().with(|ledger| ledger.publish(current, before, other, movable));
         let (id, claim, fresh) = match publish {
             Publish::Replace(claim) => (current, claim, None),
             Publish::Aside(claim, aside) => {
-                let kept = register(py, aside, "pending".to_owned());
-                if let Err(error) = kept.and_then(|it| scoped_global::move_aside(py, &it)) {
+                if let Err(error) = put_aside(py, aside) {
                     process::scopes().with(|ledger| ledger.take_back(claim, aside));
                     return Err(error);
                 }

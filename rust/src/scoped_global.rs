@@ -82,10 +82,15 @@ pub struct ScopedGlobal {
 /// The last one of each slot: what `move_aside` moves.
 static LIVE: Mutex<BTreeMap<usize, Py<PyWeakrefReference>>> = Mutex::new(BTreeMap::new());
 
-/// Moves what the default scope holds to `scope`; the default one starts afresh.
+/// Moves what the default scope holds to `scope`; the default one gets what the scope `fresh` starts
+/// with, in which the running code is: some initial values read others.
 ///
 /// Everything that may run Python or fail comes first, so that it is all moved or nothing.
-pub fn move_aside(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
+pub fn move_aside(
+    py: Python<'_>,
+    scope: &Bound<'_, Scope>,
+    fresh: &Bound<'_, Scope>,
+) -> PyResult<()> {
     let known: Vec<_> = lock(&LIVE)
         .values()
         .map(|weak| weak.clone_ref(py))
@@ -95,7 +100,8 @@ pub fn move_aside(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
     for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
         let it = global.get();
         if let Some(value) = it.owner.get(it.name.bind(py))? {
-            moves.push((global.clone(), value.unbind(), it.initial.call0(py)?));
+            let initial = it.value_in(py, Some(fresh))?;
+            moves.push((global.clone(), value.unbind(), initial));
         }
     }
     for (global, value, initial) in moves {

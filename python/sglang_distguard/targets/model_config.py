@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -15,10 +14,10 @@ _MADE_FROM = "_sglang_distguard_made_from"
 
 
 class _MadeFrom:
-    """Weak, and nowhere in a copy: a copy may be made for another runner."""
+    """Goes nowhere with a copy: a copy may be made for another runner."""
 
     def __init__(self, server_args: Any) -> None:
-        self.server_args = weakref.ref(server_args)
+        self.server_args = server_args
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # processes without distguard unpickle it, too
@@ -27,7 +26,7 @@ class _MadeFrom:
 def made_from(model_config: Any) -> Optional[Any]:
     """The ServerArgs that ``ModelConfig.from_server_args`` was given; None if it was not so made."""
     known = getattr(model_config, "__dict__", {}).get(_MADE_FROM)
-    return known.server_args() if isinstance(known, _MadeFrom) else None
+    return known.server_args if isinstance(known, _MadeFrom) else None
 
 
 def _from_server_args(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from sglang_distguard import _core, environment, ownership, settings, world
 from sglang_distguard.patching import Around
 from sglang_distguard.scoping import (
     CONTEXT_MODULE,
+    accessor,
     context_snapshot,
     keep_published,
     scope_active,
@@ -36,7 +37,9 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
         name = settings.current().name or ""
         # Groups of several ranks stay where all ranks know them.
         movable = world.ranks() is None
-        with _core.Publishing(name, may_put_aside=movable) as publishing:
+        here = accessor(CONTEXT_MODULE, "_CONTEXT").value._server_args
+        is_other = here is not None and here is not server_args
+        with _core.Publishing(name, is_other=is_other, may_put_aside=movable) as publishing:
             before = None if publishing.is_fresh else context_snapshot()
             try:
                 environment.resolve(server_args)

@@ -18,7 +18,7 @@ from sglang_distguard.patching import Around
 def _start(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def start(self: Any) -> None:
-        execution = _core.current_execution()
+        execution = _core.carried_execution()
         if execution is None:
             original(self)
             return
@@ -56,7 +56,7 @@ def _hands_over(position: int) -> Callable[[Callable[..., Any]], Callable[..., A
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def hand_over(*args: Any, **kwargs: Any) -> Any:
-            execution = _core.current_execution()
+            execution = _core.carried_execution()
             # Processes of a pool are other processes; what they run is pickled.
             if execution is None or not _has_threads(args[0]) or len(args) <= position:
                 return original(*args, **kwargs)

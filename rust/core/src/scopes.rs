@@ -4,17 +4,18 @@
 //! ```text
 //! state       what it means                                   a publish that finds it
 //! Vacant      nothing is published here, or it is used up     claims it
-//! Claimed(c)  published, and executions that hold c build     with c: replaces; else: a new scope
-//! Pending     published, and no execution holds the claim     puts it aside, then claims the scope
+//! Claimed(c)  published, and executions that hold c build     with c: as Pending; else: a new scope
+//! Pending     published, and no execution holds the claim     puts it aside, then claims the scope;
+//!                                                             the same again: replaces
 //! Inhabited   runners live here                               makes a new scope
 //!
 //! from        by                     to
 //! Vacant      publish, claim_vacant  Claimed(new)
-//! Claimed(c)  publish with c         Claimed(new): the last publish counts
 //! Claimed(c)  release(c)             Pending
 //! Claimed(c)  abandon(c)             what it was before
 //! Pending     resume                 Claimed(new)
 //! Pending     publish                Claimed(new); what was there is Pending in a scope of its own
+//! Claimed(c)  publish with c         likewise
 //! any         bind_runner            Inhabited
 //! Inhabited   the last unbind        Vacant
 //! ```
@@ -94,11 +95,13 @@ impl ScopeLedger {
     /// Decides whose context a `publish` configures, and claims it.
     ///
     /// Args: the caller's current scope; the claim that its execution holds, if any; whether what
-    /// is pending in the default scope may be moved (with several ranks its groups may not).
+    /// is pending is something else than what is published now; and whether it may be moved out of
+    /// the default scope (with several ranks its groups may not).
     pub fn publish(
         &mut self,
         current: ScopeId,
         mine: Option<ClaimId>,
+        is_other: bool,
         may_put_aside: bool,
     ) -> Publish {
         let claim = ClaimId(self.fresh());
@@ -106,14 +109,16 @@ impl ScopeLedger {
         let Some(entry) = self.entries.get_mut(&current) else {
             return self.publish_new(claim, aside);
         };
-        let pending = entry.state == State::Pending && current == DEFAULT;
         let is_mine = |held| Some(held) == mine;
         let taken = matches!(entry.state, State::Claimed(held) if !is_mine(held));
-        if !entry.runners.is_empty() || taken || (pending && !may_put_aside) {
+        // What is pending is kept: in a scope of its own, or where it is.
+        let keeps = is_other && entry.state != State::Vacant;
+        let movable = current == DEFAULT && may_put_aside;
+        if !entry.runners.is_empty() || taken || (keeps && !movable) {
             return self.publish_new(claim, aside);
         }
         entry.state = State::Claimed(claim);
-        if !pending {
+        if !keeps {
             return Publish::Replace(claim);
         }
         let moved = Entry {

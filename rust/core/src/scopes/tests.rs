@@ -26,17 +26,17 @@ fn aside(publish: Publish) -> (ClaimId, ScopeId) {
 #[test]
 fn the_first_publish_configures_the_default_scope() {
     let mut ledger = ScopeLedger::default();
-    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    let claim = replaced(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim(DEFAULT), Some(claim));
 }
 
 #[test]
 fn whoever_holds_the_claim_may_publish_again_and_others_get_a_scope_of_their_own() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
-    let again = replaced(ledger.publish(DEFAULT, Some(first), true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
+    let again = replaced(ledger.publish(DEFAULT, Some(first), false, true));
     assert_ne!(first, again);
-    let (other, scope) = new(ledger.publish(DEFAULT, None, true));
+    let (other, scope) = new(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim(DEFAULT), Some(again));
     assert_eq!(ledger.claim(scope), Some(other));
 }
@@ -44,9 +44,9 @@ fn whoever_holds_the_claim_may_publish_again_and_others_get_a_scope_of_their_own
 #[test]
 fn of_two_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
     let mut ledger = ScopeLedger::default();
-    let parents = replaced(ledger.publish(DEFAULT, None, true));
-    let first = replaced(ledger.publish(DEFAULT, Some(parents), true));
-    let (_, second) = new(ledger.publish(DEFAULT, Some(parents), true));
+    let parents = replaced(ledger.publish(DEFAULT, None, false, true));
+    let first = replaced(ledger.publish(DEFAULT, Some(parents), false, true));
+    let (_, second) = new(ledger.publish(DEFAULT, Some(parents), false, true));
     assert_ne!(second, DEFAULT);
     assert_eq!(ledger.claim(DEFAULT), Some(first));
 }
@@ -54,11 +54,11 @@ fn of_two_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
 #[test]
 fn what_is_pending_is_put_aside_and_can_be_gone_on_with() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.join(DEFAULT, Key::World, 3);
     ledger.release(DEFAULT, first);
     assert_eq!(ledger.claim(DEFAULT), None);
-    let (second, scope) = aside(ledger.publish(DEFAULT, None, true));
+    let (second, scope) = aside(ledger.publish(DEFAULT, None, true, true));
     assert_eq!(ledger.claim(DEFAULT), Some(second));
     assert_eq!(ledger.joined(DEFAULT, &Key::World), None);
     assert_eq!(ledger.joined(scope, &Key::World), Some(3));
@@ -72,10 +72,10 @@ fn what_is_pending_is_put_aside_and_can_be_gone_on_with() {
 #[test]
 fn what_could_not_be_moved_is_pending_again_where_it_was() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.join(DEFAULT, Key::World, 3);
     ledger.release(DEFAULT, first);
-    let (claim, scope) = aside(ledger.publish(DEFAULT, None, true));
+    let (claim, scope) = aside(ledger.publish(DEFAULT, None, true, true));
     ledger.take_back(claim, scope);
     assert_eq!(ledger.joined(DEFAULT, &Key::World), Some(3));
     assert_eq!(ledger.resume(scope), None);
@@ -85,29 +85,45 @@ fn what_could_not_be_moved_is_pending_again_where_it_was() {
 #[test]
 fn what_is_pending_is_never_moved_under_the_feet_of_an_execution_that_goes_on_with_it() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.release(DEFAULT, first);
     let resumed = ledger.resume(DEFAULT).unwrap();
-    let _ = new(ledger.publish(DEFAULT, None, true));
+    let _ = new(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim(DEFAULT), Some(resumed));
 }
 
 #[test]
 fn what_may_not_be_moved_stays_and_the_publish_gets_a_scope_of_its_own() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, false));
+    let first = replaced(ledger.publish(DEFAULT, None, false, false));
     ledger.release(DEFAULT, first);
-    let _ = new(ledger.publish(DEFAULT, None, false));
+    let _ = new(ledger.publish(DEFAULT, None, true, false));
     assert!(ledger.resume(DEFAULT).is_some());
+}
+
+#[test]
+fn what_an_execution_has_published_and_not_built_is_kept_when_it_publishes_something_else() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true, true));
+    let (second, scope) = aside(ledger.publish(DEFAULT, Some(first), true, true));
+    assert!(ledger.resume(scope).is_some());
+    assert_eq!(ledger.claim(DEFAULT), Some(second));
+    // The same again replaces it, and a scope of its own stays where it is.
+    let third = replaced(ledger.publish(DEFAULT, Some(second), false, true));
+    let (own, fresh) = new(ledger.publish(DEFAULT, None, true, true));
+    let (_, another) = new(ledger.publish(fresh, Some(own), true, true));
+    assert_ne!(fresh, another);
+    assert_eq!(ledger.claim(fresh), Some(own));
+    assert_eq!(ledger.claim(DEFAULT), Some(third));
 }
 
 #[test]
 fn a_scope_with_a_live_runner_is_never_replaced() {
     let mut ledger = ScopeLedger::default();
-    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    let claim = replaced(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.bind_runner(DEFAULT, RUNNER), None);
     assert_eq!((ledger.live(DEFAULT), ledger.claim(DEFAULT)), (1, None));
-    let _ = new(ledger.publish(DEFAULT, Some(claim), true));
+    let _ = new(ledger.publish(DEFAULT, Some(claim), false, true));
     assert_eq!(ledger.resume(DEFAULT), None);
 }
 
@@ -124,32 +140,32 @@ fn a_scope_whose_runners_are_all_gone_is_replaced() {
     ledger.bind_runner(DEFAULT, RUNNER);
     ledger.bind_runner(DEFAULT, RunnerId(8));
     ledger.unbind_runner(DEFAULT, RUNNER);
-    let _ = new(ledger.publish(DEFAULT, None, true));
+    let _ = new(ledger.publish(DEFAULT, None, false, true));
     ledger.unbind_runner(DEFAULT, RunnerId(8));
     ledger.unbind_runner(DEFAULT, RunnerId(8));
     assert_eq!(ledger.live(DEFAULT), 0);
-    replaced(ledger.publish(DEFAULT, None, true));
+    replaced(ledger.publish(DEFAULT, None, false, true));
 }
 
 #[test]
 fn a_failed_publish_leaves_the_claim_that_was_there() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
-    let second = replaced(ledger.publish(DEFAULT, Some(first), true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
+    let second = replaced(ledger.publish(DEFAULT, Some(first), false, true));
     ledger.abandon(DEFAULT, first, None); // not the one in force
     assert_eq!(ledger.claim(DEFAULT), Some(second));
     ledger.abandon(DEFAULT, second, Some(first));
     assert_eq!(ledger.claim(DEFAULT), Some(first));
     ledger.abandon(DEFAULT, first, None);
     assert_eq!(ledger.claim(DEFAULT), None);
-    replaced(ledger.publish(DEFAULT, None, true));
+    replaced(ledger.publish(DEFAULT, None, false, true));
 }
 
 #[test]
 fn the_end_of_an_earlier_claim_ends_nothing() {
     let mut ledger = ScopeLedger::default();
-    let first = replaced(ledger.publish(DEFAULT, None, true));
-    let second = replaced(ledger.publish(DEFAULT, Some(first), true));
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
+    let second = replaced(ledger.publish(DEFAULT, Some(first), false, true));
     ledger.release(DEFAULT, first);
     assert_eq!(ledger.claim(DEFAULT), Some(second));
 }
@@ -159,9 +175,9 @@ fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
     let mut ledger = ScopeLedger::default();
     let tidies = ledger.claim_vacant(DEFAULT).unwrap();
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
-    let _ = new(ledger.publish(DEFAULT, None, true));
+    let _ = new(ledger.publish(DEFAULT, None, false, true));
     ledger.abandon(DEFAULT, tidies, None);
-    replaced(ledger.publish(DEFAULT, None, true));
+    replaced(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
     ledger.bind_runner(DEFAULT, RUNNER);
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
@@ -173,7 +189,7 @@ fn a_created_scope_is_open_to_the_first_publish_in_it() {
     let mut ledger = ScopeLedger::default();
     let scope = ledger.create();
     assert_eq!(ledger.claim(scope), None);
-    replaced(ledger.publish(scope, None, true));
+    replaced(ledger.publish(scope, None, false, true));
 }
 
 #[test]
@@ -191,10 +207,10 @@ fn a_dropped_scope_is_gone_and_the_default_one_stays() {
     let mut ledger = ScopeLedger::default();
     let scope = ledger.create();
     ledger.drop_scope(scope);
-    let (_, other) = new(ledger.publish(scope, None, true));
+    let (_, other) = new(ledger.publish(scope, None, false, true));
     assert_ne!(other, scope);
     ledger.drop_scope(DEFAULT);
-    let claim = replaced(ledger.publish(DEFAULT, None, true));
+    let claim = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.abandon(scope, claim, None);
     ledger.unbind_runner(scope, RUNNER);
     assert_eq!(ledger.live(scope), 0);

@@ -1,0 +1,190 @@
+"""What the ledger says does not depend on the machine that an audit runs on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang_distguard.audit import findings, ledger
+from sglang_distguard.audit.findings import Finding, Open
+from sglang_distguard.audit.probes import is_probe
+from sglang_distguard.audit.runs import Change, Ran, Run
+
+LEDGER = Path(__file__).parent.parent / "ledger" / "0.5.23.csv"
+
+TEXT = """
+import functools
+import os
+import platform
+import torch
+from sglang.made_up.other import helper, reads_environment, settings
+from sglang.made_up import other
+
+_machine = platform.machine()
+_rebound = None
+try:
+    is_tile_supported = torch.cpu._is_amx_tile_supported()
+except Exception:
+    is_tile_supported = False
+
+
+def rebind():
+    global _rebound
+    _rebound = 1
+
+
+@functools.lru_cache(maxsize=1)
+def asks_the_processor():
+    try:
+        import sgl_kernel
+        return hasattr(torch.ops.sgl_kernel, "convert_weight_packed") and is_tile_supported
+    except Exception:
+        return False
+
+
+@functools.cache
+def asks_helpers():
+    return asks_the_processor() and helper() and _machine == "x86_64"
+
+
+@functools.cache
+def asks_itself(): return asks_itself_again()
+
+
+def asks_itself_again(): return asks_itself()
+
+
+@functools.cache
+def takes_arguments(device=None): return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def reads_variable(): return os.environ.get("X")
+
+
+@functools.cache
+def reads_variable_elsewhere(): return reads_environment()
+
+
+@functools.cache
+def reads_rebound(): return _rebound
+
+
+@functools.cache
+def reads_settings(): return settings.backend
+
+
+@functools.cache
+def reads_module(): return other.helper()
+
+
+@functools.cache
+def reads_current_device(): return torch.cuda.get_device_name(torch.cuda.current_device())
+
+
+@functools.cache
+def writes():
+    global _rebound
+    _rebound = 2
+"""
+OTHER = """
+import os
+import torch
+
+
+class Settings:
+    backend = "a"
+
+
+settings = Settings()
+
+
+def configure():
+    global settings
+    settings = Settings()
+
+
+def helper(): return torch.version.cuda is None
+
+
+def reads_environment(): return os.getenv("X")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("asks_the_processor", True),
+        ("asks_helpers", True),
+        ("asks_itself", True),
+        ("takes_arguments", False),
+        ("reads_variable", False),
+        ("reads_variable_elsewhere", False),
+        ("reads_rebound", False),
+        ("reads_settings", False),
+        ("reads_module", False),
+        ("reads_current_device", False),
+        ("writes", False),
+        ("not_there", False),
+    ],
+)
+def test_a_cache_is_of_the_machine_if_nothing_that_a_runner_changes_is_read(
+    tmp_path: Path, name: str, expected: bool
+) -> None:
+    files = {}
+    for module, text in (("sglang.made_up.m", TEXT), ("sglang.made_up.other", OTHER)):
+        file = tmp_path / f"{module}.py"
+        file.write_text(text)
+        files[module] = str(file)
+    assert is_probe("sglang.made_up.m", name, files) is expected
+
+
+def run(file: Path, *, changes: list[Change], ran: list[Ran]) -> Run:
+    kinds = [("sglang.made_up.m", "asks_the_processor", "cache")]
+    found: dict[str, Any] = {"changes": changes, "ran": ran, "kinds": kinds}
+    return Run(files={"sglang.made_up.m": str(file)}, **found)
+
+
+def rows(found: list[Finding]) -> ledger.Rows:
+    return {key: row for key, row in ledger.rows(found).items() if key[0] == "sglang.made_up.m"}
+
+
+@pytest.mark.parametrize("phase", ["import", "load"])
+def test_a_processor_on_which_a_probe_is_asked_gives_the_ledger_of_one_on_which_it_is_not(
+    tmp_path: Path, phase: str
+) -> None:
+    file = tmp_path / "m.py"
+    file.write_text(TEXT)
+    asked = Change(
+        "sglang.made_up.m", "asks_the_processor", phase, "alone", "0 answers", "1 answer"
+    )
+    with_it = findings.find([run(file, changes=[asked], ran=[])])
+    without = findings.find([run(file, changes=[], ran=[])])
+    assert rows(with_it) == rows(without)
+    assert not [it for it in with_it if it.verdict == Open.UNCOVERED]
+
+
+def test_what_import_does_on_one_machine_only_is_not_in_the_ledger(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text(TEXT)
+    line = 1 + TEXT.splitlines().index("    _rebound = 1")
+    here = "sglang.made_up.m"
+    imported = Ran(here, line, "import", "alone")
+    loaded = Ran(here, line, "load", "alone")
+    quiet = findings.find([run(file, changes=[], ran=[])])
+    assert rows(findings.find([run(file, changes=[], ran=[imported])])) == rows(quiet)
+    # What a runner does is, wherever.
+    later = findings.find([run(file, changes=[], ran=[loaded])])
+    assert rows(later) != rows(quiet)
+    verdicts = {it.name: it.verdict for it in later if it.module == here}
+    assert verdicts["_rebound"] == Open.UNCOVERED
+
+
+def test_the_ledger_says_nothing_of_imports() -> None:
+    with LEDGER.open(newline="") as lines:
+        verdicts = {row["verdict"] for row in csv.DictReader(lines)}
+    assert Open.ONCE.value not in verdicts
+    assert Open.UNCOVERED.value not in verdicts
+    assert Open.MACHINE.value in verdicts
