@@ -243,6 +243,16 @@ impl Both {
         (real, self.model.check(leases))
     }
 
+    /// The leases that are good now, by their place.
+    fn good_leases(&self) -> Vec<usize> {
+        let good = |lease: &(Key, LeaseId)| self.real.check_leases(std::slice::from_ref(lease));
+        let places = self.leases.iter().enumerate();
+        places
+            .filter(|(_, lease)| good(lease).is_ok())
+            .map(|(place, _)| place)
+            .collect()
+    }
+
     fn arrive(&mut self, access: Access, thread: u64) -> (Outcome, Outcome) {
         let (id, real) = match self.real.arrive(access, &actor(thread)) {
             Ok((id, entry)) => (id, entered(Ok(entry))),
@@ -421,9 +431,15 @@ proptest! {
         };
         for call in &calls {
             let generations: Vec<_> = both.real.snapshot().slots;
+            let (epoch, good) = (both.real.slots_epoch(), both.good_leases());
             let (real, model) = both.call(call);
             prop_assert_eq!(real, model, "{:?}", call);
             both.assert_same_state();
+            if both.real.slots_epoch() == epoch {
+                // Given back, a lease is its holder's to forget.
+                let released = matches!(call, Call::Release { .. });
+                prop_assert!(released || both.good_leases().starts_with(&good), "{:?}", call);
+            }
             for before in generations {
                 let after = both.real.snapshot();
                 let after = after.slot(&before.key).map(|it| it.generation);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::registry::Registry;
-use distguard_core::rooms::Room;
+use distguard_core::rooms::{Access, Room, RunnerId};
 
 use crate::common::{actor, enter, in_line, inside};
 use crate::explore::{all, explore, shared, spawn, Bound, Guarded};
@@ -31,6 +31,43 @@ fn a_capture_and_a_forward_are_never_inside_together() {
         let other = spawn(&registry, visit(Room::Capture, 1, &guarded));
         visit(Room::Forward, 0, &guarded)(&registry);
         other.join().unwrap();
+        assert!(registry.snapshot().visits.is_empty());
+    });
+}
+
+/// What `runner` does, a draft of `target` or none; a load changes what the others read.
+fn step(
+    room: Room,
+    runner: u64,
+    target: Option<u64>,
+    thread: u64,
+    guarded: &Guarded,
+) -> impl FnOnce(&Registry) + 'static {
+    let guarded = guarded.clone();
+    let access = Access {
+        room,
+        runner: Some(RunnerId(runner)),
+        target: target.map(RunnerId),
+    };
+    move |registry| {
+        let visit = enter(registry, access, thread).unwrap();
+        match room {
+            Room::Load => guarded.change(),
+            Room::Forward | Room::Capture => guarded.read(),
+        }
+        assert!(registry.leave(visit));
+    }
+}
+
+#[test]
+fn a_load_and_forwards_of_its_runner_and_its_draft_are_never_inside_together() {
+    explore(Bound::Preemptions { full: 5, short: 3 }, || {
+        let (registry, guarded) = (shared(), Guarded::default());
+        let forward = step(Room::Forward, 1, None, 1, &guarded);
+        let draft = step(Room::Forward, 2, Some(1), 2, &guarded);
+        let others = [spawn(&registry, forward), spawn(&registry, draft)];
+        step(Room::Load, 1, None, 0, &guarded)(&registry);
+        all(others);
         assert!(registry.snapshot().visits.is_empty());
     });
 }

@@ -12,7 +12,7 @@ use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::policy::Policy;
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Room, VisitId};
+use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotState;
 use distguard_core::teardown::Teardown;
@@ -100,7 +100,7 @@ struct Worker<'a> {
     counts: &'a Counts,
     leads: Vec<Lead<'a>>,
     leases: Vec<Lease>,
-    visits: Vec<(VisitId, Room)>,
+    visits: Vec<(VisitId, Access)>,
 }
 
 impl Worker<'_> {
@@ -230,10 +230,10 @@ impl Worker<'_> {
         if self.visits.len() > 1 {
             return self.leave();
         }
-        let room = Room::ALL[thread_rng().gen_range(0..3)];
+        let access = any_access();
         let impatient = thread_rng().gen_bool(0.1);
-        self.truth.asks(self.id, &room);
-        let entered = self.wait_to_enter(room, impatient);
+        self.truth.asks(self.id, &access);
+        let entered = self.wait_to_enter(access, impatient);
         if let Err(Error::Deadlock { cycle }) = &entered {
             self.counts.deadlocks.fetch_add(1, Relaxed);
             self.truth.assert_cycle(self.id, cycle);
@@ -242,16 +242,16 @@ impl Worker<'_> {
         match entered {
             Ok(visit) => {
                 self.counts.visits.fetch_add(1, Relaxed);
-                self.truth.enters(self.id, room);
-                self.visits.push((visit, room));
+                self.truth.enters(self.id, access);
+                self.visits.push((visit, access));
             }
             Err(Error::Deadlock { .. } | Error::RoomTimeout { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }
 
-    fn wait_to_enter(&self, room: Room, impatient: bool) -> Result<VisitId, Error> {
-        let (visit, mut entry) = self.registry.arrive(room, &actor(self.id))?;
+    fn wait_to_enter(&self, access: Access, impatient: bool) -> Result<VisitId, Error> {
+        let (visit, mut entry) = self.registry.arrive(access, &actor(self.id))?;
         while let Entry::Wait { epoch, .. } = entry {
             if impatient {
                 let error = self.registry.room_timed_out(visit, FOREVER);
@@ -266,8 +266,8 @@ impl Worker<'_> {
     }
 
     fn leave(&mut self) {
-        if let Some((visit, room)) = self.visits.pop() {
-            self.truth.leaves(self.id, room);
+        if let Some((visit, access)) = self.visits.pop() {
+            self.truth.leaves(self.id, access);
             assert!(self.registry.leave(visit));
         }
     }
@@ -359,5 +359,20 @@ impl Worker<'_> {
             assert!(!(was_good && lease.broken));
         }
         leases.into_iter().map(|it| (it.key, it.id)).collect()
+    }
+}
+
+/// Of no runner in particular, or of one of three, the last of which is a draft of the first.
+fn any_access() -> Access {
+    let room = Room::ALL[thread_rng().gen_range(0..3)];
+    let runner = match thread_rng().gen_range(0..4u64) {
+        0 => None,
+        number => Some(RunnerId(number)),
+    };
+    let target = (runner == Some(RunnerId(3))).then_some(RunnerId(1));
+    Access {
+        room,
+        runner,
+        target,
     }
 }

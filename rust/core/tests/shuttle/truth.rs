@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::key::Key;
-use distguard_core::rooms::Room;
+use distguard_core::rooms::Access;
 use distguard_core::waitgraph::{Edge, Subject};
 
 /// That the programs did what they are for.
@@ -44,7 +44,7 @@ impl fmt::Display for Counts {
 #[derive(Default)]
 struct Facts {
     leaders: BTreeMap<Key, u64>,
-    inside: Vec<(u64, Room)>,
+    inside: Vec<(u64, Access)>,
     /// What a thread asks for, and may be asleep for.
     asking: BTreeMap<u64, Subject>,
     /// How often anybody asked for anything; counts time.
@@ -104,19 +104,19 @@ impl Truth {
         self.facts().leaders.get(key).copied()
     }
 
-    pub fn enters(&self, thread: u64, room: Room) {
+    pub fn enters(&self, thread: u64, access: Access) {
         let mut facts = self.facts();
         for (other, occupied) in &facts.inside {
-            let together = *other != thread && occupied.conflicts_with(room);
-            assert!(!together, "{other} is in {occupied}, {thread} in {room}");
+            let together = *other != thread && occupied.conflicts_with(&access);
+            assert!(!together, "{other} is in {occupied}, {thread} in {access}");
         }
-        facts.inside.push((thread, room));
+        facts.inside.push((thread, access));
     }
 
     /// Written before the visit ends.
-    pub fn leaves(&self, thread: u64, room: Room) {
+    pub fn leaves(&self, thread: u64, access: Access) {
         let mut facts = self.facts();
-        let visit = facts.inside.iter().position(|it| *it == (thread, room));
+        let visit = facts.inside.iter().position(|it| *it == (thread, access));
         facts.inside.remove(visit.expect("it is inside"));
     }
 
@@ -157,9 +157,9 @@ impl Truth {
             assert_eq!(asks, Some(&edge.subject), "{cycle:?}");
             let has = match &edge.subject {
                 Subject::Key(key) => facts.leaders.get(key) == Some(&next),
-                Subject::Room(room) => {
+                Subject::Room(access) => {
                     let mut visits = facts.inside.iter().filter(|it| it.0 == next);
-                    next != edge.thread.0 && visits.any(|it| it.1.conflicts_with(*room))
+                    next != edge.thread.0 && visits.any(|it| it.1.conflicts_with(access))
                 }
             };
             assert!(has, "{next} does not have {}: {cycle:?}", edge.subject);
