@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import sglang_distguard
 from registry_calls import inside
-from sglang_distguard.targets import model_runner
+from sglang_distguard.patching import find_source
+from sglang_distguard.targets import given_runners, model_runner
 from sglang_distguard.testing import server_args
 
 
@@ -50,3 +54,51 @@ def test_adapters_are_loaded_and_weights_checked_in_the_room_for_loads(
     runner.check_weights("snapshot", role="target")
     assert seen == [["room:load"]] * 4
     sglang_distguard.close(runner)
+
+
+#: Reads of what is scoped: the accessors of sglang.srt.runtime_context, and environment variables.
+READS = re.compile(
+    r"\bget_(context|parallel|server_args|flags|resources|forward|device|model|exec|schedule|memory|spec"
+    r"|lora|mm|disagg|serving|observability)\(\)|\benvs\."
+)
+
+
+def functions_given_a_runner(module: str) -> dict[str, str]:
+    """Qualified name -> text of the public functions with a parameter ``model_runner``."""
+    source = find_source(module)
+    assert source is not None
+    found = {}
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                if "model_runner" in {
+                    it.arg for it in ast.walk(node.args) if isinstance(it, ast.arg)
+                }:
+                    found[prefix + node.name] = ast.unparse(node)
+
+    collect(ast.parse(source.text).body, "")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in given_runners.GIVEN}))
+def test_what_is_given_a_runner_and_reads_what_is_scoped_works_for_that_runner(module: str) -> None:
+    hooked = {name for it, names in given_runners.GIVEN if it == module for name in names.split()}
+    functions = functions_given_a_runner(module)
+    assert hooked <= functions.keys()
+    assert {name for name, text in functions.items() if READS.search(text)} <= hooked
+
+
+def test_methods_without_a_hook_read_nothing_that_is_scoped() -> None:
+    source = find_source(model_runner.MODULE)
+    assert source is not None
+    plain = {name for it in model_runner.TABLE if it.is_plain for name in it.names.split()}
+    methods = {
+        node.name: ast.unparse(node)
+        for node in ast.walk(ast.parse(source.text))
+        if isinstance(node, ast.FunctionDef) and node.name in plain
+    }
+    assert methods.keys() == plain
+    assert {name for name, text in methods.items() if READS.search(text)} == set()

@@ -215,13 +215,15 @@ struct Chosen {
     before: Option<ClaimId>,
     entry: Entry,
     is_fresh: bool,
+    /// Where what was here before has been moved.
+    aside: Option<Py<Scope>>,
     has_succeeded: bool,
 }
 
 /// Moves what the default scope holds to the scope `aside`.
 ///
 /// It lives as long as the `ServerArgs` published there, which its own context refers to.
-fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<()> {
+fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<Py<Scope>> {
     let kept = register(py, aside, "pending".to_owned())?;
     let fresh = new_scope(py, "fresh".to_owned())?;
     let inside = execution::derived(py, |it| it.scope = Some(fresh.clone().unbind()))?;
@@ -230,8 +232,8 @@ fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<()> {
     entry.leave(py)?;
     moved?;
     py.import(intern!(py, "sglang_distguard.scoping"))?
-        .call_method1(intern!(py, "keep_pending"), (kept,))?;
-    Ok(())
+        .call_method1(intern!(py, "keep_pending"), (&kept,))?;
+    Ok(kept.unbind())
 }
 
 impl Publishing {
@@ -239,7 +241,14 @@ impl Publishing {
         let Some(chosen) = lock(&self.chosen).take() else {
             return Ok(());
         };
-        process::scopes().with(|ledger| ledger.abandon(chosen.scope, chosen.claim, chosen.before));
+        let (claim, before) = (chosen.claim, chosen.before);
+        if let Some(aside) = &chosen.aside {
+            let aside = aside.bind(py);
+            scoped_global::move_back(py, aside)?;
+            process::scopes().with(|ledger| ledger.take_back(claim, aside.get().id, before));
+        } else {
+            process::scopes().with(|ledger| ledger.abandon(chosen.scope, claim, before));
+        }
         chosen.entry.leave(py)
     }
 }
@@ -272,12 +281,16 @@ impl Publishing {
         let (other, movable) = (slf.get().is_other, slf.get().may_put_aside);
         let publish =
             process::scopes().with(|ledger| ledger.publish(current, before, other, movable));
+        let mut aside = None;
         let (id, claim, fresh) = match publish {
             Publish::Replace(claim) => (current, claim, None),
-            Publish::Aside(claim, aside) => {
-                if let Err(error) = put_aside(py, aside) {
-                    process::scopes().with(|ledger| ledger.take_back(claim, aside));
-                    return Err(error);
+            Publish::Aside(claim, to) => {
+                match put_aside(py, to) {
+                    Ok(kept) => aside = Some(kept),
+                    Err(error) => {
+                        process::scopes().with(|ledger| ledger.take_back(claim, to, before));
+                        return Err(error);
+                    }
                 }
                 (current, claim, None)
             }
@@ -307,6 +320,7 @@ impl Publishing {
             before,
             entry,
             is_fresh,
+            aside,
             has_succeeded: false,
         });
         Ok(slf)

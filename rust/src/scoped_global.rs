@@ -112,6 +112,20 @@ pub fn move_aside(
     Ok(())
 }
 
+/// Undoes `move_aside`.
+pub fn move_back(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
+    let known: Vec<_> = lock(&LIVE).values().map(|it| it.clone_ref(py)).collect();
+    let live = known.iter().filter_map(|weak| weak.bind(py).upgrade());
+    for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
+        let it = global.get();
+        if let Some(value) = scope.get().read(py, it.slot) {
+            it.owner.set(it.name.bind(py), value)?;
+        }
+    }
+    scope.get().clear();
+    Ok(())
+}
+
 #[pymethods]
 impl ScopedGlobal {
     #[new]

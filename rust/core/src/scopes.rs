@@ -130,13 +130,14 @@ impl ScopeLedger {
         Publish::Aside(claim, aside)
     }
 
-    /// Undoes `Publish::Aside`: what was to be moved stays, and is pending again.
-    pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId) {
+    /// Undoes `Publish::Aside`: what was moved, or was to be, is where it was, pending or with the
+    /// claim that the caller held `before`.
+    pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId, before: Option<ClaimId>) {
         let Some(moved) = self.entries.remove(&aside) else {
             return;
         };
         if let Some(entry) = self.claimed(DEFAULT, claim) {
-            entry.state = State::Pending;
+            entry.state = before.map_or(State::Pending, State::Claimed);
             entry.joined = moved.joined;
         }
     }

@@ -76,10 +76,20 @@ fn what_could_not_be_moved_is_pending_again_where_it_was() {
     ledger.join(DEFAULT, Key::World, 3);
     ledger.release(DEFAULT, first);
     let (claim, scope) = aside(ledger.publish(DEFAULT, None, true, true));
-    ledger.take_back(claim, scope);
+    ledger.take_back(claim, scope, None);
     assert_eq!(ledger.joined(DEFAULT, &Key::World), Some(3));
     assert_eq!(ledger.resume(scope), None);
     assert!(ledger.resume(DEFAULT).is_some());
+}
+
+#[test]
+fn a_failed_publish_of_something_else_leaves_the_claim_that_was_there() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, true, true));
+    let (second, scope) = aside(ledger.publish(DEFAULT, Some(first), true, true));
+    ledger.take_back(second, scope, Some(first));
+    assert_eq!(ledger.claim(DEFAULT), Some(first));
+    assert_eq!(ledger.resume(scope), None);
 }
 
 #[test]

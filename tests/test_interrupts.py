@@ -1,0 +1,191 @@
+"""Ctrl-C at any bytecode of any hook leaves nothing entered, held or bound.
+
+KeyboardInterrupt is raised before each bytecode of the package's own functions, and of the functions of
+SGLang whose bodies the guard has put into a with block, while a runner is published, built, run, updated
+and closed. `make interrupts` raises at every one of them; by default each scenario has a share of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Optional
+
+import pytest
+import sglang_distguard as dg
+from sglang_distguard import _core, default_dtype
+from sglang_distguard.testing import bit_equal, server_args, steps
+from torch.overrides import _get_current_function_mode_stack
+
+Model = Callable[..., Path]
+Place = tuple[CodeType, int]
+PACKAGE = str(Path(dg.__file__).parent)
+#: Raise at one place of this many; 1 for all. Default: what a scenario says.
+EVERY = int(os.environ.get("DISTGUARD_EVERY", "0"))
+
+
+def is_ours(code: CodeType) -> bool:
+    if code.co_filename.startswith(PACKAGE):
+        return f"{os.sep}testing{os.sep}" not in code.co_filename
+    return any(name.startswith(("_distguard_within", "_distguard_hook")) for name in code.co_names)
+
+
+class Tracer:
+    """Notes each place once, and raises at one of them when it is told."""
+
+    def __init__(self, raise_at: Optional[Place] = None) -> None:
+        self.places: dict[Place, None] = {}
+        self._raise_at = raise_at
+        self.has_raised = False
+
+    def run(self, work: Callable[[], Any]) -> None:
+        sys.settrace(self._called)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+
+    def _called(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not is_ours(frame.f_code):
+            return None
+        frame.f_trace_lines = False
+        frame.f_trace_opcodes = True
+        return self._inside
+
+    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "opcode" and not self.has_raised:
+            place = (frame.f_code, frame.f_lasti)
+            self.places[place] = None
+            if place == self._raise_at:
+                self.has_raised = True
+                raise KeyboardInterrupt
+        return self._inside
+
+
+def state() -> dict[str, Any]:
+    """What must be as it was: depth, scope, dtype, leases, rooms."""
+    gc.collect()
+    facts = dg.snapshot()
+    return {
+        "execution": _core.current_execution(),
+        "depth": _core.depth(),
+        "dtype": default_dtype.in_force(),
+        "modes": _get_current_function_mode_stack(),
+        "rooms": facts["rooms"],
+        "activations": _core.activations(),
+        "runners": [it["runners"] for it in facts["scopes"] if it["runners"]],
+        "holders": {
+            it["key"]: sorted(holder["name"] for holder in it["holders"])
+            for it in facts["slots"]
+            if it["holders"]
+        },
+    }
+
+
+def interrupted_everywhere(
+    work: Callable[[], Any], every: int, after: Callable[[], Any] = lambda: None
+) -> int:
+    """Run ``work`` once for each place; what is left is compared with before. Returns how many."""
+    work()  # what is made once is made
+    seen = Tracer()
+    seen.run(work)
+    places = list(seen.places)[:: EVERY or every]
+    before = state()
+    for place in places:
+        tracer = Tracer(place)
+        try:
+            tracer.run(work)
+        except KeyboardInterrupt:
+            pass
+        code, offset = place
+        where = f"{code.co_qualname} in {code.co_filename} at {offset}"
+        after()
+        assert state() == before, where
+    return len(places)
+
+
+@pytest.fixture
+def runner(guard: None, model: Model) -> Iterator[Any]:
+    other = dg.build_runner(server_args(model("gpt2")), name="other")
+    made = dg.build_runner(server_args(model("llama")), name="served")
+    yield made
+    dg.close(made)
+    dg.close(other)
+
+
+def test_in_a_forward_and_a_sample(runner: Any) -> None:
+    wanted = steps.generate(runner, steps=1).logits
+
+    def in_another_thread() -> None:
+        out: list[Any] = []
+        thread = threading.Thread(target=lambda: out.append(steps.generate(runner, steps=1)))
+        thread.start()
+        thread.join()
+        assert bit_equal(out[0].logits, wanted)  # the runner is nobody's
+
+    count = interrupted_everywhere(
+        lambda: steps.generate(runner, steps=0), every=7, after=in_another_thread
+    )
+    assert count > 50
+
+
+def test_in_activate(runner: Any) -> None:
+    def work() -> None:
+        with dg.activate(runner):
+            pass
+
+    assert interrupted_everywhere(work, every=1) > 5
+
+
+def test_in_an_update_of_weights(runner: Any, model: Model) -> None:
+    from safetensors.torch import load_file
+
+    weights = list(load_file(model("llama") / "model.safetensors").items())
+    wanted = steps.generate(runner, steps=0).logits
+
+    def work() -> None:
+        runner.weight_updater.update_weights_from_tensor(weights)
+
+    assert interrupted_everywhere(work, every=5) > 5
+    work()
+    assert bit_equal(steps.generate(runner, steps=0).logits, wanted)
+
+
+def test_in_a_build_and_a_close(runner: Any, model: Model) -> None:
+    path = model("llama", seed=1)
+
+    def work() -> None:
+        dg.close(dg.build_runner(server_args(path), name="third"))
+
+    assert interrupted_everywhere(work, every=60) > 20
+    third = dg.build_runner(server_args(path), name="third")
+    assert steps.generate(third, steps=0).logits.shape[-1] > 0
+    dg.close(third)
+
+
+def test_in_sglangs_own_steps_of_a_build(runner: Any, model: Model) -> None:
+    path = model("llama", seed=1)
+
+    def work() -> None:
+        with _core.run_as(_core.current_execution()):
+            dg.close(steps.build(server_args(path)))
+
+    assert interrupted_everywhere(work, every=60) > 20
+
+
+def test_in_a_publish(runner: Any, model: Model) -> None:
+    from sglang.srt.runtime_context import SpawnRanks, publish
+
+    args = server_args(model("llama"))
+    ranks = SpawnRanks(world_rank=0, gpu_id=0)
+
+    def work() -> None:
+        with _core.run_as(_core.current_execution()):
+            publish(args, role="scheduler", ranks=ranks)
+
+    assert interrupted_everywhere(work, every=3) > 20
