@@ -73,10 +73,9 @@ def functions_given_a_runner(module: str) -> dict[str, str]:
         for node in body:
             if isinstance(node, ast.ClassDef):
                 collect(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                if "model_runner" in {
-                    it.arg for it in ast.walk(node.args) if isinstance(it, ast.arg)
-                }:
+            elif isinstance(node, ast.FunctionDef):
+                named = {it.arg for it in ast.walk(node.args) if isinstance(it, ast.arg)}
+                if "model_runner" in named and not node.name.startswith("_"):
                     found[prefix + node.name] = ast.unparse(node)
 
     collect(ast.parse(source.text).body, "")

@@ -9,9 +9,8 @@ from contextvars import ContextVar
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
-def in_thread() -> bool:
-    """Whether the calling thread is inside of ``thread_compiles``."""
-    return _compiling.get()
+#: Whether the running code is inside of ``thread_compiles``; native, for layers ask in every forward.
+is_here = _compiling.get
 
 
 @contextmanager

@@ -39,10 +39,15 @@ def in_force() -> Optional[torch.dtype]:
 def set_in_force(dtype: torch.dtype) -> None:
     """Make ``dtype`` the running execution's default until it is set again or the execution is left.
 
+    Nothing is done where it is the default already: Dynamo sets what it found when it has compiled
+    (torch 2.14.1, `preserve_global_state`), and guards on the function modes that there were.
+
     Raises:
         TypeError: not a floating point dtype (as ``torch.set_default_dtype``).
     """
     _check(dtype)
+    if dtype == (in_force() or sys.modules["torch"]._C.get_default_dtype()):
+        return
     _intercept()
     _core.set_default_dtype(dtype)
 

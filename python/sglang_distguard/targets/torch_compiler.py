@@ -14,9 +14,11 @@ from sglang_distguard.patching import Around
 
 
 def _is_compiling(original: Callable[..., Any]) -> Callable[..., Any]:
+    is_here = compiling.is_here
+
     @functools.wraps(original)
     def is_compiling() -> bool:
-        return compiling.in_thread() or bool(original())  # the flag is still torch.export's
+        return is_here() or bool(original())  # the flag is still torch.export's
 
     return is_compiling
 
