@@ -16,6 +16,7 @@ from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import live, modules
 from sglang_distguard.patching.rewrite import Rewrite, rewrite
 from sglang_distguard.patching.source import ModuleSource
+from sglang_distguard.patching.store import kept
 from sglang_distguard.patching.syntax import accessor_name
 from sglang_distguard.patching.within import Block
 
@@ -398,6 +399,10 @@ def _reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[st
 @cache
 def _definitions(source: ModuleSource) -> tuple[str, ...]:
     """Qualified names of the functions and classes a module defines, in order, each once."""
+    return tuple(kept(("definitions", source.text), lambda: _read_definitions(source)))
+
+
+def _read_definitions(source: ModuleSource) -> tuple[str, ...]:
     found: dict[str, None] = {}
 
     def collect(body: Sequence[ast.stmt], prefix: str) -> None:

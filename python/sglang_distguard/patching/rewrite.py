@@ -18,6 +18,7 @@ from typing import Optional
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.elsewhere import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
+from sglang_distguard.patching.store import kept
 from sglang_distguard.patching.syntax import Function, ScopeTransformer, accessor_name, owned
 from sglang_distguard.patching.within import Block, Enclose
 
@@ -56,6 +57,21 @@ def rewrite(
             function binds it in a way that has no attribute form (an import, a def, an except
             clause), or an attribute is copied where no scope is in force, at import.
     """
+    made_from = (source.module, source.filename, source.text)
+    wanted = (sorted(names), sorted(elsewhere), sorted(blocks))
+    replaced, initials = kept(
+        (*made_from, *wanted), lambda: _rewritten(source, names, elsewhere, blocks)
+    )
+    return Rewrite(dict(replaced), initials)
+
+
+def _rewritten(
+    source: ModuleSource,
+    names: frozenset[str],
+    elsewhere: frozenset[tuple[str, str]],
+    blocks: frozenset[tuple[str, Block]],
+) -> tuple[list[tuple[CodeType, CodeType]], dict[str, CodeType]]:
+    """The fields of a ``Rewrite``, as what ``store`` keeps."""
     tree = ast.parse(source.text, source.filename)
     initials = _initial_values(source, tree, names)
     changed = ast.parse(source.text, source.filename)
@@ -68,8 +84,8 @@ def rewrite(
     if blocks:
         changed = Enclose(dict(blocks)).visit(changed)
     ast.fix_missing_locations(changed)
-    replaced = dict(_changed_code(_compile(tree, source), _compile(changed, source)))
-    return Rewrite(replaced, initials)
+    replaced = list(_changed_code(_compile(tree, source), _compile(changed, source)))
+    return replaced, initials
 
 
 def _compile(tree: ast.AST, source: ModuleSource, mode: str = "exec") -> CodeType:

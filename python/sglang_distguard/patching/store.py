@@ -1,0 +1,84 @@
+"""Keeps what was compiled from SGLang's text between processes, as Python keeps .pyc files.
+
+A file per rewritten module, named by a digest of all that it was made from: text, file name, Python and
+this package's own code. Written whole or not at all; what does not fit, or is damaged, is made anew. A
+folder that other users may write to is not used: what is in it is run as code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import marshal
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+#: Names the folder; "0" or empty: nothing is kept.
+VARIABLE = "SGLANG_DISTGUARD_CACHE"
+_DIGEST = 32  # bytes
+
+
+@functools.cache
+def _folder() -> Optional[Path]:
+    """Where files are kept; None when nowhere."""
+    named = os.environ.get(VARIABLE)
+    if named is not None and named.strip() in ("", "0"):
+        return None
+    default = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = Path(named or os.path.join(default, "sglang_distguard")).expanduser()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # not writable, or nobody's home
+        return None
+    others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return None if found.st_uid != os.getuid() or others_write else folder
+
+
+@functools.cache
+def _made_by() -> bytes:
+    """What makes the values: this Python, and the text of this package's own rewriting."""
+    digest = hashlib.sha256(f"{sys.implementation.cache_tag} {sys.hexversion}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
+
+
+def kept(made_from: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """The value of ``make()``, made now or by an earlier process.
+
+    Args:
+        made_from: all that the value depends on, of what ``repr`` tells apart.
+        make: returns what ``marshal`` takes.
+    """
+    folder = _folder()
+    if folder is None:
+        return make()
+    name = hashlib.sha256(_made_by() + repr(made_from).encode()).hexdigest()
+    file = folder / f"{name}.marshal"
+    with contextlib.suppress(OSError, ValueError, EOFError, TypeError):
+        content = file.read_bytes()
+        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+            return marshal.loads(content[_DIGEST:])
+    value = make()
+    with contextlib.suppress(OSError):
+        _write(file, marshal.dumps(value))
+    return value
+
+
+def _write(file: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(hashlib.sha256(content).digest() + content)
+        os.replace(name, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
