@@ -151,12 +151,14 @@ impl Inner {
     }
 
     fn leave(&mut self, id: VisitId) -> bool {
-        let left = self.rooms.leave(id).is_some();
-        // Nobody in line: nobody to wake, which is a system call for every step of every runner.
-        if left && self.rooms.is_anybody_queued() {
+        let Some(left) = self.rooms.leave(id) else {
+            return false;
+        };
+        // Nobody in line, nor was this: nobody to wake, a system call for every step of every runner.
+        if !left.inside || self.rooms.is_anybody_queued() {
             self.touch_rooms();
         }
-        left
+        true
     }
 
     /// Somebody left, or began to wait: whoever is in line looks again.
