@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-rust loom shuttle test-models test-python lint format stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
+.PHONY: help always setup demo test test-rust loom shuttle test-models test-python lint format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ format: setup ## format and fix what can be fixed
 	@cargo fmt --all
 	@$(BIN)/ruff check -q --fix
 	@$(BIN)/ruff format -q
+
+interrupts: setup ## Ctrl-C at every bytecode of every hook
+	@DISTGUARD_EVERY=1 $(BIN)/python -m pytest -q --timeout 7200 tests/test_interrupts.py
 
 stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every reference afresh (12 minutes)
 	@$(BIN)/python -m pytest -q -m slow -s tests/test_stress.py tests/test_references.py
