@@ -17,6 +17,27 @@ use crate::process;
 use crate::scoped_global;
 use crate::sync::lock;
 
+/// What a scope has of one global.
+#[derive(Default)]
+pub enum Held {
+    /// Not yet read or written in this scope: its value is the initial one.
+    #[default]
+    Unset,
+    Value(Py<PyAny>),
+    /// It was deleted in this scope, and has not been written since.
+    Deleted,
+}
+
+impl Held {
+    fn clone_ref(&self, py: Python<'_>) -> Self {
+        match self {
+            Self::Unset => Self::Unset,
+            Self::Value(value) => Self::Value(value.clone_ref(py)),
+            Self::Deleted => Self::Deleted,
+        }
+    }
+}
+
 /// One runner's own values of SGLang's module globals.
 ///
 /// SGLang's default scope, the module globals themselves, has no `Scope`: it is `None`.
@@ -24,9 +45,9 @@ use crate::sync::lock;
 pub struct Scope {
     id: ScopeId,
     label: Mutex<String>,
-    /// Indexed by `ScopedGlobal` slot; `None` means not yet read or written in this scope.
+    /// Indexed by `ScopedGlobal` slot.
     /// Never locked while Python runs: a value that is replaced is dropped after unlocking.
-    values: Mutex<Vec<Option<Py<PyAny>>>>,
+    values: Mutex<Vec<Held>>,
 }
 
 /// How many scopes exist. None: the running code's cannot be one, and nothing need be looked up.
@@ -46,35 +67,38 @@ impl Scope {
         self.id
     }
 
-    pub fn read(&self, py: Python<'_>, slot: usize) -> Option<Py<PyAny>> {
+    pub fn read(&self, py: Python<'_>, slot: usize) -> Held {
         let values = lock(&self.values);
-        values.get(slot)?.as_ref().map(|value| value.clone_ref(py))
+        values
+            .get(slot)
+            .map_or(Held::Unset, |held| held.clone_ref(py))
     }
 
-    pub fn write(&self, slot: usize, value: Option<Py<PyAny>>) -> Option<Py<PyAny>> {
+    /// Stores `held`; returns what was there.
+    pub fn write(&self, slot: usize, held: Held) -> Held {
         let mut values = lock(&self.values);
         if values.len() <= slot {
-            values.resize_with(slot + 1, || None);
+            values.resize_with(slot + 1, Held::default);
         }
-        std::mem::replace(&mut values[slot], value)
+        std::mem::replace(&mut values[slot], held)
     }
 
-    /// Stores `value` unless another thread was first; returns what the slot holds then.
-    pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Py<PyAny> {
+    /// Stores `value` unless another thread wrote or deleted first; returns what the slot holds then.
+    pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Held {
         let mut values = lock(&self.values);
         if values.len() <= slot {
-            values.resize_with(slot + 1, || None);
+            values.resize_with(slot + 1, Held::default);
         }
-        if let Some(existing) = &values[slot] {
-            let existing = existing.clone_ref(py);
-            drop(values);
-            return existing;
+        if matches!(values[slot], Held::Unset) {
+            values[slot] = Held::Value(value.clone_ref(py));
+            return Held::Value(value);
         }
-        values[slot] = Some(value.clone_ref(py));
-        value
+        let existing = values[slot].clone_ref(py);
+        drop(values); // `value` is dropped after it
+        existing
     }
 
-    fn take_all(&self) -> Vec<Option<Py<PyAny>>> {
+    fn take_all(&self) -> Vec<Held> {
         let mut values = lock(&self.values);
         std::mem::take(&mut *values)
     }
@@ -118,8 +142,10 @@ impl Scope {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // The collector must not block: a lock held elsewhere means the values are in use.
         if let Ok(values) = self.values.try_lock() {
-            for value in values.iter().flatten() {
-                visit.call(value)?;
+            for held in values.iter() {
+                if let Held::Value(value) = held {
+                    visit.call(value)?;
+                }
             }
         }
         Ok(())

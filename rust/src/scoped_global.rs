@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::scope::{current, Scope};
+use crate::scope::{current, Held, Scope};
 use crate::sync::lock;
 
 /// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
@@ -60,16 +60,39 @@ impl Owner {
 
     fn delete(&self, name: &Bound<'_, PyString>) -> PyResult<()> {
         match self {
-            Self::Globals(globals) => globals.bind(name.py()).del_item(name),
+            Self::Globals(globals) => {
+                let globals = globals.bind(name.py());
+                if !globals.contains(name)? {
+                    return Err(self.missing(name));
+                }
+                globals.del_item(name)
+            }
             Self::Class(class) => class.bind(name.py()).delattr(name),
+        }
+    }
+
+    /// What Python raises for a name that is not there.
+    fn missing(&self, name: &Bound<'_, PyString>) -> PyErr {
+        match self {
+            Self::Globals(_) => PyNameError::new_err(format!("name '{name}' is not defined")),
+            Self::Class(class) => {
+                let class = class.bind(name.py());
+                let class = class
+                    .name()
+                    .map_or_else(|_| String::new(), |it| it.to_string());
+                PyAttributeError::new_err(format!(
+                    "type object '{class}' has no attribute '{name}'"
+                ))
+            }
         }
     }
 }
 
 /// Stands for `name` of `owner`: the globals of a module, or a class.
 ///
-/// `.value` is SGLang's own in its default scope and the scope's own value elsewhere. torch.compile traces the attribute and guards on it (measured with torch 2.14.1),
-/// so a compiled module is recompiled for another runner's value.
+/// `.value` is SGLang's own in its default scope and the scope's own value elsewhere. torch.compile
+/// traces the attribute and guards on it (measured with torch 2.14.1), so a compiled module is
+/// recompiled for another runner's value.
 #[pyclass(frozen, weakref, module = "sglang_distguard._core")]
 pub struct ScopedGlobal {
     owner: Owner,
@@ -107,7 +130,7 @@ pub fn move_aside(
     for (global, value, initial) in moves {
         let it = global.get();
         it.owner.set(it.name.bind(py), initial)?;
-        drop(scope.get().write(it.slot, Some(value)));
+        drop(scope.get().write(it.slot, Held::Value(value)));
     }
     Ok(())
 }
@@ -118,7 +141,7 @@ pub fn move_back(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
     let live = known.iter().filter_map(|weak| weak.bind(py).upgrade());
     for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
         let it = global.get();
-        if let Some(value) = scope.get().read(py, it.slot) {
+        if let Held::Value(value) = scope.get().read(py, it.slot) {
             it.owner.set(it.name.bind(py), value)?;
         }
     }
@@ -164,12 +187,12 @@ impl ScopedGlobal {
 
     #[deleter]
     fn delete_value(&self, py: Python<'_>) -> PyResult<()> {
-        match current(py)? {
-            None => self.owner.delete(self.name.bind(py)),
-            Some(scope) => match scope.bind(py).get().write(self.slot, None) {
-                Some(_) => Ok(()),
-                None => Err(PyAttributeError::new_err(self.name.to_string())),
-            },
+        let Some(scope) = current(py)? else {
+            return self.owner.delete(self.name.bind(py));
+        };
+        match scope.bind(py).get().write(self.slot, Held::Deleted) {
+            Held::Deleted => Err(self.owner.missing(self.name.bind(py))),
+            Held::Unset | Held::Value(_) => Ok(()),
         }
     }
 
@@ -179,17 +202,18 @@ impl ScopedGlobal {
         let Some(scope) = scope else {
             return match self.owner.get(self.name.bind(py))? {
                 Some(value) => Ok(value.unbind()),
-                None => Err(PyNameError::new_err(format!(
-                    "name '{}' is not defined",
-                    self.name
-                ))),
+                None => Err(self.owner.missing(self.name.bind(py))),
             };
         };
-        if let Some(value) = scope.get().read(py, self.slot) {
-            return Ok(value);
+        let mut held = scope.get().read(py, self.slot);
+        if matches!(held, Held::Unset) {
+            let value = self.initial.call0(py)?;
+            held = scope.get().write_if_unset(py, self.slot, value);
         }
-        let value = self.initial.call0(py)?;
-        Ok(scope.get().write_if_unset(py, self.slot, value))
+        match held {
+            Held::Value(value) => Ok(value),
+            Held::Unset | Held::Deleted => Err(self.owner.missing(self.name.bind(py))),
+        }
     }
 
     #[pyo3(signature = (scope, value, /))]
@@ -202,7 +226,7 @@ impl ScopedGlobal {
         match scope {
             None => self.owner.set(self.name.bind(py), value),
             Some(scope) => {
-                drop(scope.get().write(self.slot, Some(value)));
+                drop(scope.get().write(self.slot, Held::Value(value)));
                 Ok(())
             }
         }
@@ -211,7 +235,7 @@ impl ScopedGlobal {
     /// Whether `scope` has a value of its own, read or written before.
     #[pyo3(signature = (scope, /))]
     fn is_set_in(&self, py: Python<'_>, scope: &Bound<'_, Scope>) -> bool {
-        scope.get().read(py, self.slot).is_some()
+        matches!(scope.get().read(py, self.slot), Held::Value(_))
     }
 
     fn __repr__(&self) -> String {

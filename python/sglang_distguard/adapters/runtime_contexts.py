@@ -18,6 +18,7 @@ from sglang_distguard.targets import (
     patch_torch,
     process_groups,
     runtime_context,
+    source_patcher,
     threads,
     torch_compiler,
     torch_dtype,
@@ -48,6 +49,7 @@ TARGETS = (
     transformers_models,
     threads,
     unittest_mock,
+    source_patcher,
 )
 
 

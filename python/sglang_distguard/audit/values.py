@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_distguard import environment
+
 #: How deep into containers and into SGLang's own objects a change is seen.
 DEPTH = 3
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
@@ -107,7 +109,14 @@ def attributes(thing: Any) -> dict[str, Any]:
         others = object.__getattribute__(thing, "__dict__")
     except AttributeError:
         return found
-    return {**found, **others} if isinstance(others, dict) else found
+    if isinstance(others, dict):
+        found.update((name, it) for name, it in list(others.items()) if not _is_a_hook(it))
+    return found
+
+
+def _is_a_hook(thing: Any) -> bool:
+    """Whether the guard put it there (``environment.ask_scopes_first``), so that SGLang changed nothing."""
+    return isinstance(thing, functools.partial) and thing.func.__module__ == environment.__name__
 
 
 def _slots(thing: Any) -> Iterator[tuple[str, types.MemberDescriptorType]]:

@@ -1,5 +1,6 @@
 """How SGLang is changed and changed back. Knows nothing of what is changed: that is `targets`."""
 
+from sglang_distguard.patching.live import is_changed, unscoped_reads
 from sglang_distguard.patching.plan import (
     Around,
     AroundMethods,
@@ -28,5 +29,7 @@ __all__ = [
     "Within",
     "WithinMethods",
     "find_source",
+    "is_changed",
     "readers",
+    "unscoped_reads",
 ]

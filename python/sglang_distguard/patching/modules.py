@@ -36,7 +36,7 @@ class _Attribute:
     def __delete__(self, module: ModuleType) -> None:
         try:
             del self._accessor.value
-        except KeyError as error:  # the default scope's, which is the module's namespace
+        except NameError as error:
             raise self._missing(module) from error
 
     def _missing(self, module: ModuleType) -> AttributeError:

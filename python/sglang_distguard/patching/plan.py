@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dis
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from sglang_distguard.patching import live, modules
 from sglang_distguard.patching.rewrite import Rewrite, rewrite
 from sglang_distguard.patching.source import ModuleSource
 from sglang_distguard.patching.store import kept
-from sglang_distguard.patching.syntax import accessor_name
+from sglang_distguard.patching.syntax import MARK, accessor_name
 from sglang_distguard.patching.within import Block
 
 MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -301,8 +300,8 @@ class ModulePlan:
             if not function.__code__.co_flags & inspect.CO_OPTIMIZED:
                 # The module's own code, which a frame keeps alive (CPython 3.11): it has run, once.
                 continue
-            raw = _reached(function.__code__, _GLOBALS, names)
-            raw |= _reached(function.__code__, _ATTRIBUTES, attributes)
+            raw = live.reached(function.__code__, live.GLOBALS, names)
+            raw |= live.reached(function.__code__, live.ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
                     f"{self.module}.{function.__qualname__} uses {sorted(raw)} in a way that cannot be "
@@ -314,7 +313,7 @@ class ModulePlan:
 
 def _manager_name(qualname: str) -> str:
     """The module global that a function's body asks for its with block."""
-    return f"_distguard_within_{qualname.replace('.', '__')}"
+    return f"{MARK}within_{qualname.replace('.', '__')}"
 
 
 class _Applied:
@@ -355,7 +354,7 @@ class _Applied:
         if function.__globals__ is not vars(self.module):
             raise NotSupported(f"{qualname} is defined outside {self.module.__name__}")
         original = live.detached(function)
-        name = f"_distguard_hook_{qualname.replace('.', '__')}"
+        name = f"{MARK}hook_{qualname.replace('.', '__')}"
         code = live.trampoline(function, name)
         self.inject(name, make(original))
         before = function.__code__
@@ -382,18 +381,6 @@ class _Applied:
         for owner, name in self._injected:
             if name in vars(owner) and not isinstance(vars(owner)[name], ScopedGlobal):
                 delattr(owner, name)
-
-
-_GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
-_ATTRIBUTES = ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR", "LOAD_METHOD")
-
-
-def _reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str]:
-    """Those of ``names`` that ``code`` reaches by one of the instructions ``by``."""
-    if names.isdisjoint(code.co_names):  # holds globals and attributes, so only a first look
-        return set()
-    found = dis.get_instructions(code)
-    return {it.argval for it in found if it.opname in by and it.argval in names}
 
 
 @cache

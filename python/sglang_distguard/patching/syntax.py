@@ -10,8 +10,9 @@ import symtable
 from collections.abc import Iterator
 from typing import Union
 
-#: One leading underscore: names with two are mangled inside classes.
-_PREFIX = "_distguard_scoped"
+#: Begins every global that changed code asks for. One leading underscore: two are mangled in classes.
+MARK = "_distguard_"
+_PREFIX = f"{MARK}scoped"
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
 Comprehension = Union[ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp]
 _COMPREHENSIONS = {
