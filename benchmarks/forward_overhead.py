@@ -1,75 +1,226 @@
-"""What the guard costs one runner: the same runner with and without the hooks, in turn.
+"""What the guard costs a decode step: the same runner with and without the hooks, in turn.
 
-    .venv/bin/python benchmarks/forward_overhead.py [ROUNDS]
+    .venv/bin/python benchmarks/forward_overhead.py [--rounds N] [--calls N] [--model NAME]
 
-Prints the ratio guarded / plain of whole generations (one prefill, 31 decodes), round by round paired
-so that a drifting machine does not matter, and the cost of reading one scoped global.
+Ratios guarded / plain of one run, round by round paired so that a drifting machine does not matter: of
+`forward` and `sample` on one batch, and of whole decode steps, which make the batch, too. Three cases: the only
+runner of the process; the same one while a second runner lives; and that second runner, which has a
+scope of its own, against the first without the guard (two runners of one architecture). On a GPU
+decode steps replay CUDA graphs. Then Python frames, bytecode instructions and native calls, counted,
+and what reading a scoped global takes.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import statistics
 import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-import sglang_distguard
-from sglang_distguard.testing import create_model, prepare_environment, server_args, steps
+import sglang_distguard as dg
+import torch
+from sglang_distguard import installation
+from sglang_distguard.testing import create_model, graphs, prepare_environment, server_args, steps
+from tqdm import tqdm
 
-STEPS = 31
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long ``work`` takes."""
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+Work = Callable[[], object]
 
 
-def main(rounds: int) -> None:
+class Decoding:
+    """A runner in the middle of a generation."""
+
+    def __init__(self, model: Path, name: str) -> None:
+        on_gpu = torch.cuda.is_available()
+        settings: dict[str, Any] = {"mem_fraction_static": 0.1} if on_gpu else {}
+        settings |= graphs.CUDA_GRAPHS if on_gpu else {}
+        dtype = "bfloat16" if on_gpu else "float32"
+        self.runner = dg.build_runner(server_args(model, dtype=dtype, **settings), name=name)
+
+    def start(self) -> None:
+        """Prefill; the batch of the first decode step stays for `forward_and_sample`."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        self._batch, token, _ = steps._extend(steps.PROMPTS, self.runner, {})
+        self._batch.input_ids = token.to(torch.int64)
+        self._batch.prepare_for_decode()
+        self._forward_batch = ForwardBatch.init_new(
+            self._batch, self.runner, return_hidden_states_before_norm=False
+        )
+
+    def forward_and_sample(self) -> None:
+        """The same decode step again."""
+        output: Any = self.runner.forward(self._forward_batch).logits_output
+        self.runner.sample(output, self._forward_batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def generate(self) -> None:
+        """A prefill and 31 decode steps."""
+        steps.generate(self.runner, steps=31)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """With the hooks out; what is in the default scope is SGLang's own again.
+
+    Not by `uninstall()`, which refuses while a runner has a scope of its own: here that one rests.
+    """
+    hooks = installation._installation
+    assert hooks is not None
+    installation._undo(hooks)
+    try:
+        yield
+    finally:
+        hooks.watcher.start()
+        installation._apply(list(hooks.plans.values()))
+
+
+def seconds(work: Work, calls: int) -> float:
+    """Median of ``calls`` calls: what else the machine does meanwhile has no part in it."""
+    taken = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def compare(
+    what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """(name, seconds with the guard, without) of both kinds of work."""
+    kinds = {"forward + sample": calls, "whole steps": max(1, calls // 20)}
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in kinds}
+
+    def measure(it: Decoding, side: int) -> None:
+        with torch.no_grad():
+            it.start()
+            for name, times in kinds.items():
+                work = it.forward_and_sample if name == "forward + sample" else it.generate
+                taken[name][side].append(
+                    seconds(work, times) / (1 if work == it.forward_and_sample else 32)
+                )
+
+    gc.collect()
+    gc.disable()
+    for number in tqdm(range(rounds + 1), desc=what, disable=None):
+        measure(guarded, 0)
+        with plain():
+            measure(bare, 1)
+        if number == 0:  # warms up
+            for sides in taken.values():
+                for side in sides:
+                    side.clear()
+    gc.enable()
+    for name, (with_guard, without) in taken.items():
+        yield name, with_guard, without
+
+
+def report(what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int) -> None:
+    """Compare and print."""
+    for name, with_guard, without in compare(what, guarded, bare, rounds, calls):
+        ratios = [g / p for g, p in zip(with_guard, without, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{what:34} {name:17} {statistics.median(without) * 1e3:8.3f} ms "
+            f"{statistics.median(with_guard) * 1e3:8.3f} ms   {middle:.4f} ({low:.4f}-{high:.4f})"
+        )
+
+
+def counted(it: Decoding) -> dict[str, int]:
+    """Python frames, native calls and bytecode instructions of a forward and a sample."""
+    seen: Counter[str] = Counter()
+
+    def profile(_frame: FrameType, event: str, _argument: Any) -> None:
+        seen["frames" if event == "call" else event] += 1
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        seen["instructions"] += event == "opcode"
+        return trace
+
+    with torch.no_grad():
+        it.start()
+        it.forward_and_sample()
+        for switch, hook in ((sys.setprofile, profile), (sys.settrace, trace)):
+            switch(hook)
+            try:
+                it.forward_and_sample()
+            finally:
+                switch(None)
+    return {
+        "Python frames": seen["frames"],
+        "native calls": seen["c_call"],
+        "bytecode instructions": seen["instructions"],
+    }
+
+
+def reads() -> dict[str, float]:
+    """Nanoseconds of one call of a getter of a scoped global."""
+    from sglang.srt.model_executor.forward_context import has_forward_context
+    from sglang.srt.runtime_context import get_context, get_exec, get_parallel
+
+    return {
+        function.__name__: min(timeit.repeat(function, number=50_000, repeat=9)) / 50_000 * 1e9
+        for function in (get_context, get_parallel, get_exec, has_forward_context)
+    }
+
+
+def table(head: str, columns: dict[str, dict[str, float]]) -> None:
+    """Print one line per figure, one column per case, and each as a ratio to the first."""
+    print(f"\n{head:24}" + "".join(f"{name:>24}" for name in columns))
+    bare = next(iter(columns.values()))
+    for what, base in bare.items():
+        cells = [f"{it[what]:.0f} ({it[what] / base:.3f})" for it in columns.values()]
+        print(f"{what:24}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def main(rounds: int, calls: int, name: str) -> None:
     """Measure and print."""
     prepare_environment()
-    model = create_model("llama", Path(".cache/models"))
-    sglang_distguard.install()
-    runner = sglang_distguard.build_runner(server_args(model), name="only one")
-    from sglang.srt.runtime_context import get_exec, get_parallel
-
-    def generate() -> object:
-        return steps.generate(runner, steps=STEPS)
-
-    plain, guarded, reads = [], [], {}
-    for number in range(rounds + 2):
-        sglang_distguard.install()
-        with_guard = seconds(generate)
-        if number == 0:
-            reads["guarded"] = [read_ns(get_parallel), read_ns(get_exec)]
-        sglang_distguard.uninstall()
-        without = seconds(generate)
-        if number == 0:
-            reads["plain"] = [read_ns(get_parallel), read_ns(get_exec)]
-        if number >= 2:  # the first two warm up
-            guarded.append(with_guard)
-            plain.append(without)
-    ratios = sorted(g / p for g, p in zip(guarded, plain, strict=True))
+    models = [create_model(name, Path(".cache/models"), seed=seed) for seed in (0, 1)]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    dg.install()
+    first = Decoding(models[0], "first")
     print(
-        f"{rounds} pairs of generations (2-layer Llama, hidden 64, float32, CPU), {STEPS + 1} forwards each"
+        f"{name}, two requests, {where}; {rounds} rounds of {calls} calls; median, quartiles of ratios"
     )
-    print(f"plain   median {statistics.median(plain) / (STEPS + 1) * 1e3:.3f} ms a forward")
-    print(f"guarded median {statistics.median(guarded) / (STEPS + 1) * 1e3:.3f} ms a forward")
-    print(
-        f"ratio   median {statistics.median(ratios):.4f}, "
-        f"quartiles {ratios[rounds // 4]:.4f} and {ratios[3 * rounds // 4]:.4f}"
-    )
-    for what, (parallel, execution) in reads.items():
-        print(f"{what:8} get_parallel() {parallel:.0f} ns, get_exec() {execution:.0f} ns")
-
-
-def read_ns(function: Callable[[], object]) -> float:
-    """Nanoseconds of one call."""
-    return min(timeit.repeat(function, number=100_000, repeat=5)) / 100_000 * 1e9
+    print(f"{'':52} {'plain':>11} {'guarded':>11}   ratio")
+    counts: dict[str, dict[str, float]] = {}
+    times: dict[str, dict[str, float]] = {}
+    with plain():
+        counts["plain"], times["plain"] = {**counted(first)}, reads()
+    counts["only runner"], times["only runner"] = {**counted(first)}, reads()
+    report("only runner", first, first, rounds, calls)
+    second = Decoding(models[1], "second")
+    counts["beside a second"] = {**counted(first)}
+    with dg.activate(first.runner):
+        times["beside a second"] = reads()
+    report("beside a second runner", first, first, rounds, calls)
+    counts["in its own scope"] = {**counted(second)}
+    with dg.activate(second.runner):
+        times["in its own scope"] = reads()
+    report("the second, in its own scope", second, first, rounds, calls)
+    table("forward + sample", counts)
+    table("ns of a read", times)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="pairs of blocks with and without the guard"
+    )
+    parser.add_argument("--calls", type=int, default=100, help="decode steps in a block")
+    parser.add_argument("--model", default="llama", help="architecture of sglang_distguard.testing")
+    given = parser.parse_args()
+    main(given.rounds, given.calls, given.model)

@@ -46,9 +46,7 @@ def test_a_global_that_is_read_is_what_sglangs_functions_read(two: tuple[Any, An
             assert runtime_context._PARALLEL is runtime_context.get_parallel()
             seen.append(runtime_context._CONTEXT)
     assert seen[0] is not seen[1]
-    assert (
-        runtime_context._CONTEXT is seen[0]
-    )  # outside, the default scope's: the first runner's
+    assert runtime_context._CONTEXT is seen[0]  # outside, the default scope's: the first runner's
 
 
 @pytest.mark.parametrize("way", ["assignment", "setattr", "mock.patch.object", "mock.patch"])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import sglang_distguard
 from registry_calls import acquire, leader_of, state_of, until, waits_for
-from sglang_distguard import _core, journal
+from sglang_distguard import _core, journal, waiting
 from sglang_distguard.errors import AcquireTimeout, PoisonedState, SpecMismatch
 
 
@@ -63,6 +63,35 @@ def test_control_c_ends_a_wait_and_leaves_nothing_behind(control_c: None) -> Non
             acquire("groups:signal")
         thread.join()
         assert not waits_for("groups:signal")()
+
+
+class _Counting:
+    """Waits for nothing, and notes for how long it was to."""
+
+    patience = 30.0
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+
+    def wait(self, seconds: float) -> None:
+        self.asked.append(seconds)
+
+    def timed_out(self) -> Exception:
+        return AssertionError("nothing here waits that long")
+
+
+def test_only_the_thread_that_gets_signals_looks_for_them() -> None:
+    def longest() -> list[float]:
+        waits, answers = _Counting(), iter([None, "done"])
+        waiting.until(lambda: next(answers), waits, timeout=100, what="nothing")
+        return waits.asked
+
+    elsewhere: list[float] = []
+    thread = threading.Thread(target=lambda: elsewhere.extend(longest()))
+    thread.start()
+    thread.join()
+    assert longest() == [waiting.SLICE]
+    assert elsewhere == [_Counting.patience]
 
 
 def test_an_interrupt_in_the_initialiser_undoes_it_and_one_after_the_publish_does_not() -> None:

@@ -54,6 +54,7 @@ __all__ = [
     "start_afresh",
     "step",
     "take_events",
+    "wake_all",
     "with_default_dtype",
 ]
 
@@ -334,6 +335,10 @@ class Request:
         Raises SpecMismatch, StateInUse, DeadlockError, PoisonedState or ForkedError.
         """
 
+    @property
+    def patience(self) -> float:
+        """Seconds after which it must be looked at again: the leader may be slow."""
+
     def wait(self, seconds: float) -> None:
         """Sleep, detached from the interpreter, until the key changes or for ``seconds``."""
 
@@ -351,6 +356,10 @@ class Visit:
         cls, room: str, *, runner: str | None, handle: RunnerHandle | None = None
     ) -> Visit: ...
     def try_enter(self) -> bool: ...
+    @property
+    def patience(self) -> float:
+        """Infinite: whatever changes wakes it."""
+
     def wait(self, seconds: float) -> None: ...
     def timed_out(self) -> Exception: ...
     def leave(self) -> bool: ...
@@ -404,6 +413,9 @@ def inherit(key: str, identity: int) -> None:
 
 def take_events() -> list[dict[str, Any]]:
     """Return the events that no earlier call returned."""
+
+def wake_all() -> None:
+    """Let whoever waits look again."""
 
 def begin_exit(grace: float) -> int:
     """Stop other threads at their next wait or runner's method; the calling one ends the process.

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Optional, Protocol, TypeVar
+from typing import Any, Optional, Protocol, TypeVar
 
 from sglang_distguard import _core, journal, settings
 from sglang_distguard.errors import DistGuardError
 
-#: Seconds that a wait goes without handling signals: what Ctrl-C may take at worst.
+#: Seconds that the main thread sleeps without handling signals: what Ctrl-C may take at worst. Python
+#: runs signal handlers in that thread only, so that the others sleep until something changes.
 SLICE = 0.02
 
 Result = TypeVar("Result")
 
 
 class Waits(Protocol):
-    """What is waited with: a `_core.Request` or a `_core.Visit`."""
+    """What is waited with: a `_core.Request` or a `_core.Visit`.
+
+    Attributes:
+        patience: seconds after which it must be looked at again, though nothing has changed.
+    """
+
+    @property
+    def patience(self) -> float: ...
 
     def wait(self, seconds: float) -> None:
         """Sleep, detached from the interpreter, until something changed or for ``seconds``."""
@@ -45,6 +54,7 @@ def until(
         Whatever a signal handler raises (KeyboardInterrupt), within two slices and what the GIL takes.
     """
     deadline = time.monotonic() + timeout
+    longest = min(max(waits.patience, SLICE), _longest_sleep())
     while True:
         result = attempt()
         journal.report()
@@ -57,7 +67,7 @@ def until(
             raise error
         if _is_exiting():
             raise DistGuardError(f"gave up waiting for {what}: the interpreter is exiting")
-        waits.wait(min(SLICE, left))
+        waits.wait(min(longest, left))
 
 
 def to_enter(visit: _core.Visit, what: str, timeout: Optional[float] = None) -> None:
@@ -69,6 +79,36 @@ def to_enter(visit: _core.Visit, what: str, timeout: Optional[float] = None) -> 
     """
     seconds = settings.current().timeout if timeout is None else timeout
     until(lambda: visit.try_enter() or None, visit, timeout=seconds, what=what)
+
+
+def _longest_sleep() -> float:
+    if threading.get_ident() == threading.main_thread().ident:
+        return SLICE
+    return math.inf if WAKES_AT_EXIT else SLICE
+
+
+def _wake_at_exit() -> bool:
+    """Let the interpreter's exit wake whoever waits, before it joins their threads.
+
+    By what `concurrent.futures` does it by (`threading._register_atexit`, CPython 3.9 to 3.14): in the
+    order of registration, the last one first, so that theirs, which joins the threads of executors,
+    has to be there before.
+
+    Returns:
+        Whether it can: otherwise every thread has to look for itself.
+    """
+    import concurrent.futures.thread  # noqa: F401
+
+    register: Any = getattr(threading, "_register_atexit", None)
+    try:
+        register(_core.wake_all)
+    except (TypeError, RuntimeError):  # there is none, or the interpreter is exiting already
+        return False
+    return True
+
+
+#: Whether threads may sleep until something changes.
+WAKES_AT_EXIT = _wake_at_exit()
 
 
 def _is_exiting() -> bool:

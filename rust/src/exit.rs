@@ -80,6 +80,12 @@ pub fn start_afresh(inside: bool) {
     INSIDE.store(usize::from(inside), Ordering::Release);
 }
 
+/// Lets whoever waits look again, and see that the interpreter is about to exit.
+#[pyfunction]
+pub fn wake_all() {
+    registry().wake_all();
+}
+
 /// The calling thread ends the interpreter: stop all others at their next wait or method, and wait
 /// up to `grace` seconds for those inside a method. Returns how many still are.
 #[pyfunction]

@@ -32,7 +32,7 @@ mod _core {
         Entered, Execution,
     };
     #[pymodule_export]
-    use crate::exit::begin_exit;
+    use crate::exit::{begin_exit, wake_all};
     #[pymodule_export]
     use crate::registry::{
         begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,

@@ -203,6 +203,12 @@ impl Request {
         }))
     }
 
+    /// Seconds after which the leader is called slow; only a look tells.
+    #[getter]
+    fn patience(&self) -> f64 {
+        self.wish().slow_after.as_secs_f64()
+    }
+
     /// Sleeps, detached from the interpreter, until the key changes or for so many seconds.
     fn wait(&self, py: Python<'_>, seconds: f64) {
         let slice = convert::seconds(seconds);

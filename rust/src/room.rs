@@ -88,6 +88,13 @@ impl Visit {
         Ok(self.note(&entry.map_err(|error| to_python(py, &error))?))
     }
 
+    /// Seconds after which it must be looked at again: whatever changes wakes it.
+    #[getter]
+    #[allow(clippy::unused_self)]
+    fn patience(&self) -> f64 {
+        f64::INFINITY
+    }
+
     fn wait(&self, py: Python<'_>, seconds: f64) {
         let slice = convert::seconds(seconds);
         let epoch = self.epoch.load(Ordering::Relaxed);

@@ -145,6 +145,9 @@ class Ask:
 class _Wait:
     """Waits for the end of one stage (see ``waiting.Waits``)."""
 
+    #: Seconds: the interpreter's exit does not wake it.
+    patience = 1.0
+
     def __init__(self, ask: Ask, stage: str) -> None:
         self._ask, self._stage = ask, stage
         self._since = time.monotonic()

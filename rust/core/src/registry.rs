@@ -216,10 +216,9 @@ impl Registry {
         self.lock().events.since(seq).cloned().collect()
     }
 
-    /// Wakes whoever waits; each looks again and, if nothing changed, waits on.
+    /// Wakes whoever waits, or is about to; each looks again and, if nothing changed, waits on.
     pub fn wake_all(&self) {
-        self.changed.notify_all();
-        self.moved.notify_all();
+        self.update(|inner, _| inner.touch_all());
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -272,6 +271,16 @@ impl Inner {
         let epoch = self.epoch;
         self.slots_changed = epoch;
         self.tracked(key).changed = epoch;
+    }
+
+    /// As if everything had changed.
+    fn touch_all(&mut self) {
+        self.epoch += 1;
+        self.slots_changed = self.epoch;
+        self.rooms_changed = self.epoch;
+        for tracked in self.slots.values_mut() {
+            tracked.changed = self.epoch;
+        }
     }
 
     /// Drops the slot of `key` and all that is known about it.
