@@ -137,7 +137,8 @@ class _Call:
             try:
                 return self._told(first.dtype)
             except TypeError:  # takes no dtype: scalars that it makes tensors of itself
-                return self._converted(first, scalars=True)
+                second = self._converted(scalars=True)
+                return second if self._is_wanted(first, second) else first
 
     def _process_dtype(self, result: Any) -> torch.dtype:
         dtypes = (_dtype_of(it) for it in _parts(result))
@@ -147,6 +148,10 @@ class _Call:
         return self._func(*self._args, **{**self._kwargs, "dtype": self._default_of(dtype)})
 
     def _default_of(self, dtype: torch.dtype) -> torch.dtype:
+        if (
+            dtype.is_complex and self._func is torch.full
+        ):  # never half (`infer_full_options`, 2.14.1)
+            return torch.complex128 if self._wanted is torch.float64 else torch.complex64
         return _COMPLEX[self._wanted] if dtype.is_complex else self._wanted
 
     def _promoted(self) -> Any:
@@ -160,21 +165,42 @@ class _Call:
             first = self._func(*self._args, **kwargs)
             if not any(_dtype_of(it) in self._process for it in _parts(first)):
                 return first if out is None else self._func(*self._args, **self._kwargs)
-            random.restore()
-            try:
-                return self._converted(first, scalars=_is_where(self._func))
-            except NotImplementedError:  # torch has no such kernel for the wanted dtype
-                raise
-            except (RuntimeError, TypeError, IndexError):  # a tensor that must be integral
+            for attempt in (self._all_converted, self._first_converted, self._told_process):
                 random.restore()
-            try:
-                return self._told(self._process_dtype(first))
-            except (RuntimeError, TypeError):  # takes no dtype
-                random.restore()
-                return self._func(*self._args, **self._kwargs)
+                try:
+                    result = attempt(first)
+                except NotImplementedError:  # torch has no such kernel for the wanted dtype
+                    raise
+                except (RuntimeError, TypeError, IndexError):  # some tensor must stay integral
+                    continue
+                if out is not None or self._is_wanted(first, result):
+                    return result
+            random.restore()  # the default had no part in it
+            return self._func(*self._args, **self._kwargs)
 
-    def _converted(self, first: Any, *, scalars: bool) -> Any:
-        """With the operands in the wanted dtype; ``first`` if that does not become the result's."""
+    def _is_wanted(self, first: Any, result: Any) -> bool:
+        """Whether all that has the process's default in ``first`` has the wanted one in ``result``."""
+        wanted = (self._wanted, _COMPLEX.get(self._wanted))
+        pairs = zip(_parts(first), _parts(result), strict=False)
+        return all(
+            _dtype_of(after) in wanted
+            for before, after in pairs
+            if _dtype_of(before) in self._process
+        )
+
+    def _told_process(self, first: Any) -> Any:
+        return self._told(self._process_dtype(first))
+
+    def _first_converted(self, _first: Any) -> Any:
+        """With the first operand in the wanted dtype: the others are masks, weights that must be whole."""
+        self_, *others = self._args
+        return self._func(self_.to(self._wanted), *others, **self._kwargs)
+
+    def _all_converted(self, _first: Any) -> Any:
+        return self._converted(scalars=_is_where(self._func))
+
+    def _converted(self, *, scalars: bool) -> Any:
+        """With all operands in the wanted dtype."""
         condition = _condition(self._func, self._args, self._kwargs)
 
         def operand(value: Any) -> Any:
@@ -193,16 +219,7 @@ class _Call:
         kwargs = {
             name: value if name == "out" else operand(value) for name, value in self._kwargs.items()
         }
-        second = self._func(*args, **kwargs)
-        if kwargs.get("out") is not None:
-            return second
-        for before, after in zip(_parts(first), _parts(second), strict=False):
-            if _dtype_of(before) in self._process and _dtype_of(after) not in (
-                self._wanted,
-                _COMPLEX.get(self._wanted),
-            ):
-                return first
-        return second
+        return self._func(*args, **kwargs)
 
 
 def _parts(result: Any) -> Sequence[Any]:
