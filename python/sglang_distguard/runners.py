@@ -212,10 +212,10 @@ def step_among_ranks(
     with ExitStack() as stack:
         with _let_in(handle) if is_exclusive else nullcontext():
             stack.enter_context(_core.step(handle, step, None, exclusive=is_exclusive))
+        if room == "capture":  # before it is among the ranks: nothing is half-done then
+            refuse_capture_without_turns(handle)
         if is_collective:
             stack.enter_context(in_order(handle, step))
-        if room == "capture":
-            refuse_capture_without_turns(handle)
         if room is not None:
             stack.enter_context(_core.step(handle, step, room))
         yield

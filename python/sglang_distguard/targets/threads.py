@@ -71,7 +71,7 @@ def _hands_over(position: int) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def _of_nobody(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Threads that a pool starts are its own: they outlive the code that made the pool."""
+    """Threads that a pool or a service starts are its own: they outlive the code that made it."""
 
     @functools.wraps(original)
     def of_nobody(*args: Any, **kwargs: Any) -> Any:
@@ -100,4 +100,6 @@ CHANGES = (
     ),
     Around("multiprocessing.pool", "Pool.__init__", _of_nobody),
     Around("multiprocessing.pool", "Pool._repopulate_pool_static", _of_nobody),
+    # One thread for all progress bars of the process, started by the first (tqdm 4.67).
+    Around("tqdm._monitor", "TMonitor.__init__", _of_nobody),
 )
