@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from sglang_distguard.patching.plan import Reads
-from sglang_distguard.patching.source import sources_below
+from sglang_distguard.patching.source import ModuleFile, files_below
+from sglang_distguard.patching.store import kept
 from sglang_distguard.patching.syntax import owned
 
 #: An import of something of SGLang's: module and names, or module alone. One expression over every
@@ -24,6 +25,16 @@ def readers(scoped: Mapping[str, Sequence[str]], package: str) -> list[Reads]:
 
     What seems to and does not is planned for and left as it is.
     """
+    files = files_below(package)
+    looked_for = sorted((module, sorted(names)) for module, names in scoped.items())
+    found = kept(("readers", files, looked_for), lambda: _find(files, scoped))
+    return [Reads(*it) for it in found]
+
+
+def _find(
+    files: Sequence[ModuleFile], scoped: Mapping[str, Sequence[str]]
+) -> list[tuple[str, str, str]]:
+    """The fields of each ``Reads``."""
     wanted: dict[str, set[str]] = {}
     for module, names in scoped.items():
         for name in names:
@@ -31,9 +42,9 @@ def readers(scoped: Mapping[str, Sequence[str]], package: str) -> list[Reads]:
             wanted.setdefault(owner, set()).add(attribute)
     imported = {owner.rpartition(".")[0] for owner in wanted} | set(wanted)
     return [
-        Reads(source.module, *read)
-        for source in sources_below(package)
-        for read in sorted(set(_reads(source.text, wanted, imported)))
+        (file.module, *read)
+        for file in files
+        for read in sorted(set(_reads(file.read().text, wanted, imported)))
     ]
 
 

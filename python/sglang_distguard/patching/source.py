@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -31,15 +31,38 @@ def find_source(module: str) -> Optional[ModuleSource]:
     return None if path is None or not path.is_file() else _read(module, path)
 
 
-def sources_below(package: str) -> Iterator[ModuleSource]:
-    """The source of every module of ``package``, with those of its packages; none when there is no such."""
+@dataclass(frozen=True)
+class ModuleFile:
+    """Where a module's source is, and what tells one content of the file from another, as .pyc files do."""
+
+    module: str
+    filename: str
+    size: int
+    mtime_ns: int
+
+    def read(self) -> ModuleSource:
+        """The source."""
+        return _read(self.module, Path(self.filename))
+
+
+def files_below(package: str) -> list[ModuleFile]:
+    """Every module of ``package``, with those of its packages; none when there is no such."""
     top, *rest = package.split(".")
     spec = importlib.util.find_spec(top)
+    found = []
     for location in (spec and spec.submodule_search_locations) or ():
-        folder = Path(location).joinpath(*rest)
-        for file in sorted(folder.rglob("*.py")):
-            parts = [package, *file.relative_to(folder).with_suffix("").parts]
-            yield _read(".".join(parts).removesuffix(".__init__"), file)
+        root = os.path.join(location, *rest)
+        for folder, folders, names in os.walk(root):
+            folders.sort()
+            inside = os.path.relpath(folder, root)
+            parts = [package, *([] if inside == os.curdir else inside.split(os.sep))]
+            for name in sorted(names):
+                if name.endswith(".py"):
+                    file = os.path.join(folder, name)
+                    about = os.stat(file)
+                    module = ".".join([*parts, name.removesuffix(".py")]).removesuffix(".__init__")
+                    found.append(ModuleFile(module, file, about.st_size, about.st_mtime_ns))
+    return found
 
 
 def _read(module: str, path: Path) -> ModuleSource:
