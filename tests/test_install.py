@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -240,6 +241,55 @@ def run_programs(programs: Mapping[str, str]) -> dict[str, str]:
 def test_any_order_of_import_install_and_uninstall() -> None:
     assert len(ORDERS) == 9
     assert run_programs({"-".join(order): program_of(order) for order in ORDERS}) == {}
+
+
+def test_functions_of_a_module_that_is_imported_later_are_born_changed() -> None:
+    """Nobody looks for them: that took 50 ms for each module, three seconds in every process of SGLang's."""
+    program = """
+        import sglang_distguard as d
+        from sglang_distguard.patching import live
+        live.functions_of = lambda module: 1 / 0
+        d.install()
+        import sglang.srt.runtime_context as rc
+        assert live.is_changed(rc.get_context.__code__)
+    """
+    assert run_programs({"born": textwrap.dedent(program)}) == {}
+
+
+def test_a_reload_that_fails_leaves_the_module_guarded(
+    clean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+    from importlib.machinery import SourceFileLoader
+
+    from sglang.srt.model_executor import forward_context
+
+    before = forward_context.get_forward_context.__code__
+    sglang_distguard.install()
+    guarded = forward_context.get_forward_context.__code__
+    fails = compile("raise ImportError('half-way')", forward_context.__file__ or "", "exec")
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceFileLoader, "get_code", lambda *_: fails)
+        with pytest.raises(ImportError, match="half-way"):
+            importlib.reload(forward_context)
+    assert forward_context.get_forward_context.__code__ is guarded
+    assert not forward_context.has_forward_context()
+    sglang_distguard.uninstall()
+    assert forward_context.get_forward_context.__code__ is before
+
+
+def test_what_a_module_sets_while_it_is_imported_is_the_processs(clean: None) -> None:
+    """Whose runner happens to be the first to need it does not matter."""
+    import importlib
+
+    from sglang.srt.model_executor import forward_context
+
+    sglang_distguard.install()
+    with scope_active(_core.new_scope("another")):
+        forward_context._current = "the scope's"  # type: ignore[assignment]
+        importlib.reload(forward_context)
+        assert forward_context._current == "the scope's"
+    assert forward_context._current is None
 
 
 def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal, Optional
+from types import CodeType, ModuleType
+from typing import Literal, Optional, TypeVar
 
 from sglang_distguard import _core, adapters, environment, settings
 from sglang_distguard.errors import AcquireTimeout, StateInUse
 from sglang_distguard.patching import ModulePlan
+from sglang_distguard.patching.applied import Applied
 from sglang_distguard.patching.imports import Watcher
 from sglang_distguard.patching.live import functions_by_module
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -76,7 +79,7 @@ def install(
         )
         if _installation is None:
             plans = {plan.module: plan for plan in adapters.choose()}
-            installation = _Installation(plans, Watcher(plans, _on_import))
+            installation = _Installation(plans, Watcher(plans, _execute))
             try:
                 installation.watcher.start()
                 _apply(list(plans.values()))
@@ -192,19 +195,47 @@ def _imported(name: str) -> Optional[ModuleType]:
     return None if getattr(spec, "_initializing", False) else module
 
 
-def _on_import(module: ModuleType) -> None:
-    """Called after every execution of a module that has a plan: imported, imported anew, reloaded."""
-    global _installation
+def _execute(
+    module: ModuleType,
+    code: Optional[CodeType],
+    run: Callable[[Optional[CodeType]], None],
+) -> None:
+    """Execute a module that has a plan - imported, imported anew, reloaded - and change it.
+
+    The lock is not held meanwhile: executing a module imports others, of which each has a lock, too.
+    """
+    begun: Optional[Applied] = None
     with _locked():
-        if _installation is None:
+        installation = _installation
+        if installation is not None and code is not None:
+            begun, code = _or_out(lambda plan, own=code: plan.begin(module, own), module)
+    try:
+        with _core.run_as(None):  # it is the process's, whoever imports it first
+            run(code)
+    except BaseException:
+        if begun is not None:
+            begun.undo()
+        raise
+    with _locked():
+        if begun is not None and _installation is installation:
+            _or_out(lambda plan, it=begun: plan.finish(it), module)
             return
-        try:
-            _installation.plans[module.__name__].apply(module, again=True)
-        except BaseException:
-            # Half a guard is worse than none: what is in comes out, and the import fails.
-            installation, _installation = _installation, None
-            _undo(installation)
-            raise
+        if begun is not None:  # the guard was taken out meanwhile
+            begun.undo()
+        if _installation is not None:
+            _or_out(lambda plan: plan.apply(module, again=True), module)
+
+
+def _or_out(change: Callable[[ModulePlan], Made], module: ModuleType) -> Made:
+    """Half a guard is worse than none: when ``change`` fails, what is in comes out, and the import fails."""
+    global _installation
+    assert _installation is not None
+    try:
+        return change(_installation.plans[module.__name__])
+    except BaseException:
+        installation, _installation = _installation, None
+        _undo(installation)
+        raise
 
 
 def _undo(installation: _Installation) -> None:

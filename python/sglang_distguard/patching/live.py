@@ -9,11 +9,12 @@ from __future__ import annotations
 import dis
 import gc
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from sglang_distguard.errors import NotSupported
+from sglang_distguard.patching.rewrite import with_nested
 from sglang_distguard.patching.syntax import MARK, accessor_name
 
 #: Instructions that reach a global, and an attribute.
@@ -120,12 +121,12 @@ def trampoline(function: FunctionType, hook_name: str) -> CodeType:
 
 def is_changed(code: CodeType) -> bool:
     """Whether ``code``, or a function in it, is what the guard made of SGLang's."""
-    return any(name.startswith(MARK) for it in _with_nested(code) for name in it.co_names)
+    return any(name.startswith(MARK) for it in with_nested(code) for name in it.co_names)
 
 
 def unscoped_reads(function: FunctionType) -> list[str]:
     """Globals of its module that every scope has for itself and that ``function`` reaches directly."""
-    codes = list(_with_nested(function.__code__))
+    codes = list(with_nested(function.__code__))
     used = {name for code in codes for name in code.co_names}
     scoped = frozenset(name for name in used if accessor_name(name) in function.__globals__)
     return sorted({name for code in codes for name in reached(code, GLOBALS, scoped)})
@@ -137,13 +138,6 @@ def reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str
         return set()
     found = dis.get_instructions(code)
     return {it.argval for it in found if it.opname in by and it.argval in names}
-
-
-def _with_nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _with_nested(constant)
 
 
 def detached(function: FunctionType) -> FunctionType:

@@ -97,8 +97,16 @@ def _compile(tree: ast.AST, source: ModuleSource, mode: str = "exec") -> CodeTyp
         ) from error
 
 
-def _nested(code: CodeType) -> list[CodeType]:
+def nested(code: CodeType) -> list[CodeType]:
+    """The functions and classes that ``code`` itself makes."""
     return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def with_nested(code: CodeType) -> Iterator[CodeType]:
+    """``code``, and all that is made in it."""
+    yield code
+    for inner in nested(code):
+        yield from with_nested(inner)
 
 
 def _changed_code(before: CodeType, after: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
@@ -106,7 +114,7 @@ def _changed_code(before: CodeType, after: CodeType) -> Iterator[tuple[CodeType,
 
     The rewriting adds and removes no code object, so position alone pairs them.
     """
-    for old, new in zip(_nested(before), _nested(after), strict=True):
+    for old, new in zip(nested(before), nested(after), strict=True):
         if old != new:
             yield old, new
         yield from _changed_code(old, new)
