@@ -19,7 +19,7 @@ import sys
 import time
 import timeit
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -83,55 +83,53 @@ def plain() -> Iterator[None]:
         installation._apply(list(hooks.plans.values()))
 
 
-def seconds(work: Work, calls: int) -> float:
-    """Median of ``calls`` calls: what else the machine does meanwhile has no part in it."""
+def times_of(work: Work, calls: int) -> list[float]:
+    """Seconds of each of ``calls`` calls."""
     taken = []
     for _ in range(calls):
         begun = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+    return taken
 
 
-def compare(
-    what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int
-) -> Iterator[tuple[str, list[float], list[float]]]:
-    """(name, seconds with the guard, without) of both kinds of work."""
-    kinds = {"forward + sample": calls, "whole steps": max(1, calls // 20)}
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in kinds}
-
-    def measure(it: Decoding, side: int) -> None:
-        with torch.no_grad():
-            it.start()
-            for name, times in kinds.items():
-                work = it.forward_and_sample if name == "forward + sample" else it.generate
-                taken[name][side].append(
-                    seconds(work, times) / (1 if work == it.forward_and_sample else 32)
-                )
-
-    gc.collect()
-    gc.disable()
-    for number in tqdm(range(rounds + 1), desc=what, disable=None):
-        measure(guarded, 0)
-        with plain():
-            measure(bare, 1)
-        if number == 0:  # warms up
-            for sides in taken.values():
-                for side in sides:
-                    side.clear()
-    gc.enable()
-    for name, (with_guard, without) in taken.items():
-        yield name, with_guard, without
+def undisturbed(taken: Sequence[float]) -> float:
+    """The fastest tenth: what else the machine does meanwhile has no part in it."""
+    return statistics.quantiles(taken, n=10)[0]
 
 
 def report(what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int) -> None:
     """Compare and print."""
-    for name, with_guard, without in compare(what, guarded, bare, rounds, calls):
-        ratios = [g / p for g, p in zip(with_guard, without, strict=True)]
+    #: Kind of work -> (how often in a block, its forwards).
+    kinds = {"forward + sample": (calls, 1), "whole steps": (max(2, calls // 10), 32)}
+    blocks: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in kinds}
+
+    def measure(it: Decoding) -> list[list[float]]:
+        with torch.no_grad():
+            it.start()
+            works = (it.forward_and_sample, it.generate)
+            return [times_of(work, kinds[name][0]) for name, work in zip(kinds, works, strict=True)]
+
+    gc.collect()
+    gc.disable()
+    for number in tqdm(range(rounds + 1), desc=what, disable=None):
+        with_guard = measure(guarded)
+        with plain():
+            without = measure(bare)
+        if number > 0:  # the first warms up
+            for name, g, p in zip(kinds, with_guard, without, strict=True):
+                blocks[name].append((g, p))
+    gc.enable()
+    for name, pairs in blocks.items():
+        forwards = kinds[name][1]
+        fastest = [undisturbed([it for pair in pairs for it in pair[side]]) for side in (0, 1)]
+        ratios = [undisturbed(g) / undisturbed(p) for g, p in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
-            f"{what:34} {name:17} {statistics.median(without) * 1e3:8.3f} ms "
-            f"{statistics.median(with_guard) * 1e3:8.3f} ms   {middle:.4f} ({low:.4f}-{high:.4f})"
+            f"{what:30} {name:17} {fastest[1] / forwards * 1e3:8.3f} ms "
+            f"{fastest[0] / forwards * 1e3:8.3f} ms   {fastest[0] / fastest[1]:.4f}   "
+            f"{middle:.4f} ({low:.4f}-{high:.4f})",
+            flush=True,
         )
 
 
@@ -186,14 +184,15 @@ def table(head: str, columns: dict[str, dict[str, float]]) -> None:
 def main(rounds: int, calls: int, name: str) -> None:
     """Measure and print."""
     prepare_environment()
+    torch.set_num_threads(1)
     models = [create_model(name, Path(".cache/models"), seed=seed) for seed in (0, 1)]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     dg.install()
     first = Decoding(models[0], "first")
     print(
-        f"{name}, two requests, {where}; {rounds} rounds of {calls} calls; median, quartiles of ratios"
+        f"{name}, two requests, {where}; {rounds} rounds of {calls} calls; the fastest tenth"
     )
-    print(f"{'':52} {'plain':>11} {'guarded':>11}   ratio")
+    print(f"{'':48} {'plain':>11} {'guarded':>11}   ratio    by round")
     counts: dict[str, dict[str, float]] = {}
     times: dict[str, dict[str, float]] = {}
     with plain():
