@@ -189,9 +189,7 @@ def main(rounds: int, calls: int, name: str) -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     dg.install()
     first = Decoding(models[0], "first")
-    print(
-        f"{name}, two requests, {where}; {rounds} rounds of {calls} calls; the fastest tenth"
-    )
+    print(f"{name}, two requests, {where}; {rounds} rounds of {calls} calls; the fastest tenth")
     print(f"{'':48} {'plain':>11} {'guarded':>11}   ratio    by round")
     counts: dict[str, dict[str, float]] = {}
     times: dict[str, dict[str, float]] = {}
