@@ -113,6 +113,9 @@ def loop(given):
         pass
 
 
+def beside_a_comprehension(given):
+    return [_value for _value in given], {_value: _value for _value in given}, _value
+
 def beside_a_local():
     def inner(_value):
         return _value
@@ -176,6 +179,7 @@ def test_names_that_mean_the_global_mean_the_scopes(load: Any) -> None:
         assert module.in_lambda() == ("own", "own")
         assert module.in_inner() == "own"
         assert module.beside_a_local() == (1, "own")
+        assert module.beside_a_comprehension([1, 2]) == ([1, 2], {1: 1, 2: 2}, "own")
         module.loop([1, 2])
         assert module.read() == 2
     assert module.read() == "global"

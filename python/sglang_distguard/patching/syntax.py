@@ -56,10 +56,14 @@ class ScopeTransformer(ast.NodeTransformer):
         self._table = table
         #: Tables of nested scopes that were not met yet, by (name, line): both walks are in order.
         self._nested = _nested(table)
+        #: Names bound by the comprehensions around the node that have no table (see `_inlined`).
+        self._bound: frozenset[str] = frozenset()
         self.in_function = False
 
     def is_global(self, name: str) -> bool:
         """Whether ``name`` means the module's global at the node being visited."""
+        if name in self._bound:
+            return False
         try:
             symbol = self._table.lookup(name)
         except KeyError:  # not used here
@@ -68,6 +72,8 @@ class ScopeTransformer(ast.NodeTransformer):
 
     def is_bound_here(self, name: str) -> bool:
         """Whether ``name`` is bound in the scope of the node being visited, not in one around it."""
+        if name in self._bound:
+            return True
         try:
             symbol = self._table.lookup(name)
         except KeyError:
@@ -138,23 +144,40 @@ class ScopeTransformer(ast.NodeTransformer):
         first = node.generators[0]
         first.iter = self.visit(first.iter)
         kept, first.iter = first.iter, ast.Constant(None)
-        outer = self._enter(name, node.lineno)
+        outer = self._enter(name, node.lineno, inlined=_bound_by(node))
         super().generic_visit(node)
         self._leave(outer)
         first.iter = kept
         return node
 
-    def _enter(self, name: str, line: int) -> tuple[symtable.SymbolTable, _Nested]:
-        outer = self._table, self._nested
-        self._table = self._nested[name, line].pop(0)
-        self._nested = _nested(self._table)
+    def _enter(self, name: str, line: int, inlined: frozenset[str] = frozenset()) -> _Outer:
+        """Go into a scope. Python 3.12 inlines comprehensions (PEP 709): those have no table of their own,
+        what they use is in the one around them, and what they bind is ``inlined``.
+        """
+        outer = self._table, self._nested, self._bound
+        if inlined and not self._nested.get((name, line)):
+            self._bound |= inlined
+        else:
+            self._table = self._nested[name, line].pop(0)
+            self._nested, self._bound = _nested(self._table), frozenset()
         return outer
 
-    def _leave(self, outer: tuple[symtable.SymbolTable, _Nested]) -> None:
-        self._table, self._nested = outer
+    def _leave(self, outer: _Outer) -> None:
+        self._table, self._nested, self._bound = outer
 
 
 _Nested = dict[tuple[str, int], list[symtable.SymbolTable]]
+_Outer = tuple[symtable.SymbolTable, _Nested, frozenset[str]]
+
+
+def _bound_by(node: Comprehension) -> frozenset[str]:
+    """What the loops of a comprehension bind; a walrus binds in the function around it."""
+    return frozenset(
+        it.id
+        for loop in node.generators
+        for it in ast.walk(loop.target)
+        if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
+    )
 
 
 def _nested(table: symtable.SymbolTable) -> _Nested:
