@@ -228,11 +228,12 @@ def test_a_module_whose_frame_a_traceback_keeps_alive_is_rewritten(
 ) -> None:
     (tmp_path / "holder_of_frames.py").write_text("frames = []\n")
     module, _ = load(KEPT)
-    assert sys.modules["holder_of_frames"].frames
-    scope = _core.new_scope("other")
-    with scope_active(scope):
+    holder = sys.modules.pop("holder_of_frames")
+    assert holder.frames
+    with scope_active(_core.new_scope("other")):
         assert module.f() == 1
     assert module._value is None
+    holder.frames.clear()  # they refer to this test's frame, too
 
 
 WRAPPED = """
