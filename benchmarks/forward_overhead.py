@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/forward_overhead.py [--rounds N] [--calls N] [--model NAME]
 
-Ratios guarded / plain of one run, round by round paired so that a drifting machine does not matter: of
+Ratios guarded / plain of the fastest tenth of all calls, and round by round (median and quartiles): of
 `forward` and `sample` on one batch, and of whole decode steps, which make the batch, too. Three cases: the only
 runner of the process; the same one while a second runner lives; and that second runner, which has a
 scope of its own, against the first without the guard (two runners of one architecture). On a GPU
@@ -133,7 +133,7 @@ def report(what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int
         )
 
 
-def counted(it: Decoding) -> dict[str, int]:
+def counted(it: Decoding) -> dict[str, float]:
     """Python frames, native calls and bytecode instructions of a forward and a sample."""
     seen: Counter[str] = Counter()
 
@@ -194,15 +194,15 @@ def main(rounds: int, calls: int, name: str) -> None:
     counts: dict[str, dict[str, float]] = {}
     times: dict[str, dict[str, float]] = {}
     with plain():
-        counts["plain"], times["plain"] = {**counted(first)}, reads()
-    counts["only runner"], times["only runner"] = {**counted(first)}, reads()
+        counts["plain"], times["plain"] = counted(first), reads()
+    counts["only runner"], times["only runner"] = counted(first), reads()
     report("only runner", first, first, rounds, calls)
     second = Decoding(models[1], "second")
-    counts["beside a second"] = {**counted(first)}
+    counts["beside a second"] = counted(first)
     with dg.activate(first.runner):
         times["beside a second"] = reads()
     report("beside a second runner", first, first, rounds, calls)
-    counts["in its own scope"] = {**counted(second)}
+    counts["in its own scope"] = counted(second)
     with dg.activate(second.runner):
         times["in its own scope"] = reads()
     report("the second, in its own scope", second, first, rounds, calls)

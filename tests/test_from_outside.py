@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
 import subprocess
 import sys
@@ -324,7 +323,6 @@ def test_modules_that_are_imported_again_are_hooked_again(
     text = f"CACHE, HOW = {str(cache)!r}, {how!r}\n{textwrap.dedent(IMPORTED_AGAIN)}"
     done = subprocess.run(
         [sys.executable, "-c", text],
-        env={**os.environ},
         capture_output=True,
         text=True,
         timeout=500,

@@ -19,7 +19,7 @@ import pytest
 import sglang_distguard
 from sglang_distguard import _core, adapters, treatments
 from sglang_distguard.adapters import generations
-from sglang_distguard.patching import Needs, find_source, readers
+from sglang_distguard.patching import Needs, find_source, is_changed, readers
 from sglang_distguard.patching.live import functions_of
 from sglang_distguard.scoping import scope_active
 
@@ -267,15 +267,21 @@ def test_a_reload_that_fails_leaves_the_module_guarded(
     before = forward_context.get_forward_context.__code__
     sglang_distguard.install()
     guarded = forward_context.get_forward_context.__code__
-    fails = compile("raise ImportError('half-way')", forward_context.__file__ or "", "exec")
+    source = find_source(forward_context.__name__)
+    assert source is not None
+    # All of the module's functions are defined anew before it fails.
+    fails = compile(f"{source.text}\nraise ImportError('half-way')", source.filename, "exec")
+    old = forward_context.get_forward_context
     with monkeypatch.context() as patch:
         patch.setattr(SourceFileLoader, "get_code", lambda *_: fails)
         with pytest.raises(ImportError, match="half-way"):
             importlib.reload(forward_context)
-    assert forward_context.get_forward_context.__code__ is guarded
+    assert old.__code__ is guarded
+    assert is_changed(forward_context.get_forward_context.__code__)
     assert not forward_context.has_forward_context()
     sglang_distguard.uninstall()
-    assert forward_context.get_forward_context.__code__ is before
+    assert old.__code__ is before
+    assert forward_context.get_forward_context.__code__ == before
 
 
 def test_what_a_module_sets_while_it_is_imported_is_the_processs(clean: None) -> None:

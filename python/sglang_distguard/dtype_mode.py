@@ -148,9 +148,8 @@ class _Call:
         return self._func(*self._args, **{**self._kwargs, "dtype": self._default_of(dtype)})
 
     def _default_of(self, dtype: torch.dtype) -> torch.dtype:
-        if (
-            dtype.is_complex and self._func is torch.full
-        ):  # never half (`infer_full_options`, 2.14.1)
+        # `full` makes no complex32 (`infer_full_options`, torch 2.14.1).
+        if dtype.is_complex and self._func is torch.full:
             return torch.complex128 if self._wanted is torch.float64 else torch.complex64
         return _COMPLEX[self._wanted] if dtype.is_complex else self._wanted
 

@@ -214,7 +214,10 @@ def _execute(
             run(code)
     except BaseException:
         if begun is not None:
-            begun.undo()
+            with _locked():
+                still = None if _installation is not installation else installation
+                if still is None or not still.plans[module.__name__].keep(begun):
+                    begun.undo()
         raise
     with _locked():
         if begun is not None and _installation is installation:

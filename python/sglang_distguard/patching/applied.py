@@ -40,10 +40,10 @@ class Applied:
         if self._class is not None:
             modules.take_attributes(self.module, self._class)
 
-    def follow(self, before: Applied) -> None:
-        """Take over what is to be undone of what was defined before."""
-        self._restore = {**before._restore, **self._restore}
-        self._injected = [*before._injected, *self._injected]
+    def take_over(self, other: Applied) -> None:
+        """Undo, in its time, also what is to be undone of another execution of the module."""
+        self._restore = {**other._restore, **self._restore}
+        self._injected = [*other._injected, *self._injected]
 
     def inject(self, name: str, value: object, owner: Any = None) -> None:
         """Add ``name`` to the module, or to the class ``owner``."""

@@ -259,9 +259,22 @@ class ModulePlan:
                 if isinstance(change, Replace):
                     applied.set_attribute(change.name, change.make(getattr(module, change.name)))
         if before is not None:
-            applied.follow(before)
+            applied.take_over(before)
             self._applied.remove(before)
         self._applied.append(applied)
+
+    def keep(self, failed: Applied) -> bool:
+        """A module that was changed before stays changed when executing it anew has failed.
+
+        Its functions, old and new, have one code: undoing the new ones would undo all.
+
+        Returns:
+            Whether it was changed before; otherwise ``failed`` is to be undone.
+        """
+        before = next((it for it in self._applied if it.module is failed.module), None)
+        if before is not None:
+            before.take_over(failed)
+        return before is not None
 
     def undo(self, functions: Optional[Mapping[int, Sequence[FunctionType]]] = None) -> None:
         """Put everything back; nothing happens when nothing was applied.
