@@ -11,6 +11,7 @@ __all__ = [
     "Claim",
     "Entered",
     "Execution",
+    "OwnFlag",
     "Publishing",
     "Request",
     "RunnerHandle",
@@ -164,6 +165,16 @@ class ScopedGlobal:
         """Whether ``scope`` has a value of its own, read or written before."""
 
 @final
+class OwnFlag:
+    """Stands for a flag of a module; ``value`` is true where ``here()`` is, else the process's."""
+
+    def __new__(cls, globals: dict[str, Any], name: str, here: Callable[[], bool]) -> OwnFlag: ...
+    @property
+    def value(self) -> Any: ...
+    @value.setter
+    def value(self, value: Any) -> None: ...
+
+@final
 class Execution:
     """Whose code is running, and what it carries. Immutable; it lives in one context variable.
 
@@ -208,14 +219,14 @@ class Step:
     """
 
     def __enter__(self) -> None: ...
-    def __exit__(self, *_error: object) -> None: ...
+    def __exit__(self, _class: object, _error: object, _trace: object) -> None: ...
 
 @final
 class Through:
     """A with block that does nothing: the code is in a step that covers it."""
 
     def __enter__(self) -> None: ...
-    def __exit__(self, *_error: object) -> None: ...
+    def __exit__(self, _class: object, _error: object, _trace: object) -> None: ...
 
 @final
 class StepOf:

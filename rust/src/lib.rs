@@ -3,12 +3,15 @@
 mod agreement;
 mod claim;
 mod convert;
+mod direct_read;
 mod dtype;
 mod errors;
 mod execution;
 mod exit;
+mod flag;
 mod process;
 mod registry;
+mod remembered;
 mod room;
 mod runner;
 mod scope;
@@ -34,6 +37,8 @@ mod _core {
     #[pymodule_export]
     use crate::exit::{begin_exit, wake_all};
     #[pymodule_export]
+    use crate::flag::OwnFlag;
+    #[pymodule_export]
     use crate::registry::{
         begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,
         start_afresh, take_events, Claim, Request, Teardown,
@@ -54,6 +59,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
+        crate::direct_read::put_in_front(module.py());
         super::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
     }
 }

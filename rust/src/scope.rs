@@ -166,6 +166,29 @@ pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
     Ok(execution.and_then(|it| it.get().scope.as_ref().map(|scope| scope.clone_ref(py))))
 }
 
+/// Where the running code finds what it has of one global.
+pub enum Where {
+    /// SGLang's default scope, which is not a `Scope`.
+    Default,
+    Scope(Held),
+    /// Asking failed; it will fail again where it can be raised.
+    Unknown,
+}
+
+/// What the running code's scope has in `slot`. Runs no Python.
+pub fn current_value(py: Python<'_>, slot: usize) -> Where {
+    if ALIVE.load(Ordering::Relaxed) == 0 {
+        return Where::Default;
+    }
+    match execution::current(py) {
+        Err(_) => Where::Unknown,
+        Ok(now) => match now.as_ref().and_then(|it| it.get().scope.as_ref()) {
+            None => Where::Default,
+            Some(scope) => Where::Scope(scope.get().read(py, slot)),
+        },
+    }
+}
+
 /// The scope of the running code; None is SGLang's default one.
 #[pyfunction]
 pub fn current_scope(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {

@@ -9,7 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyType, PyWeakrefMethods, PyWeakrefReference};
 use pyo3::{PyTraverseError, PyVisit};
 
-use crate::scope::{current, Held, Scope};
+use crate::remembered::Remembered;
+use crate::scope::{current, current_value, Held, Scope, Where};
 use crate::sync::lock;
 
 /// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
@@ -100,6 +101,8 @@ pub struct ScopedGlobal {
     /// Called without arguments for the value a fresh scope starts with.
     initial: Py<PyAny>,
     slot: usize,
+    /// What the default scope had when it was last asked.
+    remembered: Remembered,
 }
 
 /// The last one of each slot: what `move_aside` moves.
@@ -149,6 +152,20 @@ pub fn move_back(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
     Ok(())
 }
 
+impl ScopedGlobal {
+    /// The value, where that takes neither Python code nor an error.
+    pub fn at_hand(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        match current_value(py, self.slot) {
+            Where::Default => match &self.owner {
+                Owner::Globals(globals) => self.remembered.find(globals.bind(py), &self.name),
+                Owner::Class(_) => None,
+            },
+            Where::Scope(Held::Value(value)) => Some(value),
+            Where::Scope(Held::Unset | Held::Deleted) | Where::Unknown => None,
+        }
+    }
+}
+
 #[pymethods]
 impl ScopedGlobal {
     #[new]
@@ -165,6 +182,7 @@ impl ScopedGlobal {
             name,
             initial,
             slot,
+            remembered: Remembered::default(),
         };
         let made = Bound::new(py, made)?;
         let weak = PyWeakrefReference::new(&made)?.unbind();

@@ -10,10 +10,11 @@ use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::enter::Entry as Entrance;
 use distguard_core::occupancy::Place;
 use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyAttributeError, PyRuntimeError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyString, PyTuple};
+use pyo3::types::{PyString, PyTuple};
 use pyo3::{intern, PyTraverseError, PyVisit};
 
 use crate::convert;
@@ -111,24 +112,15 @@ impl Step {
         exit::stop_if_exiting(py, is_inside());
         handle.check(py)?;
         let now = execution::current(py)?;
-        let outer = now.as_ref().and_then(|it| it.get().step.upgrade());
+        let now = now.as_ref().map(Bound::get);
+        let outer = now.and_then(|it| it.step.upgrade());
         let outer = outer.filter(|it| it.covers(&self.kind, handle.id()));
         let running = self.admit(py, handle, thread, outer.as_ref())?;
-        let wanted = execution::derived(py, |it| {
-            let same = it.runner.as_ref().is_some_and(|it| it.is(&self.handle));
-            *it = Execution {
-                scope: handle.scope_ref(py),
-                runner: Some(self.handle.clone_ref(py)),
-                depth: it.depth + 1,
-                step: Arc::downgrade(&running),
-                // What one runner's code has set is not for another's.
-                default_dtype: it.default_dtype.take().filter(|_| same),
-                owns_environment: true,
-                turn: it.turn.take(),
-                claim: it.claim.take(),
-            };
-        })?;
-        let entry = Entry::new(py, Some(&wanted))?;
+        let wanted = Execution {
+            step: Arc::downgrade(&running),
+            ..of_runner(py, &self.handle, now)
+        };
+        let entry = Entry::new(py, Some(&Bound::new(py, wanted)?))?;
         let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
         exit::going_in(outermost);
         Ok(Held {
@@ -194,6 +186,23 @@ impl Step {
     }
 }
 
+/// The execution of `handle`'s runner, derived from `now`.
+fn of_runner(py: Python<'_>, handle: &Py<RunnerHandle>, now: Option<&Execution>) -> Execution {
+    // What one runner's code has set is not for another's.
+    let same = now.filter(|it| it.runner.as_ref().is_some_and(|it| it.is(handle)));
+    let turn = now.and_then(|it| it.turn.as_ref());
+    Execution {
+        scope: handle.bind(py).get().scope_ref(py),
+        runner: Some(handle.clone_ref(py)),
+        depth: now.map_or(0, |it| it.depth) + 1,
+        step: same.map_or_else(Weak::default, |it| it.step.clone()),
+        default_dtype: same.and_then(|it| it.default_dtype.clone()),
+        owns_environment: true,
+        turn: turn.map(|it| it.clone_ref(py)),
+        claim: now.and_then(|it| it.claim.clone()),
+    }
+}
+
 /// Enters a room; waits, in Python, where something is in the way.
 fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyResult<VisitId> {
     let arrived = registry().arrive_in_step(access, Some(step.clone()), actor);
@@ -225,8 +234,14 @@ impl Step {
         Ok(())
     }
 
-    #[pyo3(signature = (*_error))]
-    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+    #[allow(clippy::used_underscore_binding)]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _class: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _trace: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         if self.end(py)? {
             return Ok(());
         }
@@ -257,8 +272,13 @@ pub struct Through;
 impl Through {
     fn __enter__(&self) {}
 
-    #[pyo3(signature = (*_error))]
-    fn __exit__(&self, _error: &Bound<'_, PyTuple>) {}
+    fn __exit__(
+        &self,
+        _class: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _trace: &Bound<'_, PyAny>,
+    ) {
+    }
 }
 
 fn through(py: Python<'_>) -> PyResult<Py<PyAny>> {
@@ -284,14 +304,18 @@ static ATTRIBUTE: &str = "_sglang_distguard_handle";
 /// The handle of a runner that was built under the guard.
 pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, RunnerHandle>>> {
     let py = runner.py();
-    let Ok(fields) = runner.getattr(intern!(py, "__dict__")) else {
-        return Ok(None);
+    // SAFETY: attached; both are alive; a new reference or null with an exception comes back.
+    let found = unsafe {
+        // Not getattr: a `__getattr__` of SGLang's would be asked for what is not there.
+        let name = intern!(py, ATTRIBUTE).as_ptr();
+        let found = ffi::PyObject_GenericGetAttr(runner.as_ptr(), name);
+        Bound::from_owned_ptr_or_err(py, found)
     };
-    let Ok(fields) = fields.cast_into::<PyDict>() else {
-        return Ok(None);
-    };
-    let found = fields.get_item(intern!(py, ATTRIBUTE))?;
-    Ok(found.and_then(|it| it.cast_into::<RunnerHandle>().ok()))
+    match found {
+        Ok(found) => Ok(found.cast_into::<RunnerHandle>().ok()),
+        Err(error) if error.is_instance_of::<PyAttributeError>(py) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[pymethods]
@@ -433,23 +457,9 @@ impl Activation {
         let handle = self.handle.bind(py).get();
         exit::stop_if_exiting(py, is_inside());
         handle.check(py)?;
-        let wanted = execution::derived(py, |it| {
-            let same = it.runner.as_ref().is_some_and(|it| it.is(&self.handle));
-            *it = Execution {
-                scope: handle.scope_ref(py),
-                runner: Some(self.handle.clone_ref(py)),
-                depth: it.depth + 1,
-                step: if same {
-                    std::mem::take(&mut it.step)
-                } else {
-                    Weak::default()
-                },
-                default_dtype: it.default_dtype.take().filter(|_| same),
-                owns_environment: true,
-                turn: it.turn.take(),
-                claim: it.claim.take(),
-            };
-        })?;
+        let now = execution::current(py)?;
+        let wanted = of_runner(py, &self.handle, now.as_ref().map(Bound::get));
+        let wanted = Bound::new(py, wanted)?;
         let actor = convert::this_actor(py, Some(handle.name_ref()))?;
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let entry = Entry::new(py, Some(&wanted))?;

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Optional
 
-from sglang_distguard._core import ScopedGlobal
+from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import live, modules
 from sglang_distguard.patching.rewrite import nested
@@ -108,5 +108,5 @@ class Applied:
                 setattr(self.module, name, before)
         # Accessors stay, inert: what is suspended in the middle of a function goes on with its code.
         for owner, name in self._injected:
-            if name in vars(owner) and not isinstance(vars(owner)[name], ScopedGlobal):
+            if name in vars(owner) and not isinstance(vars(owner)[name], (OwnFlag, ScopedGlobal)):
                 delattr(owner, name)

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Optional, Union
 
-from sglang_distguard._core import ScopedGlobal
+from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import live
 from sglang_distguard.patching.applied import Applied, MakeHook
@@ -36,6 +36,18 @@ class Reads:
     module: str
     of: str
     name: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    """``module``'s functions see its flag ``name`` raised where ``here()`` is true, too.
+
+    Everybody else, and what is written, means the process's.
+    """
+
+    module: str
+    name: str
+    here: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ class Needs:
     qualname: str
 
 
-Change = Union[Scoped, Reads, Around, AroundMethods, Within, WithinMethods, Replace, Needs]
+Change = Union[Scoped, Reads, Raised, Around, AroundMethods, Within, WithinMethods, Replace, Needs]
 
 
 @dataclass
@@ -144,7 +156,7 @@ class ModulePlan:
 
     @cached_property
     def _rewrite(self) -> Rewrite:
-        names = frozenset(self._scoped_names)
+        names = frozenset(self._redirected_names)
         reads = ((it.of, it.name) for it in self.changes if isinstance(it, Reads))
         elsewhere = frozenset(reads)
         blocks = frozenset(
@@ -157,6 +169,14 @@ class ModulePlan:
     @property
     def _scoped_names(self) -> list[str]:
         return [change.name for change in self.changes if isinstance(change, Scoped)]
+
+    @property
+    def _flags(self) -> list[Raised]:
+        return [change for change in self.changes if isinstance(change, Raised)]
+
+    @property
+    def _redirected_names(self) -> list[str]:
+        return [*self._scoped_names, *(flag.name for flag in self._flags)]
 
     @cached_property
     def _defined(self) -> tuple[str, ...]:
@@ -293,7 +313,7 @@ class ModulePlan:
 
     @property
     def _is_rewritten(self) -> bool:
-        return bool(self._rewrite.replaced or self._scoped_names)
+        return bool(self._rewrite.replaced or self._redirected_names)
 
     def _inject_globals(self, applied: Applied) -> None:
         """What functions of the module ask for; it need not have been executed."""
@@ -302,6 +322,8 @@ class ModulePlan:
             if "." not in name:
                 initial = eval(self._rewrite.initials[name], namespace)
                 applied.inject(accessor_name(name), ScopedGlobal(namespace, name, initial))
+        for flag in self._flags:
+            applied.inject(accessor_name(flag.name), OwnFlag(namespace, flag.name, flag.here))
         for within in self._withins:
             applied.inject(_manager_name(within.qualname), within.manager)
 
@@ -339,7 +361,7 @@ class ModulePlan:
         Fails when the running code is not what the source on disk says, and for an attribute that
         is reached in another way than through its class (``self.X``).
         """
-        names = frozenset(name for name in self._scoped_names if "." not in name)
+        names = frozenset(name for name in self._redirected_names if "." not in name)
         attributes = frozenset(
             name.rpartition(".")[2] for name in self._scoped_names if "." in name
         )

@@ -10,17 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_distguard import compiling
-from sglang_distguard.patching import Around
-
-
-def _is_compiling(original: Callable[..., Any]) -> Callable[..., Any]:
-    is_here = compiling.is_here
-
-    @functools.wraps(original)
-    def is_compiling() -> bool:
-        return is_here() or bool(original())  # the flag is still torch.export's
-
-    return is_compiling
+from sglang_distguard.patching import Around, Raised
 
 
 def _compile_session_context(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +23,7 @@ def _compile_session_context(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 CHANGES = (
-    Around("torch.compiler", "is_compiling", _is_compiling),
+    # `is_compiling` reads it. The process's is still torch.export's.
+    Raised("torch.compiler", "_is_compiling_flag", compiling.is_here),
     Around("torch.compiler", "_compile_session_context", _compile_session_context),
 )

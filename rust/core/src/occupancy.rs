@@ -3,8 +3,6 @@
 //!
 //! Lock order: a leaf; nothing foreign runs under it.
 
-use std::collections::HashMap;
-
 use crate::actor::Actor;
 use crate::rooms::RunnerId;
 use crate::scopes::ScopeId;
@@ -19,11 +17,20 @@ pub enum Place {
     Communicators(ScopeId),
 }
 
+/// A thread in a place.
+#[derive(Debug)]
+struct Occupant {
+    place: Place,
+    actor: Actor,
+    /// How often it came and has not left.
+    depth: usize,
+}
+
 /// Who is where.
 #[derive(Debug, Default)]
 pub struct Occupancy {
-    /// The thread inside, and how many deep it is.
-    inside: Mutex<HashMap<Place, (Actor, usize)>>,
+    /// One for each place that is occupied: as many as threads compute now, so a list.
+    inside: Mutex<Vec<Occupant>>,
 }
 
 impl Occupancy {
@@ -39,21 +46,28 @@ impl Occupancy {
     /// Who is there, when that is another thread.
     pub fn enter(&self, place: Place, actor: &Actor) -> Result<usize, Actor> {
         let mut inside = lock(&self.inside);
-        let (other, depth) = inside.entry(place).or_insert_with(|| (actor.clone(), 0));
-        if other.thread != actor.thread {
-            return Err(other.clone());
+        let Some(it) = inside.iter_mut().find(|it| it.place == place) else {
+            inside.push(Occupant {
+                place,
+                actor: actor.clone(),
+                depth: 1,
+            });
+            return Ok(1);
+        };
+        if it.actor.thread != actor.thread {
+            return Err(it.actor.clone());
         }
-        *depth += 1;
-        Ok(*depth)
+        it.depth += 1;
+        Ok(it.depth)
     }
 
     /// Takes one `enter` back.
     pub fn leave(&self, place: Place) {
         let mut inside = lock(&self.inside);
-        if let Some((_, depth)) = inside.get_mut(&place) {
-            *depth -= 1;
-            if *depth == 0 {
-                inside.remove(&place);
+        if let Some(index) = inside.iter().position(|it| it.place == place) {
+            inside[index].depth -= 1;
+            if inside[index].depth == 0 {
+                inside.swap_remove(index);
             }
         }
     }

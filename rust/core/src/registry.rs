@@ -227,10 +227,14 @@ impl Registry {
 
     /// The one way to change anything; wakes whoever waits for what changed.
     pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Inner, Duration) -> T) -> T {
+        self.update_timeless(|inner| change(inner, self.now()))
+    }
+
+    /// As `update`, for a change that no event tells of.
+    pub(crate) fn update_timeless<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
         let mut inner = self.lock();
         let epoch = inner.epoch;
-        let now = self.now();
-        let result = change(&mut inner, now);
+        let result = change(&mut inner);
         let (changed, moved) = (inner.slots_changed > epoch, inner.rooms_changed > epoch);
         if changed {
             // While the lock is held: who sees the change sees the new epoch.

@@ -5,6 +5,7 @@
 //! ```text
 //! from      by         to
 //! -         arrive     Queued, last in line
+//! -         arrive     Inside, when nothing that conflicts is inside or in line
 //! Queued    enter      Inside, when nothing in its way conflicts
 //! Queued    leave      -   (gave up: deadline, interrupt, deadlock)
 //! Inside    leave      -
@@ -149,7 +150,14 @@ pub(crate) struct Rooms {
 }
 
 impl Rooms {
-    /// `id` is higher than every earlier one.
+    /// Whether `thread` may enter for `access` without lining up: nobody who conflicts with it is
+    /// inside, or came before and is still in line.
+    pub fn is_free(&self, access: Access, thread: ThreadId) -> bool {
+        let conflicts = |it: &Visit| it.actor.thread != thread && it.access.conflicts_with(&access);
+        !self.visits.values().any(conflicts)
+    }
+
+    /// `id` is higher than every earlier one. At once `inside` only where it `is_free`.
     pub fn arrive(
         &mut self,
         id: VisitId,
@@ -157,6 +165,7 @@ impl Rooms {
         step: Option<Arc<str>>,
         actor: Actor,
         now: Duration,
+        inside: bool,
     ) {
         debug_assert!(self
             .visits
@@ -169,7 +178,7 @@ impl Rooms {
                 step,
                 actor,
                 since: now,
-                inside: false,
+                inside,
             },
         );
     }

@@ -1,0 +1,48 @@
+//! A value of a dictionary that is not looked up again while the dictionary stays as it is.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+
+/// Valid as long as the dictionary's version is the same: every change of a dictionary gives it
+/// one that no dictionary had before (PEP 509). So the value needs no reference: at that version
+/// the dictionary holds it.
+///
+/// CPython 3.11 and 3.12; later ones say no longer which version a dictionary has.
+#[derive(Default)]
+pub struct Remembered {
+    #[cfg(not(Py_3_13))]
+    version: std::sync::atomic::AtomicU64,
+    #[cfg(not(Py_3_13))]
+    value: std::sync::atomic::AtomicPtr<pyo3::ffi::PyObject>,
+}
+
+impl Remembered {
+    /// What `dict`, the same one in every call, has of `name`, the same one too.
+    #[cfg(not(Py_3_13))]
+    #[allow(deprecated)] // 3.12 has it still
+    pub fn find(&self, dict: &Bound<'_, PyDict>, name: &Py<PyString>) -> Option<Py<PyAny>> {
+        use std::sync::atomic::Ordering::Relaxed; // the interpreter's lock orders
+
+        let py = dict.py();
+        // SAFETY: attached, and `dict` is alive and a dictionary.
+        let version = unsafe { (*dict.as_ptr().cast::<pyo3::ffi::PyDictObject>()).ma_version_tag };
+        if version == self.version.load(Relaxed) {
+            let value = self.value.load(Relaxed);
+            // SAFETY: not null, for no dictionary has version 0 and both were stored together with
+            // the interpreter's lock held; alive, for `dict` holds it at this version.
+            return Some(unsafe { Bound::from_borrowed_ptr(py, value) }.unbind());
+        }
+        // A change that the lookup itself makes is seen: the version was read before.
+        let value = dict.get_item(name).ok()??;
+        self.value.store(value.as_ptr(), Relaxed);
+        self.version.store(version, Relaxed);
+        Some(value.unbind())
+    }
+
+    /// What `dict` has of `name`.
+    #[cfg(Py_3_13)]
+    #[allow(clippy::unused_self)]
+    pub fn find(&self, dict: &Bound<'_, PyDict>, name: &Py<PyString>) -> Option<Py<PyAny>> {
+        Some(dict.get_item(name).ok()??.unbind())
+    }
+}
