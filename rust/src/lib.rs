@@ -1,5 +1,6 @@
 //! The native module `sglang_distguard._core`: an export list. Logic lives in `distguard-core`.
 
+mod activation;
 mod agreement;
 mod claim;
 mod convert;
@@ -24,6 +25,8 @@ use pyo3::prelude::*;
 /// Native part of `sglang_distguard`; see `_core.pyi` for what each name does.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::activation::{activations, Activation};
     #[pymodule_export]
     use crate::agreement::Agreement;
     #[pymodule_export]
@@ -55,7 +58,7 @@ mod _core {
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;
     #[pymodule_export]
-    use crate::step::{activations, step, Activation, Step, StepOf, Through};
+    use crate::step::{step, Step, StepOf, Through};
 
     #[pymodule_init]
     fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {

@@ -15,6 +15,7 @@ use distguard_core::teardown::Teardown as Begun;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyInt, PyList};
 
+use crate::activation;
 use crate::convert;
 use crate::errors::to_python;
 use crate::exit::{self, wait_detached};
@@ -362,7 +363,7 @@ pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
 pub fn start_afresh() {
     process::start_afresh();
     exit::start_afresh(step::is_inside());
-    step::start_afresh();
+    activation::start_afresh();
 }
 
 /// The object `identity` of `key` came over a fork: requests that see it are refused.

@@ -143,6 +143,13 @@ pub struct Visit {
     pub inside: bool,
 }
 
+impl Visit {
+    /// Whether `thread` cannot be inside for `access` together with it.
+    fn is_in_the_way(&self, access: Access, thread: ThreadId) -> bool {
+        self.actor.thread != thread && self.access.conflicts_with(&access)
+    }
+}
+
 /// Every visit, in the order of arrival.
 #[derive(Debug, Default)]
 pub(crate) struct Rooms {
@@ -153,8 +160,8 @@ impl Rooms {
     /// Whether `thread` may enter for `access` without lining up: nobody who conflicts with it is
     /// inside, or came before and is still in line.
     pub fn is_free(&self, access: Access, thread: ThreadId) -> bool {
-        let conflicts = |it: &Visit| it.actor.thread != thread && it.access.conflicts_with(&access);
-        !self.visits.values().any(conflicts)
+        let mut visits = self.visits.values();
+        !visits.any(|visit| visit.is_in_the_way(access, thread))
     }
 
     /// `id` is higher than every earlier one. At once `inside` only where it `is_free`.
@@ -197,9 +204,8 @@ impl Rooms {
 
     /// Who is inside and in the way of `thread` entering for `access`.
     pub fn occupants(&self, access: Access, thread: ThreadId) -> impl Iterator<Item = &Visit> {
-        self.visits.values().filter(move |visit| {
-            visit.inside && visit.actor.thread != thread && visit.access.conflicts_with(&access)
-        })
+        let visits = self.visits.values();
+        visits.filter(move |visit| visit.inside && visit.is_in_the_way(access, thread))
     }
 
     /// Who came before the visit `id`, is still in line and conflicts with it.
@@ -210,9 +216,7 @@ impl Rooms {
             .map(|(_, visit)| visit)
             .filter(move |visit| {
                 own.is_some_and(|own| {
-                    !visit.inside
-                        && visit.actor.thread != own.actor.thread
-                        && visit.access.conflicts_with(&own.access)
+                    !visit.inside && visit.is_in_the_way(own.access, own.actor.thread)
                 })
             })
     }

@@ -1,0 +1,108 @@
+//! `activate`: the running code is a runner's, in no step of it.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+
+use distguard_core::actor::Actor;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::convert;
+use crate::execution::{self, Entry};
+use crate::exit;
+use crate::runner::RunnerHandle;
+use crate::step::{is_inside, of_runner};
+use crate::sync::lock;
+
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
+/// Who has entered an `Activation` and not left it.
+static ACTIVATIONS: Mutex<BTreeMap<u64, Actor>> = Mutex::new(BTreeMap::new());
+
+/// (thread, runner) of every `Activation` that is entered now.
+#[pyfunction]
+pub fn activations() -> Vec<(String, String)> {
+    let named = |actor: &Actor| {
+        let runner = actor.runner.as_deref().unwrap_or_default();
+        (actor.thread_name.to_string(), runner.to_owned())
+    };
+    lock(&ACTIVATIONS).values().map(named).collect()
+}
+
+/// In a forked child: only the forking thread came along.
+pub fn start_afresh() {
+    let me = convert::this_thread();
+    lock(&ACTIVATIONS).retain(|_, actor| actor.thread == me);
+}
+
+/// A context manager: the running code is the runner's, in no step of it.
+///
+/// It may idle and be left in another thread's step: it holds nothing, and delays no exit.
+#[pyclass(frozen, module = "sglang_distguard._core")]
+pub struct Activation {
+    handle: Py<RunnerHandle>,
+    /// What `with … as` gives.
+    runner: Py<PyAny>,
+    entries: Mutex<Vec<(Entry, u64)>>,
+}
+
+#[pymethods]
+impl Activation {
+    #[new]
+    fn new(handle: Py<RunnerHandle>, runner: Py<PyAny>) -> Self {
+        Self {
+            handle,
+            runner,
+            entries: Mutex::default(),
+        }
+    }
+
+    fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let handle = self.handle.bind(py).get();
+        exit::stop_if_exiting(py, is_inside());
+        handle.check(py)?;
+        let now = execution::current(py)?;
+        let wanted = of_runner(py, &self.handle, now.as_ref().map(Bound::get));
+        let wanted = Bound::new(py, wanted)?;
+        let actor = convert::this_actor(py, Some(handle.name_ref()))?;
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let entry = Entry::new(py, Some(&wanted))?;
+        lock(&ACTIVATIONS).insert(number, actor);
+        lock(&self.entries).push((entry, number));
+        Ok(self.runner.clone_ref(py))
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        let entry = lock(&self.entries).pop();
+        let Some((entry, number)) = entry else {
+            return Err(PyRuntimeError::new_err("left more often than entered"));
+        };
+        lock(&ACTIVATIONS).remove(&number);
+        entry.leave(py)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.handle)?;
+        visit.call(&self.runner)
+    }
+}
+
+impl Drop for Activation {
+    fn drop(&mut self) {
+        let entries = std::mem::take(&mut *lock(&self.entries));
+        if entries.is_empty() {
+            return;
+        }
+        Python::attach(|py| {
+            for (entry, number) in entries.into_iter().rev() {
+                lock(&ACTIVATIONS).remove(&number);
+                let _ = entry.leave(py); // in another context, or too late
+            }
+        });
+    }
+}
