@@ -344,6 +344,92 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+#: A module to be patched whose import, by a thread, stops before its first line until ``go_on`` is set.
+_HALF_IMPORTED = """
+    import sys, threading
+    from importlib.machinery import PathFinder, SourceFileLoader
+    import sglang.srt.distributed
+    import sglang_distguard as dg
+    from sglang_distguard.scoping import accessor
+
+    NAME = "sglang.srt.distributed.bootstrap"
+    sys.modules.pop(NAME, None)
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Loader(SourceFileLoader):
+        def exec_module(self, module):
+            meanwhile()
+            super().exec_module(module)
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            spec = PathFinder.find_spec(name, path, target) if name == NAME else None
+            if spec is not None:
+                spec.loader = Loader(name, spec.origin)
+            return spec
+
+    sys.meta_path.insert(0, Finder)
+"""
+
+
+def run_program(text: str, *more: str) -> None:
+    program = "".join(textwrap.dedent(part) for part in (text, *more))
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_install_waits_for_an_import_that_another_thread_had_begun_before() -> None:
+    run_program(
+        _HALF_IMPORTED,
+        """
+        def meanwhile():
+            inside.set()
+            go_on.wait()
+
+        importer = threading.Thread(target=__import__, args=(NAME,))
+        importer.start()
+        inside.wait()
+        installer = threading.Thread(target=dg.install)
+        installer.start()
+        # It ends at once where it does not wait.
+        while installer.is_alive() and f"import of {NAME}" not in [it.name for it in threading.enumerate()]:
+            pass
+        go_on.set()
+        importer.join()
+        installer.join()
+        assert dg.is_installed()
+        assert accessor(NAME, "_PARALLEL_INITIALISED").value is False
+        """,
+    )
+
+
+def test_install_is_refused_inside_of_the_import_of_a_module_to_be_patched() -> None:
+    run_program(
+        _HALF_IMPORTED,
+        """
+        refused = []
+
+        def try_to_install():
+            try:
+                dg.install()
+            except dg.StateInUse as error:
+                refused.append(error)
+
+        class Loader(SourceFileLoader):
+            def exec_module(self, module):
+                exec("import __main__; __main__.try_to_install(); del __main__", vars(module))
+                super().exec_module(module)
+
+        __import__(NAME)
+        assert len(refused) == 1, refused
+        assert NAME in str(refused[0]) and refused[0].details["holders"] == [NAME]
+        assert not dg.is_installed()
+        dg.install()
+        assert accessor(NAME, "_PARALLEL_INITIALISED").value is False
+        """,
+    )
+
+
 def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
     for module, names in treatments.scoped().items():
         source = find_source(module)

@@ -233,7 +233,7 @@ class StepOf:
     """Called with a runner, or what refers to one, returns the with block of one method of it.
 
     Args: the method's name; its room; ``exclusive``, for one thread at a time; ``runner``, the
-    attribute of the argument that is the runner, or returns it; ``otherwise``, called with handle and
+    attribute of the argument, or attributes with dots, that is the runner or returns it; ``otherwise``, called with handle and
     name for the with block where there are several ranks, or always.
     """
 

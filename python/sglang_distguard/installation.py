@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Literal, Optional, TypeVar
 
 from sglang_distguard import _core, adapters, environment, settings
 from sglang_distguard.errors import AcquireTimeout, StateInUse
-from sglang_distguard.patching import ModulePlan
+from sglang_distguard.patching import ModulePlan, imports
 from sglang_distguard.patching.applied import Applied
 from sglang_distguard.patching.imports import Watcher
 from sglang_distguard.patching.live import functions_by_module
@@ -65,30 +66,68 @@ def install(
     Raises:
         NotSupported: the installed SGLang lacks something the guard rests on.
             Nothing was patched.
+        StateInUse: called by code that runs while the same thread imports a module to be patched.
+        AcquireTimeout: another thread does not end such an import.
         TypeError, ValueError: an argument or environment variable is not usable.
     """
+    until = time.monotonic() + _DEADLINE
+    while True:
+        with _locked():
+            chosen = settings.choose(
+                again=_installation is not None,
+                reuse=reuse,
+                timeout=timeout,
+                slow_after=slow_after,
+                agreement_timeout=agreement_timeout,
+                groups=groups,
+            )
+            begun = _put_in() if _installation is None else []
+            if not begun:
+                settings.set_installed(chosen)
+                return
+        _let_finish(begun, until)
+
+
+def _put_in() -> list[str]:
+    """Install, unless modules are being imported whose import began before: those are returned."""
     global _installation
-    with _locked():
-        chosen = settings.choose(
-            again=_installation is not None,
-            reuse=reuse,
-            timeout=timeout,
-            slow_after=slow_after,
-            agreement_timeout=agreement_timeout,
-            groups=groups,
-        )
-        if _installation is None:
-            plans = {plan.module: plan for plan in adapters.choose()}
-            installation = _Installation(plans, Watcher(plans, _execute))
-            try:
-                installation.watcher.start()
-                _apply(list(plans.values()))
-                _installation = installation
-            except BaseException:
-                _installation = None
-                _undo(installation)
-                raise
-        settings.set_installed(chosen)
+    plans = {plan.module: plan for plan in adapters.choose()}
+    installation = _Installation(plans, Watcher(plans, _execute))
+    try:
+        installation.watcher.start()
+        # Looked for only now: whatever begins from now on is watched.
+        begun = imports.unfinished(plans)
+        if begun:
+            installation.watcher.stop()
+            return begun
+        _apply(list(plans.values()))
+        _installation = installation
+    except BaseException:
+        _installation = None
+        _undo(installation)
+        raise
+    return []
+
+
+def _let_finish(begun: list[str], until: float) -> None:
+    """Wait for imports that nobody watches. Not under the lock: they import others that are watched.
+
+    Raises:
+        StateInUse: the calling thread itself is in the middle of one.
+        AcquireTimeout: one takes longer.
+    """
+    for name in begun:
+        if imports.is_mine(name):
+            raise StateInUse(
+                f"install() was called while {name} is being imported by the same thread: functions that "
+                "it is yet to define would stay without hooks. Call it before the import, or after it",
+                holders=[name],
+            )
+        if not imports.let_finish(name, until - time.monotonic()):
+            raise AcquireTimeout(
+                f"{name} has been in the middle of its import, by another thread, for {_DEADLINE:.0f} s. "
+                "Look at what that does (py-spy dump), and call install() again; nothing was changed"
+            )
 
 
 def uninstall() -> None:
@@ -190,9 +229,7 @@ def _apply(plans: list[ModulePlan]) -> None:
 
 def _imported(name: str) -> Optional[ModuleType]:
     """The module, when its import has finished; one that is being imported calls back."""
-    module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    return None if getattr(spec, "_initializing", False) else module
+    return None if imports.unfinished([name]) else sys.modules.get(name)
 
 
 def _execute(

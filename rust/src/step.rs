@@ -289,8 +289,8 @@ fn through(py: Python<'_>) -> PyResult<Py<PyAny>> {
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct StepOf {
     kind: Arc<Kind>,
-    /// Attribute of the argument that is the runner, or returns it; None: it is the runner itself.
-    runner: Option<Py<PyString>>,
+    /// Attributes from the argument to the runner, or to what returns it; none: it is the runner.
+    runner: Vec<Py<PyString>>,
     /// Called with handle and name where a step is more than what is native; None: never.
     otherwise: Option<Py<PyAny>>,
     /// Also with one rank.
@@ -324,18 +324,23 @@ impl StepOf {
         name: &str,
         room: Option<&str>,
         exclusive: bool,
-        runner: Option<Py<PyString>>,
+        runner: Option<&Bound<'_, PyString>>,
         otherwise: Option<Py<PyAny>>,
         always_otherwise: bool,
     ) -> PyResult<Self> {
         let room = room.map(str::parse).transpose();
+        let mut path = Vec::new();
+        if let Some(runner) = runner {
+            let names = runner.to_str()?.split('.');
+            path.extend(names.map(|it| PyString::intern(runner.py(), it).unbind()));
+        }
         Ok(Self {
             kind: Arc::new(Kind {
                 name: name.into(),
                 room: room.map_err(PyValueError::new_err)?,
                 exclusive,
             }),
-            runner,
+            runner: path,
             otherwise,
             always_otherwise,
         })
@@ -343,15 +348,13 @@ impl StepOf {
 
     #[pyo3(signature = (owner, /))]
     fn __call__(&self, py: Python<'_>, owner: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
-        let handle = match &self.runner {
-            None => handle_of(owner)?,
-            Some(name) => {
-                let runner = owner.getattr(name)?;
-                match handle_of(&runner)? {
-                    None if runner.is_callable() => handle_of(&runner.call0()?)?,
-                    found => found,
-                }
-            }
+        let mut runner = owner.clone();
+        for name in &self.runner {
+            runner = runner.getattr(name)?;
+        }
+        let handle = match handle_of(&runner)? {
+            None if !self.runner.is_empty() && runner.is_callable() => handle_of(&runner.call0()?)?,
+            found => found,
         };
         let Some(handle) = handle else {
             return through(py);

@@ -5,8 +5,10 @@ A finder in front of all others lets them find a module, and wraps its loader fo
 
 from __future__ import annotations
 
+import importlib._bootstrap
 import sys
-from collections.abc import Callable, Container, Sequence
+import threading
+from collections.abc import Callable, Container, Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
@@ -85,3 +87,38 @@ class _TakenOver(Loader):
                 exec(code, vars(module))
 
         self._execute(module, code, run)
+
+
+def unfinished(names: Iterable[str]) -> list[str]:
+    """Those of the modules that are being imported now."""
+    return [
+        name
+        for name in names
+        if getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+    ]
+
+
+def is_mine(name: str) -> bool:
+    """Whether the calling thread is in the middle of executing the module ``name``."""
+    namespace = vars(sys.modules[name])
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals is namespace and frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def let_finish(name: str, timeout: float) -> bool:
+    """Wait for the import of the module ``name`` in another thread to end, in whatever way.
+
+    Returns:
+        Whether it has ended; False after ``timeout`` seconds.
+    """
+    # As the import statement itself waits (CPython 3.11 to 3.14), which knows no timeout: a thread
+    # that is given up ends with the import.
+    wait: Callable[[str], None] = vars(importlib._bootstrap)["_lock_unlock_module"]
+    waiter = threading.Thread(target=wait, args=(name,), name=f"import of {name}", daemon=True)
+    waiter.start()
+    waiter.join(timeout)
+    return not waiter.is_alive()

@@ -13,12 +13,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Optional
 
-from sglang_distguard import _core, runners
+from sglang_distguard import _core, rooms, runners
 from sglang_distguard.patching import Around, WithinMethods
 from sglang_distguard.scoping import scope_active
 from sglang_distguard.targets.model_runner import room_of
 
 MODULE = "sglang.srt.model_executor.model_runner_components.weight_updater"
+#: They change nothing of the runner, and wait for other processes: its forwards go on.
+_WAITS_FOR_OTHERS = frozenset(
+    {
+        "init_weights_update_group",
+        "destroy_weights_update_group",
+        "receive_weights_from_distributed",
+    }
+)
 #: Parameter of `update_weights_from_disk`.
 _RECAPTURE = "recapture_cuda_graph"
 
@@ -27,10 +35,12 @@ def _step_of(name: str) -> Optional[_core.StepOf]:
     if name == "update_weights_from_disk":
         return None
 
-    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
-        return runners.step_among_ranks(handle, step, "load", is_collective=True)
+    room: Optional[rooms.Room] = None if name in _WAITS_FOR_OTHERS else "load"
 
-    return _core.StepOf(name, "load", runner="get_model_runner", otherwise=otherwise)
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return runners.step_among_ranks(handle, step, room, is_collective=True)
+
+    return _core.StepOf(name, room, runner="get_model_runner", otherwise=otherwise)
 
 
 def _from_disk(original: Callable[..., Any]) -> Callable[..., Any]:
