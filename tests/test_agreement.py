@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import pytest
@@ -356,6 +357,45 @@ def test_leaving_ends_a_reader_that_sleeps_in_the_store() -> None:
         agreement.leave(ranks[0], LONG)
         assert readers() == []
         waits.join()
+
+
+class Delayed:
+    """A store in which the first entry about ``name`` is written only when ``go_on`` is set."""
+
+    def __init__(self, store: Any, name: str) -> None:
+        self._store, self._name = store, name
+        self.is_there, self.go_on = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def compare_set(self, key: str, before: str, text: str) -> bytes:
+        if key.startswith("log/") and f'"{self._name}"' in text and not self.is_there.is_set():
+            self.is_there.set()
+            self.go_on.wait()
+        written: bytes = self._store.compare_set(key, before, text)
+        return written
+
+
+def test_an_entry_that_comes_where_others_were_read_and_deleted_is_written_again() -> None:
+    with world(2) as made:
+        # Whichever rank tells last writes; all entries go through this.
+        delays = [Delayed(it.store, "slow") for it in made]
+        ranks = [replace(it, store=delay) for it, delay in zip(made, delays, strict=True)]
+        slow = threading.Thread(
+            target=lambda: slowly.extend(on_ranks(ranks, lambda it: take(it, "slow")))
+        )
+        slowly: list[Any] = []
+        slow.start()
+        while not any(it.is_there.is_set() for it in delays):
+            slow.join(0.01)
+        for _ in range(3):
+            assert None not in on_ranks(ranks, lambda it: take(it, "quick"))
+        for delay in delays:
+            delay.go_on.set()
+        slow.join()
+        assert slowly == [0, 0]
+        assert on_ranks(ranks, lambda it: take(it, "slow")) == [1, 1]
 
 
 def test_the_store_does_not_grow_with_turns() -> None:

@@ -100,8 +100,11 @@ class Agreement:
     def began(self, name: str, round: int) -> bool | None:
         """Whether the round has had the turn; None when what was read does not tell."""
 
-    def wrote(self, index: int) -> None:
-        """This rank wrote entry ``index``."""
+    def read_own(self, index: int) -> None:
+        """This rank has read entry ``index`` and wrote it itself; before ``apply``."""
+
+    def wrote(self, index: int) -> bool:
+        """This rank wrote entry ``index``; False when that is where nobody will read it any more."""
 
     def outlived(self, name: str, round: int, stage_name: str) -> list[int]:
         """Entries of this rank that nobody reads again, now that all ranks have told of the stage."""

@@ -108,9 +108,13 @@ impl Agreement {
         Ok(self.core.began(name, convert::whole("round", round)?))
     }
 
-    fn wrote(&self, index: &Bound<'_, PyInt>) -> PyResult<()> {
-        self.core.wrote(convert::whole("index", index)?);
+    fn read_own(&self, index: &Bound<'_, PyInt>) -> PyResult<()> {
+        self.core.read_own(convert::whole("index", index)?);
         Ok(())
+    }
+
+    fn wrote(&self, index: &Bound<'_, PyInt>) -> PyResult<bool> {
+        Ok(self.core.wrote(convert::whole("index", index)?))
     }
 
     fn outlived(

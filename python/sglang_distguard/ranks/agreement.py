@@ -230,6 +230,8 @@ def _read(ranks: Ranks) -> None:
         try:
             entry = ranks.read(index)
             if entry is not None:
+                if entry["by"] == ranks.rank:
+                    ranks.state.read_own(index)
                 ranks.state.apply(
                     index, entry["name"], entry["round"], entry["stage"], entry["failure"]
                 )
@@ -430,6 +432,19 @@ def leave(ranks: Ranks, seconds: float) -> None:
     with suppress(Exception):
         if ranks.state.is_reading():
             ranks.write({"name": "(exit)", "round": 0, "stage": "build", "failure": None})
+        until = time.monotonic() + seconds
         for thread in threading.enumerate():
             if thread.name == _READER:
-                thread.join(seconds)
+                _join(thread, until)
+
+
+def _join(thread: threading.Thread, until: float) -> None:
+    """Join a thread, also one that another thread is just starting: that cannot be joined yet."""
+    while thread.is_alive() or thread.ident is None:
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        try:
+            thread.join(left)
+        except RuntimeError:
+            time.sleep(0.001)

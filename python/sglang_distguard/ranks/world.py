@@ -63,16 +63,17 @@ class Ranks:
         return {report.pop("rank"): report for report in reports}
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append ``entry`` to the log.
-
-        Entries that were deleted are before all that anybody has yet to read: none is written there.
-        """
+        """Append ``entry`` to the log."""
         # The rank makes equal entries of two ranks differ, so that each knows whose was taken.
         text = json.dumps({**entry, "by": self.rank}, sort_keys=True)
-        index = self.state.next()
-        while self.store.compare_set(f"log/{index}", "", text).decode() != text:
-            index += 1
-        self.state.wrote(index)
+        while True:
+            index = self.state.next()
+            while self.store.compare_set(f"log/{index}", "", text).decode() != text:
+                index += 1
+            if self.state.wrote(index):
+                return
+            # What stood there was read by all ranks and deleted, while this thread was on its way.
+            self.tidy(f"log/{index}")
 
     def read(self, index: int) -> Optional[dict[str, Any]]:
         """Entry ``index`` of the log; None when there is none after ``READ`` seconds."""

@@ -128,6 +128,8 @@ struct Inner {
     reading: bool,
     /// Entries that this rank wrote and that may still be in the log.
     wrote: BTreeSet<u64>,
+    /// Entries that this rank wrote, as it has read in the log.
+    read_own: BTreeSet<u64>,
     lost: Option<String>,
 }
 
@@ -241,9 +243,22 @@ impl Agreement {
         (refused || round.ended.contains_key(&Stage::Turn)).then_some(false)
     }
 
-    /// This rank wrote entry `index`.
-    pub fn wrote(&self, index: u64) {
-        lock(&self.inner).wrote.insert(index);
+    /// This rank has read entry `index` and wrote it itself. Before `apply`.
+    pub fn read_own(&self, index: u64) {
+        lock(&self.inner).read_own.insert(index);
+    }
+
+    /// This rank wrote entry `index`. False when nobody will read it: since the rank asked where to
+    /// write, all ranks have read what stood there, and it was deleted.
+    #[must_use]
+    pub fn wrote(&self, index: u64) -> bool {
+        let mut inner = lock(&self.inner);
+        // An entry that is deleted has been read by every rank, so by this one.
+        if index < inner.next && !inner.read_own.remove(&index) {
+            return false;
+        }
+        inner.wrote.insert(index);
+        true
     }
 
     /// All ranks have told of `stage`, so that all have read what had to be known before: the
@@ -260,6 +275,7 @@ impl Agreement {
         let Some(&(_, index)) = known.and_then(|it| it.ended.get(&before)) else {
             return Vec::new();
         };
+        inner.read_own = inner.read_own.split_off(&(index + 1));
         let later = inner.wrote.split_off(&(index + 1));
         std::mem::replace(&mut inner.wrote, later)
             .into_iter()

@@ -281,9 +281,11 @@ fn a_round_in_line_that_a_rank_has_left_never_has_the_turn() {
 fn entries_are_outlived_once_all_ranks_have_gone_past_them() {
     let ranks = Agreement::new();
     let ask = entry("a", 0, Stage::Ask, None);
+    ranks.read_own(0);
+    ranks.read_own(1);
     read(&ranks, &[entry("b", 0, Stage::Ask, Some("x")), ask]);
     for index in [0, 1, 2] {
-        ranks.wrote(index);
+        assert!(ranks.wrote(index));
     }
     assert!(ranks.outlived("a", 0, Stage::Ask).is_empty());
     assert!(ranks.outlived("a", 1, Stage::Turn).is_empty());
@@ -291,6 +293,17 @@ fn entries_are_outlived_once_all_ranks_have_gone_past_them() {
     assert!(ranks.outlived("a", 0, Stage::Turn).is_empty());
     read(&ranks, &[entry("a", 0, Stage::Turn, None)]);
     assert_eq!(ranks.outlived("a", 0, Stage::Build), [2]);
+}
+
+#[test]
+fn an_entry_that_was_written_where_another_had_been_read_is_read_by_nobody() {
+    let ranks = Agreement::new();
+    read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
+    assert!(!ranks.wrote(0));
+    assert!(ranks.wrote(1));
+    assert_eq!(ranks.outlived("a", 0, Stage::Turn), []);
+    read(&ranks, &[entry("a", 0, Stage::Turn, None)]);
+    assert_eq!(ranks.outlived("a", 0, Stage::Build), [1]);
 }
 
 #[test]
