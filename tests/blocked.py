@@ -42,3 +42,7 @@ def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 def queued() -> list[Any]:
     return [it["step"] for it in dg.snapshot()["rooms"] if not it["inside"]]
+
+
+def inside() -> list[Any]:
+    return [it["step"] for it in dg.snapshot()["rooms"] if it["inside"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import new_interpreter
 import pytest
 from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard import treatments
@@ -378,7 +378,7 @@ works = {{"another": another, "that one": lambda: {work}}}
 starts = {{name: partial(fork, work, folder / name, 0.5) for name, work in works.items()}}
 follow(starts, folder, 0.5)
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    ran = new_interpreter.run(program)
     assert ran.returncode == 1
     assert told in ran.stderr
 

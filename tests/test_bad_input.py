@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import sglang_distguard as dg
+import sglang_distguard_plugin
 from bad_values import (
     ANYTHING,
     RIGHT,
@@ -32,7 +33,7 @@ from bad_values import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sglang_distguard import errors, plugin, settings
+from sglang_distguard import errors, settings
 from sglang_distguard.__main__ import main
 from sglang_distguard.testing import server_args
 
@@ -189,7 +190,7 @@ def test_reset_and_teardown_take_a_flag_and_other_functions_nothing(
 def is_usable(variable: str, text: str) -> bool:
     """Whether an environment variable may have this value."""
     text = text.strip().lower()
-    if variable == settings.REUSE_VARIABLE:
+    if variable == sglang_distguard_plugin.VARIABLE:
         return text in {*"10yn", "", "true", "false", "yes", "no", "on", "off"}
     with contextlib.suppress(ValueError):
         return text == "" or float(text) > 0
@@ -198,7 +199,9 @@ def is_usable(variable: str, text: str) -> bool:
 
 @tried
 @given(
-    st.sampled_from([settings.REUSE_VARIABLE, settings.TIMEOUT_VARIABLE, settings.SLOW_VARIABLE]),
+    st.sampled_from(
+        [sglang_distguard_plugin.VARIABLE, settings.TIMEOUT_VARIABLE, settings.SLOW_VARIABLE]
+    ),
     st.binary(max_size=9).filter(lambda raw: 0 not in raw).map(os.fsdecode) | st.floats().map(str),
 )
 def test_an_environment_variable_that_cannot_be_used_is_named(variable: str, text: str) -> None:
@@ -207,8 +210,8 @@ def test_an_environment_variable_that_cannot_be_used_is_named(variable: str, tex
             settings.choose(again=False)
             return
         assert is_refused(dg.install, variable)
-        if variable == settings.REUSE_VARIABLE:
-            assert is_refused(plugin.load, variable)
+        if variable == sglang_distguard_plugin.VARIABLE:
+            assert is_refused(sglang_distguard_plugin.load, variable)
 
 
 COMMANDS = ("demo", "status", "version")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from blocked import Blocked, queued, thread
+from blocked import Blocked, inside, queued, thread
 from registry_calls import until
 from sglang_distguard.testing import bit_equal, free_port, server_args, steps
 
@@ -46,7 +46,11 @@ def from_disk(runner: Any, folder: Path) -> Any:
     return runner.weight_updater.update_weights_from_disk(str(folder), "auto")
 
 
-UPDATES = {"tensor": from_tensor, "disk": from_disk}
+def from_distributed(runner: Any, folder: Path) -> Any:
+    return runner.weight_updater.load_weights_from_distributed(weights(folder))
+
+
+UPDATES = {"tensor": from_tensor, "disk": from_disk, "distributed": from_distributed}
 
 
 @pytest.mark.parametrize("kind", UPDATES)
@@ -124,7 +128,7 @@ def test_forwards_under_updates_are_all_old_or_all_new(runner: Any, model: Model
     assert all(any(bit_equal(it, want) for want in wanted) for it in read)
 
 
-def memory_of(runner: Any) -> Any:
+def memory_of(runner: Any, *released: str) -> Any:
     """What SGLang's Scheduler releases and resumes memory with."""
     from sglang.srt.managers.scheduler_components import weight_updater
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
@@ -136,6 +140,7 @@ def memory_of(runner: Any) -> Any:
             memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
             flush_cache=lambda **_: True,
             is_fully_idle=lambda **_: True,
+            offload_tags=set(released),
         )
 
 
@@ -145,9 +150,7 @@ EVERYTHING = SimpleNamespace(tags=None)
 CHANGES: dict[str, Callable[[Any, Path], object]] = {
     "update_weights_from_tensor": from_tensor,
     "update_weights_from_disk": from_disk,
-    "load_weights_from_distributed": lambda runner, new: (
-        runner.weight_updater.load_weights_from_distributed(weights(new))
-    ),
+    "load_weights_from_distributed": from_distributed,
     "update_weights_from_ipc": lambda runner, _: runner.weight_updater.update_weights_from_ipc(
         SimpleNamespace(zmq_handles={})
     ),
@@ -164,9 +167,18 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
     "release_memory_occupation": lambda runner, _: memory_of(runner).release_memory_occupation(
         EVERYTHING
     ),
-    "resume_memory_occupation": lambda runner, _: memory_of(runner).resume_memory_occupation(
-        SimpleNamespace(tags=["cuda_graph"])
-    ),
+    "resume_memory_occupation": lambda runner, _: memory_of(
+        runner, "kv_cache"
+    ).resume_memory_occupation(SimpleNamespace(tags=["kv_cache"])),
+}
+
+
+#: Those that a CPU or this configuration cannot do, after all. IPC says so in what it returns.
+FAIL = {
+    "load_lora_adapter",
+    "load_lora_adapter_from_tensors",
+    "unload_lora_adapter",
+    "release_memory_occupation",
 }
 
 
@@ -179,12 +191,13 @@ def test_every_change_waits_for_a_forward_of_the_runner(
     runner.model.forward = blocked
     reader, read = thread(lambda: logits(runner))
     blocked.inside.wait()
-    changer, _changed = thread(lambda: CHANGES[change](runner, model("llama", seed=1)))
+    changer, changed = thread(lambda: CHANGES[change](runner, model("llama", seed=1)))
     until(lambda: change in queued())
     blocked.go_on.set()
     reader.join()
     changer.join()
     assert bit_equal(read[0], old)
+    assert isinstance(changed[0], Exception) == (change in FAIL), changed
 
 
 def test_a_runners_memory_has_tags_of_its_own(
@@ -258,6 +271,7 @@ def test_weights_of_another_process_are_received_beside_forwards_and_loaded_alon
             names=names, dtypes=dtypes, shapes=shapes, group_name="new"
         )
     )
+    until(lambda: "receive_weights_from_distributed" in inside() or not receiver.is_alive())
     assert bit_equal(logits(runner), old)  # the last tensor has not been sent
     assert receiver.is_alive()
     assert sender.stdin is not None

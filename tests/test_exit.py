@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from new_interpreter import run
 
-TESTS = Path(__file__).parent
-#: Seconds. Waits in the programs have 300: one that is waited out fails here.
-DEADLINE = 120
+# Waits in these programs have 300 seconds, more than a program: one that is waited out fails.
 
 WAITING = """
     import sys, threading
@@ -50,19 +45,6 @@ RUNNERS = """
         server_args(create_model("gpt2", Path(CACHE) / "models")), name=name)
     runners = [build("default scope"), build("own scope")]
 """
-
-
-def run(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a new interpreter."""
-    text = f"CACHE = {str(TESTS.parent / '.cache')!r}\n{''.join(map(textwrap.dedent, parts))}"
-    return subprocess.run(
-        [sys.executable, "-c", text],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "PYTHONFAULTHANDLER": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("attempt", range(5))
@@ -134,7 +116,7 @@ def test_control_c_ends_a_process_that_waits() -> None:
 
 
 def test_runners_that_were_never_closed_leave_without_a_word(cache: Path) -> None:
-    result = run(textwrap.dedent(RUNNERS) + "\nprint('built', len(runners))\n")
+    result = run(RUNNERS, "print('built', len(runners))\n")
     assert (result.returncode, result.stdout) == (0, "built 2\n"), result.stderr
     assert own_messages(result.stderr) == []
 

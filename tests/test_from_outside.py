@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import new_interpreter
 import pytest
 import sglang_distguard as dg
 from sglang_distguard.errors import NotSupported
@@ -320,11 +318,4 @@ def test_modules_that_are_imported_again_are_hooked_again(
     how: str, sglang: None, cache: Path
 ) -> None:
     fleet.members(cache, [("llama", "float32"), ("qwen3_moe", "bfloat16")])  # made once, here
-    text = f"CACHE, HOW = {str(cache)!r}, {how!r}\n{textwrap.dedent(IMPORTED_AGAIN)}"
-    done = subprocess.run(
-        [sys.executable, "-c", text],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    new_interpreter.run_well(f"HOW = {how!r}\n", IMPORTED_AGAIN)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
-import subprocess
 import sys
-import textwrap
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -15,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import new_interpreter
 import pytest
 import sglang_distguard
 from sglang_distguard import _core, adapters, treatments
@@ -228,13 +226,12 @@ def program_of(order: tuple[str, ...]) -> str:
 def run_programs(programs: Mapping[str, str]) -> dict[str, str]:
     """Each in a process of its own, two at a time; what those that failed say."""
 
-    def run(program: str) -> str:
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    def errors_of(program: str) -> str:
+        done = new_interpreter.run(program)
         return "" if done.returncode == 0 else done.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        said = dict(zip(programs, pool.map(run, programs.values()), strict=True))
+        said = dict(zip(programs, pool.map(errors_of, programs.values()), strict=True))
     return {name: error for name, error in said.items() if error}
 
 
@@ -253,7 +250,7 @@ def test_functions_of_a_module_that_is_imported_later_are_born_changed() -> None
         import sglang.srt.runtime_context as rc
         assert live.is_changed(rc.get_context.__code__)
     """
-    assert run_programs({"born": textwrap.dedent(program)}) == {}
+    new_interpreter.run_well(program)
 
 
 def test_a_reload_that_fails_leaves_the_module_guarded(
@@ -341,10 +338,10 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
         "import sys, sglang_distguard as d; d.snapshot(); d.is_installed(); "
         "assert not [m for m in sys.modules if m.startswith(('sglang.', 'torch'))]"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    new_interpreter.run_well(program)
 
 
-#: A module to be patched whose import, by a thread, stops before its first line until ``go_on`` is set.
+#: A module to be patched whose import calls ``meanwhile``, while it is looked for or before its first line.
 _HALF_IMPORTED = """
     import sys, threading
     from importlib.machinery import PathFinder, SourceFileLoader
@@ -358,12 +355,14 @@ _HALF_IMPORTED = """
 
     class Loader(SourceFileLoader):
         def exec_module(self, module):
-            meanwhile()
+            meanwhile("executing")
             super().exec_module(module)
 
     class Finder:
         @staticmethod
         def find_spec(name, path, target=None):
+            if name == NAME:
+                meanwhile("finding")
             spec = PathFinder.find_spec(name, path, target) if name == NAME else None
             if spec is not None:
                 spec.loader = Loader(name, spec.origin)
@@ -373,20 +372,26 @@ _HALF_IMPORTED = """
 """
 
 
-def run_program(text: str, *more: str) -> None:
-    program = "".join(textwrap.dedent(part) for part in (text, *more))
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_install_waits_for_an_import_that_another_thread_had_begun_before() -> None:
-    run_program(
+@pytest.mark.parametrize("where", ["finding", "executing", "failing"])
+def test_install_waits_for_an_import_that_another_thread_had_begun_before(where: str) -> None:
+    new_interpreter.run_well(
+        f"WHERE = {where!r}\n",
         _HALF_IMPORTED,
         """
-        def meanwhile():
-            inside.set()
-            go_on.wait()
+        def meanwhile(where):
+            if where == {"failing": "executing"}.get(WHERE, WHERE) and not go_on.is_set():
+                inside.set()
+                go_on.wait()
+                if WHERE == "failing":
+                    raise ImportError("half way")
 
-        importer = threading.Thread(target=__import__, args=(NAME,))
+        def import_it():
+            try:
+                __import__(NAME)
+            except ImportError as error:
+                assert str(error) == "half way"
+
+        importer = threading.Thread(target=import_it)
         importer.start()
         inside.wait()
         installer = threading.Thread(target=dg.install)
@@ -398,13 +403,15 @@ def test_install_waits_for_an_import_that_another_thread_had_begun_before() -> N
         importer.join()
         installer.join()
         assert dg.is_installed()
+        assert (NAME in sys.modules) == (WHERE != "failing")
+        __import__(NAME)
         assert accessor(NAME, "_PARALLEL_INITIALISED").value is False
         """,
     )
 
 
 def test_install_is_refused_inside_of_the_import_of_a_module_to_be_patched() -> None:
-    run_program(
+    new_interpreter.run_well(
         _HALF_IMPORTED,
         """
         refused = []
@@ -415,13 +422,11 @@ def test_install_is_refused_inside_of_the_import_of_a_module_to_be_patched() -> 
             except dg.StateInUse as error:
                 refused.append(error)
 
-        class Loader(SourceFileLoader):
-            def exec_module(self, module):
-                exec("import __main__; __main__.try_to_install(); del __main__", vars(module))
-                super().exec_module(module)
+        def meanwhile(where):
+            try_to_install()  # as code of the module, of a loader, or of a finder would
 
         __import__(NAME)
-        assert len(refused) == 1, refused
+        assert len(refused) == 2, refused
         assert NAME in str(refused[0]) and refused[0].details["holders"] == [NAME]
         assert not dg.is_installed()
         dg.install()
@@ -466,7 +471,7 @@ def test_expert_distribution_is_told_of_the_capture_of_its_own_runner(clean: Non
 def test_the_entry_point_changes_nothing_unless_the_variable_is_true(
     clean: None, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    from sglang_distguard import plugin
+    import sglang_distguard_plugin as plugin
 
     monkeypatch.delenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", raising=False)
     if value is not None:
@@ -475,6 +480,23 @@ def test_the_entry_point_changes_nothing_unless_the_variable_is_true(
     plugin.load()
     assert not sglang_distguard.is_installed()
     assert state_of_modules() == before
+
+
+@pytest.mark.parametrize("value", ["", "false", None])
+def test_an_entry_point_that_is_switched_off_imports_nothing_of_ours(value: str | None) -> None:
+    program = """
+        import os, sys
+        from importlib.metadata import entry_points
+
+        os.environ.pop("SGLANG_ALLOW_REUSE_DISTRIBUTED", None)
+        if VALUE is not None:
+            os.environ["SGLANG_ALLOW_REUSE_DISTRIBUTED"] = VALUE
+        (ours,) = entry_points(group="sglang.srt.plugins", name="distguard")
+        before = set(sys.modules)
+        ours.load()()
+        assert set(sys.modules) - before == {"sglang_distguard_plugin"}, set(sys.modules) - before
+    """
+    new_interpreter.run_well(f"VALUE = {value!r}\n", program)
 
 
 def test_in_processes_of_sglang_the_entry_point_makes_two_runners_right_or_changes_nothing(
@@ -493,13 +515,7 @@ if d.is_installed():
 print(d.is_installed(), sum(o.error is None and not o.problems for o in outcomes))
 """
     for value, expected in (("true", ["True", "2"]), ("false", ["False", "0"])):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, "SGLANG_ALLOW_REUSE_DISTRIBUTED": value},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = new_interpreter.run(program, SGLANG_ALLOW_REUSE_DISTRIBUTED=value)
         built = done.stdout.split()[-2:]
         # Without the guard at most one of two is built.
         assert built[:1] == expected[:1], done.stderr

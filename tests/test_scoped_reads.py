@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ def read(accessor: ScopedGlobal) -> Any:
         return "missing"
 
 
+MODULE: Any = ModuleType("scoped_reads")
+
+
+def assign(value: object) -> None:
+    MODULE.X = value  # CPython specialises it
+
+
 #: Every way in which the dictionary of a module changes.
 CHANGES: dict[str, Callable[[dict[str, Any], object], object]] = {
     "item": lambda it, value: it.__setitem__("X", value),
@@ -29,14 +37,16 @@ CHANGES: dict[str, Callable[[dict[str, Any], object], object]] = {
     "another name": lambda it, value: it.__setitem__("Y", value),
     "last": lambda it, _: it.popitem() if it else None,
     "assignment": lambda it, value: exec("global X\nX = value", it, {"value": value}),
-    "attribute": lambda it, value: exec("X = value", it, {"value": value}),
+    "attribute": lambda it, value: setattr(MODULE, "X", value),
+    "attribute in code": lambda it, value: assign(value),
+    "attribute deleted": lambda it, _: vars(MODULE).pop("X", None),
     "many": lambda it, value: it.update({f"n{number}": value for number in range(40)}),
 }
 
 
 def test_what_the_default_scope_has_is_read_as_it_is_after_every_change() -> None:
     choose = random.Random(0)
-    namespace: dict[str, Any] = {"__name__": "scoped_reads", "X": 0}
+    namespace = vars(MODULE)
     accessor = ScopedGlobal(namespace, "X", lambda: "initial")
     for number in range(20_000):
         CHANGES[choose.choice(list(CHANGES))](namespace, object())
@@ -79,7 +89,7 @@ def test_reading_and_writing_change_sides_with_the_scope() -> None:
 
 def test_attributes_other_than_the_value_are_as_in_any_object() -> None:
     accessor = ScopedGlobal({"__name__": "scoped_reads", "X": 0}, "X", lambda: None)
-    assert getattr(accessor, "val" + "ue") == 0  # a string of its own
+    assert getattr(accessor, "".join(["val", "ue"])) == 0  # a string of its own
     assert repr(accessor) == "<ScopedGlobal X>"
     with pytest.raises(AttributeError, match="values"):
         _ = accessor.values  # type: ignore[attr-defined]

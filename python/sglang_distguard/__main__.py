@@ -96,6 +96,8 @@ def _add_audit(commands: Any) -> None:
 
 def _status(*, as_json: bool) -> int:
     """Whether ``install()`` would work here; exit status 1 when it would not."""
+    from sglang_distguard_plugin import VARIABLE
+
     from sglang_distguard import adapters, settings
     from sglang_distguard.adapters.generations import installed_version
     from sglang_distguard.errors import NotSupported
@@ -115,7 +117,7 @@ def _status(*, as_json: bool) -> int:
         "sglang": installed_version(),
         "supported": supported,
         "detail": reason,
-        settings.REUSE_VARIABLE: reuse,
+        VARIABLE: reuse,
         settings.TIMEOUT_VARIABLE: chosen.timeout,
         settings.SLOW_VARIABLE: chosen.slow_after,
         settings.AGREEMENT_VARIABLE: chosen.agreement_timeout,

@@ -229,7 +229,7 @@ def _apply(plans: list[ModulePlan]) -> None:
 
 def _imported(name: str) -> Optional[ModuleType]:
     """The module, when its import has finished; one that is being imported calls back."""
-    return None if imports.unfinished([name]) else sys.modules.get(name)
+    return None if imports.is_initializing(name) else sys.modules.get(name)
 
 
 def _execute(

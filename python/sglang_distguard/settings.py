@@ -10,7 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
-REUSE_VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
+from sglang_distguard_plugin import FALSE, VARIABLE
+
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
 AGREEMENT_VARIABLE = "SGLANG_DISTGUARD_AGREEMENT_TIMEOUT"
@@ -21,7 +22,6 @@ DEFAULT_AGREEMENT_TIMEOUT = 60.0
 GROUP_POLICIES = ("own", "share")
 MAX_NAME = 200
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
-_FALSE = frozenset({"", "0", "false", "no", "off", "n"})
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def reuse_from_environment() -> Optional[bool]:
     Raises:
         ValueError: it is set to something that is neither true nor false.
     """
-    text = os.environ.get(REUSE_VARIABLE)
+    text = os.environ.get(VARIABLE)
     if text is None:
         return None
     if text.strip().lower() in _TRUE:
         return True
-    if text.strip().lower() in _FALSE:
+    if text.strip().lower() in FALSE:
         return False
-    raise ValueError(f"{REUSE_VARIABLE}={text!r} is neither true nor false")
+    raise ValueError(f"{VARIABLE}={text!r} is neither true nor false")
 
 
 def seconds_from_environment(variable: str) -> Optional[float]:

@@ -3,8 +3,8 @@
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-/// Valid as long as the dictionary's version is the same: every change of a dictionary gives it
-/// one that no dictionary had before (PEP 509). So the value needs no reference: at that version
+/// Valid as long as the dictionary's version is the same: every change of a module's dictionary gives
+/// it one that no dictionary had before (PEP 509). So the value needs no reference: at that version
 /// the dictionary holds it.
 ///
 /// CPython 3.11 and 3.12; later ones say no longer which version a dictionary has.

@@ -18,11 +18,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from sglang_distguard_plugin import VARIABLE
+
 from sglang_distguard.audit import runs
 from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.runs import Change, Ran, Run
 from sglang_distguard.audit.sources import source_of
-from sglang_distguard.settings import REUSE_VARIABLE
 from sglang_distguard.testing import children
 
 _MODULE = "sglang_distguard.audit.processes"
@@ -49,7 +50,7 @@ def run_all(
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             [sys.executable, "-m", _MODULE, folder, str(seconds), _as_json(cases)],
-            env={name: text for name, text in os.environ.items() if name != REUSE_VARIABLE},
+            env={name: text for name, text in os.environ.items() if name != VARIABLE},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -89,24 +89,31 @@ class _TakenOver(Loader):
         self._execute(module, code, run)
 
 
+def is_initializing(name: str) -> bool:
+    """Whether the module is being executed now, for the first time."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _importer(name: str) -> Optional[int]:
+    """The thread that looks for the module ``name`` or executes it now.
+
+    It holds the module's lock from before it asks the finders (CPython 3.11 to 3.14).
+    """
+    reference = vars(importlib._bootstrap)["_module_locks"].get(name)
+    lock = None if reference is None else reference()
+    owner: Optional[int] = getattr(lock, "owner", None)
+    return owner
+
+
 def unfinished(names: Iterable[str]) -> list[str]:
     """Those of the modules that are being imported now."""
-    return [
-        name
-        for name in names
-        if getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
-    ]
+    return [name for name in names if is_initializing(name) or _importer(name) is not None]
 
 
 def is_mine(name: str) -> bool:
-    """Whether the calling thread is in the middle of executing the module ``name``."""
-    namespace = vars(sys.modules[name])
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_globals is namespace and frame.f_code.co_name == "<module>":
-            return True
-        frame = frame.f_back
-    return False
+    """Whether the calling thread is in the middle of importing the module ``name``."""
+    return _importer(name) == threading.get_ident()
 
 
 def let_finish(name: str, timeout: float) -> bool:

@@ -440,7 +440,7 @@ def leave(ranks: Ranks, seconds: float) -> None:
 
 def _join(thread: threading.Thread, until: float) -> None:
     """Join a thread, also one that another thread is just starting: that cannot be joined yet."""
-    while thread.is_alive() or thread.ident is None:
+    while thread in threading.enumerate():
         left = until - time.monotonic()
         if left <= 0:
             return

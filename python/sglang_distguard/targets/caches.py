@@ -32,9 +32,9 @@ class _OfEachConfiguration:
     @property
     def _own(self) -> Any:
         # Not `scoping.accessor`: every batch asks, and two more calls are a third of what this takes.
-        context = vars(sys.modules[CONTEXT_MODULE]).get(_CONTEXT)
+        context = getattr(sys.modules.get(CONTEXT_MODULE), _CONTEXT, None)
         if context is None:
-            return self._cached  # uninstalled, and somebody imported this meanwhile
+            return self._cached  # the guard was taken out before the context was imported (again)
         now = context.value._server_args
         configuration, cache = self._remembered.value
         if cache is None or configuration is not now:

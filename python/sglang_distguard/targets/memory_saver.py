@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from sglang_distguard import _core
+from sglang_distguard import _core, runners
 from sglang_distguard.patching import Around, Within
 
 _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater"
 _ADAPTER = "sglang.srt.utils.torch_memory_saver_adapter"
 #: The adapter that is used when the saver is enabled; the other one does nothing.
 _SAVER = "_TorchMemorySaverAdapterReal"
+
+
+def _step_of(name: str) -> _core.StepOf:
+    """What a method of the Scheduler's runs in: with several ranks it meets the others in a barrier."""
+
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return runners.step_among_ranks(handle, step, "load", is_collective=True)
+
+    return _core.StepOf(name, "load", runner="tp_worker.model_runner", otherwise=otherwise)
 
 
 def tag_of_scope(tag: str) -> str:
@@ -45,11 +55,7 @@ def _cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
 
 CHANGES = (
     *(
-        Within(
-            _MANAGER,
-            f"SchedulerWeightUpdaterManager.{name}",
-            _core.StepOf(name, "load", runner="tp_worker.model_runner"),
-        )
+        Within(_MANAGER, f"SchedulerWeightUpdaterManager.{name}", _step_of(name))
         for name in ("release_memory_occupation", "resume_memory_occupation")
     ),
     *(Around(_ADAPTER, f"{_SAVER}.{name}", _tagged) for name in ("region", "pause", "resume")),

@@ -19,14 +19,9 @@ from sglang_distguard.scoping import scope_active
 from sglang_distguard.targets.model_runner import room_of
 
 MODULE = "sglang.srt.model_executor.model_runner_components.weight_updater"
-#: They change nothing of the runner, and wait for other processes: its forwards go on.
-_WAITS_FOR_OTHERS = frozenset(
-    {
-        "init_weights_update_group",
-        "destroy_weights_update_group",
-        "receive_weights_from_distributed",
-    }
-)
+#: They change nothing of the runner, and wait for other processes: its forwards go on, unless it has
+#: several ranks, where each of these has a turn (docs/COLLECTIVES.md).
+_BESIDE_FORWARDS = frozenset({"init_weights_update_group", "receive_weights_from_distributed"})
 #: Parameter of `update_weights_from_disk`.
 _RECAPTURE = "recapture_cuda_graph"
 
@@ -35,7 +30,7 @@ def _step_of(name: str) -> Optional[_core.StepOf]:
     if name == "update_weights_from_disk":
         return None
 
-    room: Optional[rooms.Room] = None if name in _WAITS_FOR_OTHERS else "load"
+    room: rooms.Room = "forward" if name in _BESIDE_FORWARDS else "load"
 
     def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
         return runners.step_among_ranks(handle, step, room, is_collective=True)

@@ -249,11 +249,13 @@ impl Agreement {
     }
 
     /// This rank wrote entry `index`. False when nobody will read it: since the rank asked where to
-    /// write, all ranks have read what stood there, and it was deleted.
+    /// write, all ranks have read what stood there, and it was deleted. Also when all ranks have read
+    /// the entry itself meanwhile: written once more, it counts no more than any second one of its stage.
     #[must_use]
     pub fn wrote(&self, index: u64) -> bool {
         let mut inner = lock(&self.inner);
-        // An entry that is deleted has been read by every rank, so by this one.
+        // An entry that is deleted has been read by every rank, so by this one. No two threads of a
+        // rank write the same text: one works under a name, and a stage is ended once.
         if index < inner.next && !inner.read_own.remove(&index) {
             return false;
         }

@@ -1,0 +1,43 @@
+"""Programs in interpreters of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+#: Seconds for a program, which imports SGLang and builds a few small runners at most (20 s on two idle cores).
+DEADLINE = 240
+
+
+def run(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the parts of a program, each dedented, with ``CACHE``, the folder of checkpoints, defined.
+
+    Args:
+        *parts: Python text; the modules of this folder can be imported.
+        **environment: variables on top of this process's.
+    """
+    cache = str(TESTS.parent / ".cache")
+    text = f"CACHE = {cache!r}\n{''.join(map(textwrap.dedent, parts))}"
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, "PYTHONPATH": _path(), "PYTHONFAULTHANDLER": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+
+
+def run_well(*parts: str, **environment: str) -> str:
+    """As ``run``, for a program that must end well; what it printed."""
+    done = run(*parts, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
