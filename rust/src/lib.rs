@@ -11,6 +11,7 @@ mod execution;
 mod exit;
 mod flag;
 mod process;
+mod publishing;
 mod registry;
 mod remembered;
 mod room;
@@ -42,6 +43,8 @@ mod _core {
     #[pymodule_export]
     use crate::flag::OwnFlag;
     #[pymodule_export]
+    use crate::publishing::{resuming, Publishing, Vacancy};
+    #[pymodule_export]
     use crate::registry::{
         begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,
         start_afresh, take_events, Claim, Request, Teardown,
@@ -52,8 +55,7 @@ mod _core {
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
-        current_scope, has_joined, live_runners, live_scopes, new_scope, note_joined, resuming,
-        Publishing, Scope, Vacancy,
+        current_scope, has_joined, live_runners, live_scopes, new_scope, note_joined, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;
