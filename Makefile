@@ -90,8 +90,9 @@ audit: setup ## which process-globals of SGLang change, and whether each is trea
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
 
-gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without (10 minutes)
+gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models
+	@$(BIN)/python verify/gpu_memory.py .cache/models
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
