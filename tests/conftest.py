@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def model(sglang: None, cache: Path) -> object:
     from sglang_distguard.testing import create_model
 
     return lambda architecture, seed=0: create_model(architecture, cache / "models", seed=seed)
+
+
+@pytest.fixture
+def runner(guard: None, model: Callable[..., Path]) -> Iterator[Any]:
+    """A runner of a small Llama, named "served"."""
+    import sglang_distguard
+    from sglang_distguard.testing import server_args
+
+    made = sglang_distguard.build_runner(server_args(model("llama")), name="served")
+    yield made
+    sglang_distguard.close(made)
 
 
 @pytest.fixture(scope="session")

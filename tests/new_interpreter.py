@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from conftest import CACHE
+
 TESTS = Path(__file__).parent
 #: Seconds for a program, which imports SGLang and builds a few small runners at most (20 s on two idle cores).
 DEADLINE = 240
@@ -20,8 +22,7 @@ def run(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
         *parts: Python text; the modules of this folder can be imported.
         **environment: variables on top of this process's.
     """
-    cache = str(TESTS.parent / ".cache")
-    text = f"CACHE = {cache!r}\n{''.join(map(textwrap.dedent, parts))}"
+    text = f"CACHE = {str(CACHE)!r}\n{''.join(map(textwrap.dedent, parts))}"
     return subprocess.run(
         [sys.executable, "-c", text],
         env={**os.environ, "PYTHONPATH": _path(), "PYTHONFAULTHANDLER": "1", **environment},

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,32 +14,16 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from blocked import Blocked, inside, queued, thread
 from registry_calls import until
-from sglang_distguard.testing import bit_equal, free_port, server_args, steps
+from runner_calls import Blocked, logits, steps_in_line, steps_inside, thread
+from sglang_distguard.testing import bit_equal, free_port, server_args
+from sglang_distguard.testing.updates import memory_of, weights_of
 
 Model = Callable[..., Path]
 
 
-@pytest.fixture
-def runner(guard: None, model: Model) -> Iterator[Any]:
-    made = dg.build_runner(server_args(model("llama")), name="served")
-    yield made
-    dg.close(made)
-
-
-def logits(runner: Any) -> Any:
-    return steps.generate(runner, steps=0).logits
-
-
-def weights(folder: Path) -> list[tuple[str, Any]]:
-    from safetensors.torch import load_file
-
-    return list(load_file(folder / "model.safetensors").items())
-
-
 def from_tensor(runner: Any, folder: Path) -> Any:
-    return runner.weight_updater.update_weights_from_tensor(weights(folder))
+    return runner.weight_updater.update_weights_from_tensor(weights_of(folder))
 
 
 def from_disk(runner: Any, folder: Path) -> Any:
@@ -47,7 +31,7 @@ def from_disk(runner: Any, folder: Path) -> Any:
 
 
 def from_distributed(runner: Any, folder: Path) -> Any:
-    return runner.weight_updater.load_weights_from_distributed(weights(folder))
+    return runner.weight_updater.load_weights_from_distributed(weights_of(folder))
 
 
 UPDATES = {"tensor": from_tensor, "disk": from_disk, "distributed": from_distributed}
@@ -74,7 +58,7 @@ def test_a_forward_waits_for_new_weights_of_its_runner_and_no_other_runners_does
     updater, updated = thread(lambda: UPDATES[kind](runner, new))
     blocked.inside.wait()
     reader, read = thread(lambda: logits(runner))
-    until(lambda: "forward" in queued())
+    until(lambda: "forward" in steps_in_line())
     assert logits(other).shape[-1] > 0  # other runners stay free
     blocked.go_on.set()
     updater.join()
@@ -95,7 +79,7 @@ def test_new_weights_wait_for_a_forward_of_the_runner(runner: Any, model: Model)
     reader, read = thread(lambda: logits(runner))
     blocked.inside.wait()
     updater, updated = thread(lambda: from_tensor(runner, model("llama", seed=1)))
-    until(lambda: "update_weights_from_tensor" in queued())
+    until(lambda: "update_weights_from_tensor" in steps_in_line())
     blocked.go_on.set()
     reader.join()
     updater.join()
@@ -128,22 +112,6 @@ def test_forwards_under_updates_are_all_old_or_all_new(runner: Any, model: Model
     assert all(any(bit_equal(it, want) for want in wanted) for it in read)
 
 
-def memory_of(runner: Any, *released: str) -> Any:
-    """What SGLang's Scheduler releases and resumes memory with."""
-    from sglang.srt.managers.scheduler_components import weight_updater
-    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
-
-    with dg.activate(runner):
-        return weight_updater.SchedulerWeightUpdaterManager(
-            tp_worker=SimpleNamespace(model_runner=runner),
-            draft_worker=None,
-            memory_saver_adapter=TorchMemorySaverAdapter.create(enable=False),
-            flush_cache=lambda **_: True,
-            is_fully_idle=lambda **_: True,
-            offload_tags=set(released),
-        )
-
-
 EVERYTHING = SimpleNamespace(tags=None)
 #: Each calls a method of SGLang's as SGLang does. What a CPU or this configuration cannot do (LoRA, IPC)
 #: fails, but not before it is its turn.
@@ -164,11 +132,11 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
     ),
     "unload_lora_adapter": lambda runner, _: runner.unload_lora_adapter(None),
     "load_model": lambda runner, _: runner.load_model(),
-    "release_memory_occupation": lambda runner, _: memory_of(runner).release_memory_occupation(
-        EVERYTHING
-    ),
+    "release_memory_occupation": lambda runner, _: memory_of(
+        runner, saves=False
+    ).release_memory_occupation(EVERYTHING),
     "resume_memory_occupation": lambda runner, _: memory_of(
-        runner, "kv_cache"
+        runner, "kv_cache", saves=False
     ).resume_memory_occupation(SimpleNamespace(tags=["kv_cache"])),
 }
 
@@ -192,7 +160,7 @@ def test_every_change_waits_for_a_forward_of_the_runner(
     reader, read = thread(lambda: logits(runner))
     blocked.inside.wait()
     changer, changed = thread(lambda: CHANGES[change](runner, model("llama", seed=1)))
-    until(lambda: change in queued())
+    until(lambda: change in steps_in_line())
     blocked.go_on.set()
     reader.join()
     changer.join()
@@ -253,7 +221,7 @@ def test_weights_of_another_process_are_received_beside_forwards_and_loaded_alon
     runner: Any, model: Model
 ) -> None:
     new, port = model("llama", seed=1), free_port()
-    given = weights(new)
+    given = weights_of(new)
     old = logits(runner)
     sender = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SENDER), str(port), str(new), given[-1][0]],
@@ -271,7 +239,7 @@ def test_weights_of_another_process_are_received_beside_forwards_and_loaded_alon
             names=names, dtypes=dtypes, shapes=shapes, group_name="new"
         )
     )
-    until(lambda: "receive_weights_from_distributed" in inside() or not receiver.is_alive())
+    until(lambda: "receive_weights_from_distributed" in steps_inside() or not receiver.is_alive())
     assert bit_equal(logits(runner), old)  # the last tensor has not been sent
     assert receiver.is_alive()
     assert sender.stdin is not None

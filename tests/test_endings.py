@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from blocked import Blocked, thread
 from registry_calls import until
+from runner_calls import Blocked, logits, steps_in_line, thread
 from sglang_distguard.testing import server_args, steps
 
 Model = Callable[..., Path]
-
-
-@pytest.fixture
-def runner(guard: None, model: Model) -> Iterator[Any]:
-    made = dg.build_runner(server_args(model("llama")), name="served")
-    yield made
-    dg.close(made)
-
-
-def logits(runner: Any) -> Any:
-    return steps.generate(runner, steps=0).logits
 
 
 def test_close_waits_for_a_forward_and_says_who_is_in_what(runner: Any) -> None:
@@ -37,7 +26,7 @@ def test_close_waits_for_a_forward_and_says_who_is_in_what(runner: Any) -> None:
         dg.close(runner, timeout=0.05)
     assert caught.value.details["steps"] == ["forward"]
     closer, closed = thread(lambda: dg.close(runner))
-    until(lambda: len([it for it in dg.snapshot()["rooms"] if not it["inside"]]) == 1)
+    until(lambda: len(steps_in_line()) == 1)
     blocked.go_on.set()
     reader.join()
     closer.join()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
+from runner_calls import in_thread
 from sglang_distguard import _core
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 from sglang_distguard.testing.fleet import Member
@@ -82,23 +83,6 @@ def in_tasks(worker: Worker) -> Any:
 
 def in_threads(worker: Worker) -> Any:
     return [in_thread(getattr(worker, stage)) for stage in Worker.STAGES][-1]
-
-
-def in_thread(work: Callable[[], Any]) -> Any:
-    out: list[Any] = []
-
-    def run() -> None:
-        try:
-            out.append(work())
-        except BaseException as error:
-            out.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(out[0], BaseException):
-        raise out[0]
-    return out[0]
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import pytest
 import sglang_distguard as dg
 from sglang_distguard import _core, default_dtype
 from sglang_distguard.testing import bit_equal, server_args, steps
+from sglang_distguard.testing.updates import weights_of
 from torch.overrides import _get_current_function_mode_stack
 
 Model = Callable[..., Path]
@@ -152,9 +153,7 @@ def test_in_activate(runner: Any) -> None:
 
 
 def test_in_an_update_of_weights(runner: Any, model: Model) -> None:
-    from safetensors.torch import load_file
-
-    weights = list(load_file(model("llama") / "model.safetensors").items())
+    weights = weights_of(model("llama"))
     wanted = steps.generate(runner, steps=0).logits
 
     def work() -> None:

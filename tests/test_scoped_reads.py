@@ -39,7 +39,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], object], object]] = {
     "assignment": lambda it, value: exec("global X\nX = value", it, {"value": value}),
     "attribute": lambda it, value: setattr(MODULE, "X", value),
     "attribute in code": lambda it, value: assign(value),
-    "attribute deleted": lambda it, _: vars(MODULE).pop("X", None),
+    "attribute deleted": lambda it, _: delattr(MODULE, "X") if "X" in it else None,
     "many": lambda it, value: it.update({f"n{number}": value for number in range(40)}),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sglang_distguard
 from conftest import teardown_everything
+from runner_calls import in_thread
 from sglang_distguard import _core
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 
@@ -43,15 +44,6 @@ def seen_model() -> str:
     from sglang.srt.runtime_context import get_model
 
     return Path(get_model().model_path).name.split("-")[0]
-
-
-def in_thread(work: Callable[[], Any]) -> Any:
-    """Run ``work`` in a new thread and return what it returned."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-    thread.join()
-    return results[0]
 
 
 def test_activate_enters_a_runners_scope_in_any_thread(two: Two) -> None:

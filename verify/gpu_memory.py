@@ -17,28 +17,12 @@ from typing import Any
 from gpu import leave_out_what_torch_lacks
 
 
-def memory_of(runner: Any) -> Any:
-    """What SGLang's Scheduler releases and resumes memory with."""
-    import sglang_distguard
-    from sglang.srt.managers.scheduler_components import weight_updater
-    from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
-
-    with sglang_distguard.activate(runner):
-        return weight_updater.SchedulerWeightUpdaterManager(
-            tp_worker=SimpleNamespace(model_runner=runner),
-            draft_worker=None,
-            memory_saver_adapter=TorchMemorySaverAdapter.create(enable=True),
-            flush_cache=lambda **_: True,
-            is_fully_idle=lambda **_: True,
-        )
-
-
 def work(models: Path, *, own_tags: bool) -> None:
     import sglang_distguard
     import torch
-    from safetensors.torch import load_file
     from sglang_distguard.targets import memory_saver
     from sglang_distguard.testing import bit_equal, create_model, server_args, steps
+    from sglang_distguard.testing.updates import memory_of, weights_of
 
     leave_out_what_torch_lacks()
     if not own_tags:
@@ -57,14 +41,14 @@ def work(models: Path, *, own_tags: bool) -> None:
     before = [logits(it) for it in runners]
     asked = SimpleNamespace(tags=["kv_cache", "weights"])
     for mine, other in ((0, 1), (1, 0)):
-        memory = memory_of(runners[mine])
+        memory = memory_of(runners[mine], saves=True)
         free = torch.cuda.mem_get_info()[0]
         memory.release_memory_occupation(asked)
         released = (torch.cuda.mem_get_info()[0] - free) / 2**20
         meanwhile = bit_equal(logits(runners[other]), before[other])
         memory.resume_memory_occupation(asked)
-        new: list[Any] = list(load_file(folders[mine] / "model.safetensors").items())
-        assert runners[mine].weight_updater.update_weights_from_tensor(new)[0]
+        updater = runners[mine].weight_updater
+        assert updater.update_weights_from_tensor(weights_of(folders[mine]))[0]
         afterwards = [bit_equal(logits(it), was) for it, was in zip(runners, before, strict=True)]
         print(
             f"runner {mine}: {released:.0f} MiB released; the same bits of the other meanwhile: "

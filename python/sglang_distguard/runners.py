@@ -221,6 +221,21 @@ def step_among_ranks(
         yield
 
 
+def collective_step_of(name: str, room: rooms.Room, runner: str) -> _core.StepOf:
+    """What a method of a part of a runner runs in; with several ranks it takes its turn.
+
+    Args:
+        name: the method's.
+        room: the method's.
+        runner: attributes, with dots, from the part to the runner, or to what returns it.
+    """
+
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return step_among_ranks(handle, step, room, is_collective=True)
+
+    return _core.StepOf(name, room, runner=runner, otherwise=otherwise)
+
+
 @contextmanager
 def _let_in(handle: _core.RunnerHandle) -> Iterator[None]:
     """Give the communicators up when the with block refuses a step: other ranks may let it in."""

@@ -13,14 +13,20 @@ from sglang_distguard.patching.syntax import accessor_name
 CONTEXT_MODULE = "sglang.srt.runtime_context"
 
 
+def find_accessor(module: str, name: str) -> Optional[_core.ScopedGlobal]:
+    """The accessor of ``module``.``name``; None when the module is not imported or not patched."""
+    namespace = getattr(sys.modules.get(module), "__dict__", {})
+    found: Optional[_core.ScopedGlobal] = namespace.get(accessor_name(name))
+    return found
+
+
 def accessor(module: str, name: str) -> _core.ScopedGlobal:
     """The accessor of ``module``.``name``.
 
     Raises:
         NotSupported: the module is not imported or not patched.
     """
-    namespace = getattr(sys.modules.get(module), "__dict__", {})
-    found = namespace.get(accessor_name(name))
+    found = find_accessor(module, name)
     if found is None:
         raise NotSupported(
             f"{module}.{name} is not guarded: call sglang_distguard.install() first", module=module

@@ -154,37 +154,24 @@ impl Scope {
     }
 }
 
-/// The scope of the running code; `None` is SGLang's default one.
-pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
+/// What `look` makes of the running code's scope; `None`, unasked, in SGLang's default one.
+fn in_current<T>(py: Python<'_>, look: impl FnOnce(&Py<Scope>) -> T) -> PyResult<Option<T>> {
     // A scope in an execution is alive, and the thread that has it has seen it made.
     if ALIVE.load(Ordering::Relaxed) == 0 {
         return Ok(None);
     }
     let execution = execution::current(py)?;
-    Ok(execution.and_then(|it| it.get().scope.as_ref().map(|scope| scope.clone_ref(py))))
+    Ok(execution.and_then(|it| it.get().scope.as_ref().map(look)))
 }
 
-/// Where the running code finds what it has of one global.
-pub enum Where {
-    /// SGLang's default scope, which is not a `Scope`.
-    Default,
-    Scope(Held),
-    /// Asking failed; it will fail again where it can be raised.
-    Unknown,
+/// The scope of the running code; `None` is SGLang's default one.
+pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
+    in_current(py, |scope| scope.clone_ref(py))
 }
 
-/// What the running code's scope has in `slot`. Runs no Python.
-pub fn current_value(py: Python<'_>, slot: usize) -> Where {
-    if ALIVE.load(Ordering::Relaxed) == 0 {
-        return Where::Default;
-    }
-    match execution::current(py) {
-        Err(_) => Where::Unknown,
-        Ok(now) => match now.as_ref().and_then(|it| it.get().scope.as_ref()) {
-            None => Where::Default,
-            Some(scope) => Where::Scope(scope.get().read(py, slot)),
-        },
-    }
+/// What the running code's scope has in `slot`; `None` in SGLang's default one. Runs no Python.
+pub fn current_value(py: Python<'_>, slot: usize) -> PyResult<Option<Held>> {
+    in_current(py, |scope| scope.get().read(py, slot))
 }
 
 /// The scope of the running code; None is SGLang's default one.

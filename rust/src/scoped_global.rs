@@ -10,7 +10,7 @@ use pyo3::types::{PyDict, PyString, PyType, PyWeakrefMethods, PyWeakrefReference
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::remembered::Remembered;
-use crate::scope::{current, current_value, Held, Scope, Where};
+use crate::scope::{current, current_value, Held, Scope};
 use crate::sync::lock;
 
 /// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
@@ -156,12 +156,12 @@ impl ScopedGlobal {
     /// The value, where that takes neither Python code nor an error.
     pub fn at_hand(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match current_value(py, self.slot) {
-            Where::Default => match &self.owner {
+            Ok(None) => match &self.owner {
                 Owner::Globals(globals) => self.remembered.find(globals.bind(py), &self.name),
                 Owner::Class(_) => None,
             },
-            Where::Scope(Held::Value(value)) => Some(value),
-            Where::Scope(Held::Unset | Held::Deleted) | Where::Unknown => None,
+            Ok(Some(Held::Value(value))) => Some(value),
+            Ok(Some(Held::Unset | Held::Deleted)) | Err(_) => None,
         }
     }
 }

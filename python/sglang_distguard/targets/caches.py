@@ -5,15 +5,11 @@ are forgotten where another is published, and every scope has its own.
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 from sglang_distguard._core import ScopedGlobal
 from sglang_distguard.patching import Replace
-from sglang_distguard.patching.syntax import accessor_name
-from sglang_distguard.scoping import CONTEXT_MODULE
-
-_CONTEXT = accessor_name("_CONTEXT")
+from sglang_distguard.scoping import CONTEXT_MODULE, find_accessor
 
 
 class _OfEachConfiguration:
@@ -31,8 +27,7 @@ class _OfEachConfiguration:
 
     @property
     def _own(self) -> Any:
-        # Not `scoping.accessor`: every batch asks, and two more calls are a third of what this takes.
-        context = getattr(sys.modules.get(CONTEXT_MODULE), _CONTEXT, None)
+        context = find_accessor(CONTEXT_MODULE, "_CONTEXT")
         if context is None:
             return self._cached  # the guard was taken out before the context was imported (again)
         now = context.value._server_args

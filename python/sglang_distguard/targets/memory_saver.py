@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from sglang_distguard import _core, runners
@@ -18,15 +17,6 @@ _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater"
 _ADAPTER = "sglang.srt.utils.torch_memory_saver_adapter"
 #: The adapter that is used when the saver is enabled; the other one does nothing.
 _SAVER = "_TorchMemorySaverAdapterReal"
-
-
-def _step_of(name: str) -> _core.StepOf:
-    """What a method of the Scheduler's runs in: with several ranks it meets the others in a barrier."""
-
-    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
-        return runners.step_among_ranks(handle, step, "load", is_collective=True)
-
-    return _core.StepOf(name, "load", runner="tp_worker.model_runner", otherwise=otherwise)
 
 
 def tag_of_scope(tag: str) -> str:
@@ -54,8 +44,13 @@ def _cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CHANGES = (
+    # With several ranks they meet in a barrier.
     *(
-        Within(_MANAGER, f"SchedulerWeightUpdaterManager.{name}", _step_of(name))
+        Within(
+            _MANAGER,
+            f"SchedulerWeightUpdaterManager.{name}",
+            runners.collective_step_of(name, "load", "tp_worker.model_runner"),
+        )
         for name in ("release_memory_occupation", "resume_memory_occupation")
     ),
     *(Around(_ADAPTER, f"{_SAVER}.{name}", _tagged) for name in ("region", "pause", "resume")),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Optional
 
 from sglang_distguard import _core, rooms, runners
@@ -29,13 +28,8 @@ _RECAPTURE = "recapture_cuda_graph"
 def _step_of(name: str) -> Optional[_core.StepOf]:
     if name == "update_weights_from_disk":
         return None
-
     room: rooms.Room = "forward" if name in _BESIDE_FORWARDS else "load"
-
-    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
-        return runners.step_among_ranks(handle, step, room, is_collective=True)
-
-    return _core.StepOf(name, room, runner="get_model_runner", otherwise=otherwise)
+    return runners.collective_step_of(name, room, "get_model_runner")
 
 
 def _from_disk(original: Callable[..., Any]) -> Callable[..., Any]:

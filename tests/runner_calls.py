@@ -1,12 +1,13 @@
-"""Threads that stop in the middle of something, and who waits for them."""
+"""Short ways for tests to call a runner from threads, and to stop them in the middle."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import sglang_distguard as dg
+from sglang_distguard.testing import steps
 
 
 class Blocked:
@@ -27,6 +28,7 @@ class Blocked:
 
 
 def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """A thread that has been started, and what it returned or raised, once it has ended."""
     out: list[Any] = []
 
     def run() -> None:
@@ -40,9 +42,25 @@ def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return made, out
 
 
-def queued() -> list[Any]:
-    return [it["step"] for it in dg.snapshot()["rooms"] if not it["inside"]]
+def in_thread(work: Callable[[], Any]) -> Any:
+    """What ``work`` returned in a thread of its own; raises what it raised."""
+    made, out = thread(work)
+    made.join()
+    if isinstance(out[0], BaseException):
+        raise out[0]
+    return out[0]
 
 
-def inside() -> list[Any]:
-    return [it["step"] for it in dg.snapshot()["rooms"] if it["inside"]]
+def steps_in_line() -> list[Optional[str]]:
+    """The methods of runners that wait for a room now."""
+    return [visit["step"] for visit in dg.snapshot()["rooms"] if not visit["inside"]]
+
+
+def steps_inside() -> list[Optional[str]]:
+    """The methods of runners that are in a room now."""
+    return [visit["step"] for visit in dg.snapshot()["rooms"] if visit["inside"]]
+
+
+def logits(runner: Any) -> Any:
+    """Of a prefill."""
+    return steps.generate(runner, steps=0).logits
