@@ -58,11 +58,12 @@ test-python: setup
 	@echo "test 3/3: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-lint: setup ## rustfmt, clippy, ruff, pyright, stubtest
+lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
 	@cargo fmt --all --check
 	@cargo clippy -q --workspace --all-targets -- -D warnings
 	@$(BIN)/ruff check -q
 	@$(BIN)/ruff format -q --check
+	@$(BIN)/lint-imports --no-cache --no-logo >.venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 	@$(BIN)/pyright
 	@$(BIN)/python -m mypy.stubtest sglang_distguard._core
 

@@ -45,7 +45,7 @@ class Counted:
 def agree(ranks: Any, runners: int) -> dict[str, float]:
     """Agree with the other ranks on ``runners`` runners; requests and seconds of each, on this rank."""
     from sglang_distguard import runner_scope
-    from sglang_distguard.ranks import agreement
+    from sglang_distguard.distributed.ranks import agreement
 
     store, reading = Counted(ranks.store), Counted(ranks.reading)
     ranks = replace(ranks, store=store, reading=reading)
@@ -68,7 +68,7 @@ def agree(ranks: Any, runners: int) -> dict[str, float]:
 def in_process(runners: int) -> dict[str, float]:
     """``agree`` as one of several processes."""
     import torch.distributed as dist
-    from sglang_distguard.ranks.world import open_ranks
+    from sglang_distguard.distributed.ranks.log import open_ranks
 
     dist.init_process_group("gloo", init_method="env://")
     ranks = open_ranks(dist.distributed_c10d._get_default_group())

@@ -30,7 +30,7 @@ from typing import Any
 
 import sglang_distguard as dg
 import torch
-from sglang_distguard import installation
+from sglang_distguard.process import installation
 from sglang_distguard.testing import create_model, graphs, prepare_environment, server_args, steps
 from tqdm import tqdm
 

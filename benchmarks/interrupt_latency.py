@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-from sglang_distguard import _core, waiting
+from sglang_distguard import _core
+from sglang_distguard.sync import waiting
 
 
 def wait_for_a_key() -> None:
@@ -24,9 +25,9 @@ def wait_for_a_key() -> None:
     waiting.until(lambda: request.try_acquire(None), request, timeout=300, what="a key")
 
 
-def wait_for_a_room() -> None:
+def wait_for_a_phase() -> None:
     visit = _core.Visit("forward", runner=None)
-    waiting.until(lambda: visit.try_enter() or None, visit, timeout=300, what="a room")
+    waiting.until(lambda: visit.try_enter() or None, visit, timeout=300, what="a phase")
 
 
 def wait_for_an_event() -> None:
@@ -109,7 +110,7 @@ def main() -> None:
     print(f"milliseconds from SIGINT to KeyboardInterrupt, {trials} trials each: median, maximum")
     waits = {
         "key": wait_for_a_key,
-        "room": wait_for_a_room,
+        "phase": wait_for_a_phase,
         "threading.Event (compare)": wait_for_an_event,
     }
     for threads in (0, 4):

@@ -16,7 +16,9 @@ import hypothesis
 import sglang_distguard as dg
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from sglang_distguard import _core, groups, settings
+from sglang_distguard import _core
+from sglang_distguard.config import settings
+from sglang_distguard.distributed import coordinators
 
 Chosen = tuple[str, dict[str, Any]]
 
@@ -124,7 +126,7 @@ def state() -> dict[str, Any]:
         "installed": (dg.is_installed(), settings.installed()),
         "settings": settings.current(),
         "scope": (_core.current_scope(), _core.depth(), _core.live_runners(None)),
-        "world": groups.default_process_group(),
+        "world": coordinators.default_process_group(),
         "environment": dict(os.environ),
     }
 

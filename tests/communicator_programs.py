@@ -29,11 +29,12 @@ def forward_in_opposite_order(
 
     ``unguarded`` takes the fix away: shared groups, and nobody sees to the order.
     """
-    from sglang_distguard import runners
+    from sglang_distguard.runner import collective_steps, handle
 
     start(groups=groups)
     if unguarded:
-        runners.may_overlap = lambda key: True
+        for module in (collective_steps, handle):
+            setattr(module, "may_overlap", lambda key: True)
     # One after the other: it is the forwards that are looked at.
     built = {name: build(name) for name in sorted(names)}
     order = list(names) if rank() % 2 == 0 else list(reversed(names))
@@ -122,11 +123,11 @@ def queue_behind_a_long_step() -> dict[str, Any]:
 def close_beside_a_build() -> dict[str, Any]:
     """The first runner's groups are being destroyed while another thread builds."""
     import sglang_distguard
-    from sglang_distguard import ownership
+    from sglang_distguard.distributed import owned_groups
 
     start()
     first = build("dense")
-    discard = ownership.discard
+    discard = owned_groups.destroy_unless_leased
     inside, leave = threading.Event(), threading.Event()
 
     def held(*args: Any) -> None:
@@ -134,11 +135,11 @@ def close_beside_a_build() -> dict[str, Any]:
         assert leave.wait(60)
         discard(*args)
 
-    ownership.discard = held
+    owned_groups.destroy_unless_leased = held
     closing = threading.Thread(target=lambda: sglang_distguard.close(first))
     closing.start()
     assert inside.wait(60)
-    ownership.discard = discard
+    owned_groups.destroy_unless_leased = discard
     second = build("experts")
     leave.set()
     closing.join()
@@ -179,10 +180,10 @@ def forward_both(built: dict[str, Any]) -> dict[str, str]:
 def tp_group(runner: Any) -> int:
     """What tells the runner's tensor-parallel group from others."""
     import sglang_distguard
-    from sglang_distguard import groups
+    from sglang_distguard.distributed import coordinators
 
     with sglang_distguard.activate(runner):
-        return id(groups.read()["_TP"])
+        return id(coordinators.read()["_TP"])
 
 
 def forward_two_of_one_name() -> dict[str, Any]:
@@ -251,7 +252,7 @@ def refuse(policy: str, overrides: dict[str, Any], force: dict[str, Any]) -> dic
     """
     import msgspec
     from sglang.srt.runtime_context import get_server_args
-    from sglang_distguard import build as building
+    from sglang_distguard.api import building
 
     start(groups=policy)
     real = building._process_configurations

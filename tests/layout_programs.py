@@ -11,11 +11,11 @@ from rank_programs import args_of, build, generated, in_threads, raise_errors, r
 def structure() -> dict[str, list[Any]]:
     """Global of `parallel_state` -> the ranks of its group, and the first global that is the same one."""
     from sglang.srt.distributed import parallel_state
-    from sglang_distguard import groups
+    from sglang_distguard.distributed import coordinators
 
     found: dict[str, list[Any]] = {}
     firsts: dict[int, str] = {}
-    for name in groups.FIELDS:
+    for name in coordinators.FIELDS:
         # Read with the guard and without: then these are plain globals.
         accessor = vars(parallel_state).get(f"_distguard_scoped_{name}")
         coordinator = vars(parallel_state)[name] if accessor is None else accessor.value
@@ -71,8 +71,8 @@ def process_groups() -> list[str]:
     """Names of all process groups behind the coordinators of the current scope, its world's included."""
     import torch.distributed.distributed_c10d as c10d
     from sglang.srt.runtime_context import get_parallel
-    from sglang_distguard import groups
+    from sglang_distguard.distributed import coordinators
 
-    coordinators = [it for it in groups.read().values() if it is not None]
-    coordinators.append(get_parallel().world_group)
-    return sorted({c10d._world.pg_names[it] for made in coordinators for it in groups.parts(made)})
+    found = [it for it in coordinators.read().values() if it is not None]
+    found.append(get_parallel().world_group)
+    return sorted({c10d._world.pg_names[it] for made in found for it in coordinators.parts(made)})

@@ -172,13 +172,7 @@ def wait_for_others(event: str, count: int) -> None:
 
 def alone(name: str, overrides: Optional[dict[str, Any]] = None, steps: int = 3) -> dict[str, Any]:
     """One runner as plain SGLang builds it, without the guard: the expected bits, and HF's error."""
-    from sglang_distguard.testing import (
-        PROMPTS,
-        create_model,
-        generate,
-        huggingface,
-        max_abs_error,
-    )
+    from sglang_distguard.testing import PROMPTS, create_model, generate, huggingface, max_abs_error
     from sglang_distguard.testing import build as plain_build
 
     overrides = overrides or {}
@@ -290,18 +284,18 @@ def fail(point: str, on: int, die: bool = False) -> Callable[[], None]:
 def raise_on_one(point: str, on: int) -> dict[str, Any]:
     """A build that raises on one rank only."""
     import sglang_distguard
-    from sglang_distguard import groups
+    from sglang_distguard.distributed.keys import all_keys
 
     start()
     kept = build("dense")
-    keys = groups.all_keys()
+    keys = all_keys()
     mend = fail(point, on)
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         error = attempt(lambda: build("experts"))
     mend()
     return {
         "error": error,
-        "left": sorted(set(groups.all_keys()) - set(keys)),
+        "left": sorted(set(all_keys()) - set(keys)),
         "after": {"dense": generated(kept), **again(["experts"])},
     }
 
@@ -350,7 +344,7 @@ def interrupted() -> dict[str, Any]:
     """Ctrl-C on rank 0 while it waits for the others; then all build what it was interrupted in."""
     import signal
 
-    from sglang_distguard import world
+    from sglang_distguard.distributed import world
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start()
@@ -379,10 +373,10 @@ def interrupted() -> dict[str, Any]:
 
 def one_rank() -> dict[str, Any]:
     """Two runners in a world of one rank; what of ``ranks`` that has called."""
-    from sglang_distguard.ranks import agreement, world
+    from sglang_distguard.distributed.ranks import agreement, log
 
     called: list[str] = []
-    for module, function in ((world, "connect"), (agreement, "_await"), (agreement, "turn")):
+    for module, function in ((log, "connect"), (agreement, "_await"), (agreement, "turn")):
         real = getattr(module, function)
 
         def noted(*args: Any, _real: Any = real, _name: str = function, **kwargs: Any) -> Any:

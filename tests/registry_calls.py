@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_distguard import _core, waiting
+from sglang_distguard import _core
+from sglang_distguard.sync import waiting
 
 
 def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -> _core.Claim:
@@ -51,17 +52,17 @@ def run_in_threads(*works: Callable[[], None]) -> None:
         assert not thread.is_alive(), "a wait without end"
 
 
-def in_line(room: str) -> Callable[[], bool]:
-    """Whether any thread stands in line for ``room`` now."""
+def in_line(phase: str) -> Callable[[], bool]:
+    """Whether any thread stands in line for ``phase`` now."""
     return lambda: any(
-        visit["room"] == f"room:{room}" and not visit["inside"]
-        for visit in _core.snapshot()["rooms"]
+        visit["phase"] == f"phase:{phase}" and not visit["inside"]
+        for visit in _core.snapshot()["phases"]
     )
 
 
 def inside() -> list[str]:
-    """The rooms that somebody is in now."""
-    return [visit["room"] for visit in _core.snapshot()["rooms"] if visit["inside"]]
+    """The phases that somebody is in now."""
+    return [visit["phase"] for visit in _core.snapshot()["phases"] if visit["inside"]]
 
 
 @contextmanager

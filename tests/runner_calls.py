@@ -52,13 +52,13 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 
 def steps_in_line() -> list[Optional[str]]:
-    """The methods of runners that wait for a room now."""
-    return [visit["step"] for visit in dg.snapshot()["rooms"] if not visit["inside"]]
+    """The methods of runners that wait for a phase now."""
+    return [visit["step"] for visit in dg.snapshot()["phases"] if not visit["inside"]]
 
 
 def steps_inside() -> list[Optional[str]]:
-    """The methods of runners that are in a room now."""
-    return [visit["step"] for visit in dg.snapshot()["rooms"] if visit["inside"]]
+    """The methods of runners that are in a phase now."""
+    return [visit["step"] for visit in dg.snapshot()["phases"] if visit["inside"]]
 
 
 def logits(runner: Any) -> Any:

@@ -20,12 +20,12 @@ from sglang_distguard import (
     RanksDisagree,
     StoreLost,
     runner_scope,
-    waiting,
 )
-from sglang_distguard.ranks import agreement
-from sglang_distguard.ranks.agreement import turn
-from sglang_distguard.ranks.creation import Creation, NotTogether
-from sglang_distguard.ranks.world import Ranks
+from sglang_distguard.distributed.ranks import agreement
+from sglang_distguard.distributed.ranks.agreement import turn
+from sglang_distguard.distributed.ranks.creation import Creation, NotTogether
+from sglang_distguard.distributed.ranks.log import Ranks
+from sglang_distguard.sync import waiting
 from sglang_distguard.testing.simulated import serve, simulated
 
 #: Seconds that no test needs unless something hangs, and seconds for those that must time out.
@@ -126,13 +126,13 @@ def test_a_rank_that_fails_in_its_turn_is_named_on_the_others_and_the_next_goes_
         def fail_on_one(it: Ranks) -> None:
             with turn(it, "runner a", {}):
                 if it.rank == 1:
-                    raise MemoryError("no room")
+                    raise MemoryError("no phase")
 
         errors = on_ranks(ranks, fail_on_one)
         assert isinstance(errors[1], MemoryError)
         for error in (errors[0], errors[2]):
             assert isinstance(error, RankFailed)
-            assert error.details["failures"] == {1: "MemoryError: no room"}
+            assert error.details["failures"] == {1: "MemoryError: no phase"}
         assert on_ranks(ranks, lambda it: take(it, "runner b")) == [0, 0, 0]
         assert on_ranks(ranks, lambda it: take(it, "runner a")) == [1, 1, 1]
 
@@ -354,7 +354,7 @@ def test_leaving_ends_a_reader_that_sleeps_in_the_store() -> None:
         waits.start()
         while not ranks[0].state.is_reading():
             waits.join(0.01)
-        agreement.leave(ranks[0], LONG)
+        agreement.close(ranks[0], LONG)
         assert readers() == []
         waits.join()
 
@@ -427,7 +427,7 @@ def test_a_turn_inside_a_turn_is_a_part_of_it() -> None:
 
 
 def test_the_environment_and_the_scope_set_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_distguard import settings
+    from sglang_distguard.config import settings
 
     monkeypatch.setenv("SGLANG_DISTGUARD_AGREEMENT_TIMEOUT", "7")
     assert settings.choose(again=False).agreement_timeout == 7.0

@@ -13,7 +13,6 @@ from typing import Any
 import new_interpreter
 import pytest
 from audit_texts import ELSEWHERE, TEXT
-from sglang_distguard import treatments
 from sglang_distguard.__main__ import main
 from sglang_distguard.audit import (
     cases,
@@ -30,6 +29,7 @@ from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.traces import tracing
+from sglang_distguard.hooks import process_globals
 from sglang_distguard.testing import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,7 @@ def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_
 ) -> None:
     file = tmp_path / "made_up.py"
     file.write_text(TEXT)
-    row = treatments.TREATMENTS[0]
+    row = process_globals.TREATMENTS[0]
     changes = [
         Change("sglang.made_up", "cache", "load", "first", "dict of 0", "dict of 1"),
         Change("sglang.made_up", "names", "import", "alone", "list of 0", "list of 1"),
@@ -386,7 +386,7 @@ follow(starts, folder, 0.5)
 def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
     known = ledger.read(LEDGER)
     assert [key for key, row in known.items() if row[3] == Open.UNCOVERED] == []
-    for row in treatments.TREATMENTS:
+    for row in process_globals.TREATMENTS:
         assert known[row.module, row.name][3:5] == (row.how.value, row.reason)
 
 

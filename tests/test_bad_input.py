@@ -33,8 +33,9 @@ from bad_values import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sglang_distguard import errors, settings
+from sglang_distguard import errors
 from sglang_distguard.__main__ import main
+from sglang_distguard.config import settings
 from sglang_distguard.testing import server_args
 
 Model = Callable[..., Path]

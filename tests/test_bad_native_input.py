@@ -161,13 +161,13 @@ def test_a_handle_refuses_wrong_arguments_and_leaves_nothing(chosen: Chosen, key
 
 @tried
 @given(WRONG_TEXT | st.none(), WRONG_KEY)
-def test_scopes_and_visits_are_not_made_from_nonsense(label: Any, room: Any) -> None:
+def test_scopes_and_visits_are_not_made_from_nonsense(label: Any, phase: Any) -> None:
     assert is_refused(lambda: _core.Scope(), "Scope")
     assert is_refused(lambda: _core.new_scope(label), "label")
     assert is_refused(lambda: _core.Publishing(label, is_other=True, may_put_aside=True), "label")
     scope = _core.new_scope("a")
     assert is_refused(lambda: setattr(scope, "label", label), "label", "str")
     assert scope.label == "a"
-    assert is_refused(lambda: _core.Visit(room, runner=None), "room")
+    assert is_refused(lambda: _core.Visit(phase, runner=None), "phase")
     if label is not None:
         assert is_refused(lambda: _core.Visit("load", runner=label), "runner")

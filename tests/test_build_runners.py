@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sglang_distguard
 from sglang_distguard import BuildRequest, NotSupported, _core
-from sglang_distguard.groups import default_process_group
+from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 
 Model = Callable[..., Path]
@@ -240,7 +240,8 @@ def test_without_install_it_says_what_to_do(sglang: None, model: Model) -> None:
 
 
 def test_the_callers_own_scope_and_settings_stay_as_they_were(guard: None, model: Model) -> None:
-    from sglang_distguard import _core, settings
+    from sglang_distguard import _core
+    from sglang_distguard.config import settings
 
     before = _core.current_scope(), settings.current()
     runners = [sglang_distguard.build_runner(server_args(model("gpt2"))) for _ in range(2)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from sglang_distguard.targets.caches import CHANGES
+from sglang_distguard.hooks.caches import CHANGES
 from sglang_distguard.testing import server_args
 
 Model = Callable[..., Path]

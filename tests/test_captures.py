@@ -14,10 +14,12 @@ import pytest
 import sglang_distguard
 from conftest import CACHE
 from registry_calls import in_line, inside, run_in_threads, until
-from sglang_distguard import _core, rooms, runners, world
-from sglang_distguard.adapters import generations, runtime_contexts
+from sglang_distguard import _core
+from sglang_distguard.distributed import world
 from sglang_distguard.errors import DeadlockError, NotSupported
-from sglang_distguard.targets import graph_captures
+from sglang_distguard.hooks import generation_0_5_23, graph_captures, versions
+from sglang_distguard.runner.handle import handle_of
+from sglang_distguard.sync.phases import in_phase
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
 
 Model = Callable[[str], Path]
@@ -122,8 +124,8 @@ def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
 def test_without_the_hooks_a_draft_workers_capture_overlaps_forwards(
     sglang: None, model: Model, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    left = [it for it in runtime_contexts.changes() if it not in graph_captures.CHANGES]
-    monkeypatch.setattr(generations, "GENERATIONS", {"without captures": lambda: left})
+    left = [it for it in generation_0_5_23.changes() if it not in graph_captures.CHANGES]
+    monkeypatch.setattr(versions, "GENERATIONS", {"without captures": lambda: left})
     two = request.getfixturevalue("two")
     assert capture_beside_a_forward(*two) == ["forward", "capture"]
 
@@ -131,7 +133,7 @@ def test_without_the_hooks_a_draft_workers_capture_overlaps_forwards(
 def test_a_draft_workers_capture_is_in_its_runners_scope(two: list[Any]) -> None:
     seen: list[Any] = []
     draft_graph_runner(two[0], lambda: seen.append((_core.current_scope(), inside()))).capture()
-    assert seen == [(runners.handle_of(two[0]).scope, ["room:capture"])]
+    assert seen == [(handle_of(two[0]).scope, ["phase:capture"])]
 
 
 @pytest.mark.parametrize("graph", [cuda_graph, breakable_graph])
@@ -142,18 +144,18 @@ def test_a_capture_in_the_middle_of_a_forward_is_alone(
     captures = threading.Event()
 
     def lazily() -> None:
-        with rooms.room("forward"):
+        with in_phase("forward"):
             with graph():
                 captures.set()
                 until(in_line("forward"))
-                with graph():  # who is in the room enters it again
-                    assert inside() == ["room:forward", "room:capture", "room:capture"]
+                with graph():  # who is in the phase enters it again
+                    assert inside() == ["phase:forward", "phase:capture", "phase:capture"]
                 order.append("capture")
-            assert inside() == ["room:forward"]
+            assert inside() == ["phase:forward"]
 
     def forward() -> None:
         assert captures.wait(60)
-        with rooms.room("forward"):
+        with in_phase("forward"):
             order.append("forward")
 
     run_in_threads(lazily, forward)
@@ -167,7 +169,7 @@ def test_two_forwards_that_capture_at_the_same_moment_do_not_hang(guard: None, c
 
     def lazily() -> None:
         try:
-            with rooms.room("forward"):
+            with in_phase("forward"):
                 both.wait()
                 with cuda_graph():
                     outcomes.append("captured")
@@ -179,17 +181,17 @@ def test_two_forwards_that_capture_at_the_same_moment_do_not_hang(guard: None, c
     assert inside() == []
 
 
-def test_a_capture_that_lets_other_threads_use_cuda_is_in_no_room(guard: None, cuda: None) -> None:
+def test_a_capture_that_lets_other_threads_use_cuda_is_in_no_phase(guard: None, cuda: None) -> None:
     """0.5.23: `MetadataGlueGraph` captures while it serves, and says so by the error mode."""
     with cuda_graph(capture_error_mode="thread_local"):
         assert inside() == []
 
 
-def test_a_capture_that_fails_to_begin_or_to_end_leaves_the_room(
+def test_a_capture_that_fails_to_begin_or_to_end_leaves_the_phase(
     guard: None, cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_args: Any, **_options: Any) -> None:
-        assert inside() == ["room:capture"]
+        assert inside() == ["phase:capture"]
         raise RuntimeError("on purpose")
 
     for step in ("capture_begin", "capture_end"):
@@ -200,7 +202,7 @@ def test_a_capture_that_fails_to_begin_or_to_end_leaves_the_room(
         assert inside() == []
 
 
-def test_the_captures_of_communicators_are_in_the_room(two: list[Any], cuda: None) -> None:
+def test_the_captures_of_communicators_are_in_the_phase(two: list[Any], cuda: None) -> None:
     from sglang.srt.distributed import parallel_state
 
     seen: list[Any] = []
@@ -212,7 +214,7 @@ def test_the_captures_of_communicators_are_in_the_room(two: list[Any], cuda: Non
         patch.setattr(parallel_state, "get_current_device_stream_fast", lambda: "stream")
         with group_capture() as context:
             seen.append((context.stream, inside()))
-    assert seen == [("stream", ["room:capture"])]
+    assert seen == [("stream", ["phase:capture"])]
     assert inside() == []
 
 
@@ -231,7 +233,7 @@ def test_with_several_ranks_a_capture_in_no_turn_is_refused_while_others_live(
 
 
 def test_every_text_of_sglang_that_captures_goes_through_what_is_hooked(sglang: None) -> None:
-    """Fails when a release captures in a new way: then `targets/graph_captures.py` needs it."""
+    """Fails when a release captures in a new way: then `hooks/graph_captures.py` needs it."""
     from sglang.srt import runtime_context
 
     root = Path(runtime_context.__file__).parent

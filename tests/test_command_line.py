@@ -6,8 +6,8 @@ import json
 
 import pytest
 from sglang_distguard.__main__ import main
-from sglang_distguard.adapters import generations
 from sglang_distguard.errors import NotSupported
+from sglang_distguard.hooks import versions
 
 
 def test_status_says_that_the_installed_sglang_is_supported(
@@ -27,7 +27,7 @@ def test_status_ends_with_1_and_the_reason_when_it_is_not(
     def refuse(_changes: object) -> object:
         raise NotSupported("it lacks a thing")
 
-    monkeypatch.setattr(generations, "_plan", refuse)
+    monkeypatch.setattr(versions, "_plan", refuse)
     assert main(["status"]) == 1
     assert "it lacks a thing" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Waits that would never end are refused at once, over slots and rooms; SGLang's own nesting is not."""
+"""Waits that would never end are refused at once, over slots and phases; SGLang's own nesting is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sglang_distguard
 from registry_calls import acquire, in_line, run_in_threads, until, waits_for
 from sglang_distguard import _core
 from sglang_distguard.errors import AcquireTimeout, DeadlockError
-from sglang_distguard.rooms import room
+from sglang_distguard.sync.phases import in_phase
 
 
 def test_a_thread_that_asks_again_for_what_it_initialises_is_told_at_once() -> None:
@@ -45,7 +45,7 @@ def test_of_threads_that_wait_for_each_other_in_a_ring_one_is_told_at_once(threa
     assert not any(waits_for(name)() for name in names)
 
 
-def test_a_cycle_over_a_key_and_a_room_names_both() -> None:
+def test_a_cycle_over_a_key_and_a_phase_names_both() -> None:
     leads, inside = threading.Event(), threading.Event()
     cycles: list[Any] = []
 
@@ -54,7 +54,7 @@ def test_a_cycle_over_a_key_and_a_room_names_both() -> None:
         leads.set()
         assert inside.wait(30)
         try:
-            with room("capture"):  # the other thread is in a forward
+            with in_phase("capture"):  # the other thread is in a forward
                 pass
         except DeadlockError as error:
             cycles.append(error)
@@ -64,7 +64,7 @@ def test_a_cycle_over_a_key_and_a_room_names_both() -> None:
     def forwarder() -> None:
         assert leads.wait(30)
         try:
-            with room("forward"):
+            with in_phase("forward"):
                 inside.set()
                 acquire("groups:initialised in a capture").fail("not needed")
         except DeadlockError as error:
@@ -73,7 +73,7 @@ def test_a_cycle_over_a_key_and_a_room_names_both() -> None:
     run_in_threads(leader, forwarder)
     (error,) = cycles
     text = str(error)
-    assert "room:capture" in text
+    assert "phase:capture" in text
     assert "groups:initialised in a capture" in text
     assert "thread T1" in text
     assert "thread T2" in text
@@ -85,9 +85,9 @@ def test_two_threads_inside_a_forward_that_both_want_to_capture_are_told() -> No
 
     def work() -> None:
         try:
-            with room("forward"):
+            with in_phase("forward"):
                 both.wait()
-                with room("capture"):
+                with in_phase("capture"):
                     results.append("captured")
         except DeadlockError:
             results.append("deadlock")
@@ -101,14 +101,14 @@ def test_a_capture_waits_for_forwards_keeps_later_ones_out_and_runs_its_own() ->
     inside, done = threading.Event(), threading.Event()
 
     def forwards() -> None:
-        with room("forward"):
+        with in_phase("forward"):
             inside.set()
             assert done.wait(30)
             order.append("first forward")
 
     def captures() -> None:
         assert inside.wait(30)
-        with room("capture"), room("forward"):  # a capture runs forwards
+        with in_phase("capture"), in_phase("forward"):  # a capture runs forwards
             order.append("capture")
 
     def late() -> None:
@@ -116,13 +116,13 @@ def test_a_capture_waits_for_forwards_keeps_later_ones_out_and_runs_its_own() ->
         later = _core.Visit("forward", runner=None)
         assert not later.try_enter()  # it could overlap with the forward inside, but came later
         done.set()
-        with room("forward"):
+        with in_phase("forward"):
             order.append("late forward")
         later.leave()
 
     run_in_threads(forwards, captures, late)
     assert order == ["first forward", "capture", "late forward"]
-    assert _core.snapshot()["rooms"] == []
+    assert _core.snapshot()["phases"] == []
 
 
 def test_whoever_the_first_in_line_waits_for_may_overtake_it() -> None:
@@ -131,28 +131,28 @@ def test_whoever_the_first_in_line_waits_for_may_overtake_it() -> None:
     order: list[str] = []
 
     def forwards() -> None:
-        with room("forward"):
+        with in_phase("forward"):
             inside.set()
             until(in_line("capture"))
-            with room("load"):
+            with in_phase("load"):
                 order.append("load inside the forward")
 
     def captures() -> None:
         assert inside.wait(30)
-        with room("capture"):
+        with in_phase("capture"):
             order.append("capture")
 
     run_in_threads(forwards, captures)
     assert order == ["load inside the forward", "capture"]
 
 
-def test_a_wait_for_a_room_has_a_deadline_and_leaves_the_line() -> None:
+def test_a_wait_for_a_phase_has_a_deadline_and_leaves_the_line() -> None:
     holds = _core.Visit("capture", runner="the captor")
     outcome: list[BaseException] = []
 
     def wait() -> None:
         try:
-            with sglang_distguard.runner_scope("late", timeout=0.1), room("forward"):
+            with sglang_distguard.runner_scope("late", timeout=0.1), in_phase("forward"):
                 pass
         except AcquireTimeout as error:
             outcome.append(error)
@@ -163,10 +163,10 @@ def test_a_wait_for_a_room_has_a_deadline_and_leaves_the_line() -> None:
     assert "'the captor'" in str(error)
     assert error.details["stack"]
     assert holds.leave()
-    assert _core.snapshot()["rooms"] == []
+    assert _core.snapshot()["phases"] == []
 
 
-def test_an_unknown_room_is_refused() -> None:
+def test_an_unknown_phase_is_refused() -> None:
     with pytest.raises(ValueError, match="known: load, forward, capture"):
         _core.Visit("lobby", runner=None)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_distguard import _core, default_dtype
-from sglang_distguard.default_dtype import holding
+from sglang_distguard import _core
+from sglang_distguard.context import default_dtype
+from sglang_distguard.context.default_dtype import holding
 from sglang_distguard.testing import bit_equal
 from torch.overrides import _get_current_function_mode_stack
 

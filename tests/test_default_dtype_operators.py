@@ -13,8 +13,8 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from sglang_distguard.default_dtype import holding
-from sglang_distguard.targets import torch_dtype
+from sglang_distguard.context.default_dtype import holding
+from sglang_distguard.hooks import torch_dtype
 from torch.signal import windows
 
 DTYPES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sglang_distguard import treatments
+from sglang_distguard.hooks import process_globals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,13 +14,13 @@ def test_the_table_in_architecture_is_the_one_the_hooks_read() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     found = re.search(r"<!-- treatments -->\n(.*?)\n?<!-- /treatments -->", text, re.DOTALL)
     assert found is not None
-    assert found[1] == treatments.markdown(), "expected:\n" + treatments.markdown()
+    assert found[1] == process_globals.markdown(), "expected:\n" + process_globals.markdown()
 
 
 def test_every_process_global_is_listed_once_with_a_reason() -> None:
-    names = [(row.module, row.name) for row in treatments.TREATMENTS]
+    names = [(row.module, row.name) for row in process_globals.TREATMENTS]
     assert len(names) == len(set(names))
-    assert all(row.reason for row in treatments.TREATMENTS)
+    assert all(row.reason for row in process_globals.TREATMENTS)
 
 
 def test_every_public_name_has_a_docstring() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import sglang_distguard
 import torch
-from sglang_distguard import _core, environment
+from sglang_distguard import _core
+from sglang_distguard.context import environment
 from sglang_distguard.testing import generate, server_args
 
 Model = Callable[..., Path]
@@ -167,7 +168,7 @@ def test_what_the_user_sets_reaches_every_runner_that_does_not_say_otherwise(
 
 def test_fields_behave_in_a_scope_as_they_do_without(guard: None) -> None:
     from sglang.srt.environ import envs
-    from sglang_distguard.scoping import scope_active
+    from sglang_distguard.context.scopes import scope_active
 
     number, text = envs.SGLANG_TCP_STORE_PORT, envs.SGLANG_HTTP_SERVER_APP_PATH
 
@@ -208,7 +209,7 @@ def test_what_is_cleared_in_a_scope_stays_for_the_process(
     guard: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.environ import envs
-    from sglang_distguard.scoping import scope_active
+    from sglang_distguard.context.scopes import scope_active
 
     monkeypatch.setenv(VARIABLE, "float16")
     with scope_active(_core.new_scope("test")):
@@ -222,7 +223,7 @@ def test_what_is_cleared_in_a_scope_stays_for_the_process(
 def test_two_scopes_override_one_variable_at_once(guard: None) -> None:
     """As constructors of draft models do (0.5.23: `models.deepseek_nextn`)."""
     from sglang.srt.environ import envs
-    from sglang_distguard.scoping import scope_active
+    from sglang_distguard.context.scopes import scope_active
 
     inside, looked = threading.Barrier(2), threading.Barrier(2)
     seen: dict[str, Any] = {}
@@ -266,7 +267,7 @@ def test_a_runner_that_outlives_the_guard_finds_in_the_process_what_it_wrote(
 
 def test_a_compiled_forward_reads_its_own_runners_variables(guard: None) -> None:
     from sglang.srt.environ import envs
-    from sglang_distguard.scoping import scope_active
+    from sglang_distguard.context.scopes import scope_active
     from torch._dynamo.testing import CompileCounter
 
     def forward(x: torch.Tensor) -> torch.Tensor:

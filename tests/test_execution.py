@@ -391,7 +391,7 @@ def test_a_default_dtype_set_in_a_task_is_seen_by_no_other_task(two: Any) -> Non
 
 def test_a_default_dtype_is_held_in_threads_and_whatever_the_processs_is(guard: None) -> None:
     import torch
-    from sglang_distguard.default_dtype import holding
+    from sglang_distguard.context.default_dtype import holding
 
     def made() -> torch.dtype:
         return torch.empty(1).dtype

@@ -15,7 +15,7 @@ WAITING = """
     import sglang_distguard
     from registry_calls import acquire, until, state_of
     from sglang_distguard import _core
-    from sglang_distguard.rooms import room
+    from sglang_distguard.phases import phase
 
     claim = acquire("groups:never")
     captor = _core.Visit("capture", runner=None)
@@ -23,14 +23,14 @@ WAITING = """
     def wait_for_key():
         acquire("groups:never", timeout=300)
 
-    def wait_for_room():
-        with sglang_distguard.runner_scope(timeout=300), room("forward"):
+    def wait_for_phase():
+        with sglang_distguard.runner_scope(timeout=300), phase("forward"):
             pass
 
-    works = [wait_for_key, wait_for_room] * 4
+    works = [wait_for_key, wait_for_phase] * 4
 
     def all_wait():
-        in_line = [visit for visit in _core.snapshot()["rooms"] if not visit["inside"]]
+        in_line = [visit for visit in _core.snapshot()["phases"] if not visit["inside"]]
         return state_of("groups:never")["waiters"] == 4 and len(in_line) == 4
 """
 
@@ -71,7 +71,7 @@ def test_threads_that_the_interpreter_waits_for_are_told_and_end() -> None:
     )
     assert result.returncode == 0
     assert result.stderr.count("gave up waiting for groups:never: the interpreter is exiting") == 4
-    assert result.stderr.count("gave up waiting for room:forward: the interpreter is exiting") == 4
+    assert result.stderr.count("gave up waiting for phase:forward: the interpreter is exiting") == 4
     assert "Exception ignored" not in result.stderr
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from sglang_distguard import _core, groups
+from sglang_distguard import _core
+from sglang_distguard.distributed import coordinators
 from sglang_distguard.testing import server_args, steps
 
 Model = Callable[..., Path]
@@ -89,7 +90,7 @@ def test_a_failure_at_any_step_leaves_nothing_half_made(
     import importlib
 
     args = server_args(model("qwen3_moe"))
-    alone = groups.default_process_group()
+    alone = coordinators.default_process_group()
     assert alone is None
     with (
         failing_once(importlib.import_module(module), name, at_call=call, after=after),
@@ -113,8 +114,8 @@ def assert_nothing_half_made() -> None:
     assert {slot["state"] for slot in slots.values()} <= {"idle", "ready"}
     assert all(slot["holders"] == [] for slot in slots.values())
     world = slots["world"]["state"] == "ready" if "world" in slots else False
-    assert (groups.default_process_group() is not None) == world
-    made = groups.process_groups() if world else []
+    assert (coordinators.default_process_group() is not None) == world
+    made = coordinators.process_groups() if world else []
     shared = _core.resource("groups")
     owned: list[Any] = []
     if world:
@@ -124,7 +125,7 @@ def assert_nothing_half_made() -> None:
     known = {id(g) for c in owned for g in (c.device_group, c.cpu_group)}
     assert {id(group) for group in made} == known
     if shared is None:
-        assert set(groups.read().values()) == {None}
+        assert set(coordinators.read().values()) == {None}
 
 
 def test_when_the_leader_fails_a_waiter_leads_and_the_others_join(

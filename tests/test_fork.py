@@ -14,7 +14,8 @@ import pytest
 import sglang_distguard
 from forking import fresh_registry, in_child, put_fresh_registry
 from registry_calls import acquire, leader_of, state_of, until, waits_for
-from sglang_distguard import _core, installation
+from sglang_distguard import _core
+from sglang_distguard.process import installation
 from sglang_distguard.testing import server_args, steps
 
 Model = Callable[..., Path]

@@ -138,7 +138,7 @@ def test_updates_of_weights_that_capture_graphs_anew_are_alone_from_the_start(
 ) -> None:
     """SGLang captures anew on GPUs only (0.5.23); here it is told that this machine can, too."""
     from sglang.srt.model_executor.model_runner_components import weight_updater
-    from sglang_distguard.targets import model_runner
+    from sglang_distguard.hooks import model_runner
 
     able = SimpleNamespace(graph_capture=True)
     platform = SimpleNamespace(is_out_of_tree=lambda: True, capabilities=able)
@@ -159,7 +159,7 @@ def test_updates_of_weights_that_capture_graphs_anew_are_alone_from_the_start(
 
         def watched(weights: Any) -> Any:
             inside.append(
-                [it["room"] for it in sglang_distguard.snapshot()["rooms"] if it["inside"]]
+                [it["phase"] for it in sglang_distguard.snapshot()["phases"] if it["inside"]]
             )
             return load(weights)
 
@@ -178,7 +178,7 @@ def test_updates_of_weights_that_capture_graphs_anew_are_alone_from_the_start(
     for thread in threads:
         thread.join()
     assert outcomes == dict.fromkeys(runners, (True, "Succeeded to update model weights."))
-    assert inside == [["room:capture"], ["room:capture"]]
+    assert inside == [["phase:capture"], ["phase:capture"]]
     for runner in runners.values():
         assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
         sglang_distguard.close(runner)

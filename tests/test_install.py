@@ -15,17 +15,17 @@ from typing import Any
 import new_interpreter
 import pytest
 import sglang_distguard
-from sglang_distguard import _core, adapters, treatments
-from sglang_distguard.adapters import generations
+from sglang_distguard import _core
+from sglang_distguard.context.scopes import scope_active
+from sglang_distguard.hooks import process_globals, versions
 from sglang_distguard.patching import Needs, find_source, is_changed, readers
-from sglang_distguard.patching.live import functions_of
-from sglang_distguard.scoping import scope_active
+from sglang_distguard.patching.code_swap import functions_of
 
 
 def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
     """Identity, and identity of the code, of everything in sglang's and the other hooked modules."""
     found = {}
-    hooked = {change.module for changes in generations.GENERATIONS.values() for change in changes()}
+    hooked = {change.module for changes in versions.GENERATIONS.values() for change in changes()}
     for name, module in list(sys.modules.items()):
         if not isinstance(module, types.ModuleType):
             continue
@@ -299,9 +299,9 @@ def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
     clean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of_modules()
-    changes = generations.GENERATIONS["runtime contexts (sglang 0.5.23)"]
+    changes = versions.GENERATIONS["runtime contexts (sglang 0.5.23)"]
     lacking = Needs("sglang.srt.runtime_context", "function_of_another_release")
-    monkeypatch.setattr(generations, "GENERATIONS", {"this one": lambda: [*changes(), lacking]})
+    monkeypatch.setattr(versions, "GENERATIONS", {"this one": lambda: [*changes(), lacking]})
     with pytest.raises(
         sglang_distguard.NotSupported, match="function_of_another_release"
     ) as caught:
@@ -328,7 +328,7 @@ def test_code_that_is_not_what_the_source_says_is_refused_and_nothing_is_patched
 
 
 def test_without_sglang_it_says_so(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generations, "find_source", lambda module: None)
+    monkeypatch.setattr(versions, "find_source", lambda module: None)
     with pytest.raises(sglang_distguard.NotSupported, match="sglang is not installed"):
         sglang_distguard.install()
 
@@ -342,16 +342,16 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
 
 
 def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
-    for module, names in treatments.scoped().items():
+    for module, names in process_globals.scoped().items():
         source = find_source(module)
         assert source is not None, module
         assert all(name.rpartition(".")[2] in source.text for name in names)
-    assert len(adapters.choose()) == len({plan.module for plan in adapters.choose()})
+    assert len(versions.choose()) == len({plan.module for plan in versions.choose()})
 
 
 def test_who_reads_another_modules_scoped_global_reads_the_scopes() -> None:
     """These three read past the accessors of 0.5.23's own modules; a release may add others."""
-    found = readers(treatments.scoped(), "sglang.srt")
+    found = readers(process_globals.scoped(), "sglang.srt")
     assert {(it.module.removeprefix("sglang.srt."), it.name) for it in found} == {
         ("eplb.expert_distribution", "is_capture_mode"),
         ("layers.attention.dsa.dsa_indexer_kpool", "is_capture_mode"),

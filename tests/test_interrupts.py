@@ -18,7 +18,8 @@ from typing import Any, Optional
 
 import pytest
 import sglang_distguard as dg
-from sglang_distguard import _core, default_dtype
+from sglang_distguard import _core
+from sglang_distguard.context import default_dtype
 from sglang_distguard.testing import bit_equal, server_args, steps
 from sglang_distguard.testing.updates import weights_of
 from torch.overrides import _get_current_function_mode_stack
@@ -69,7 +70,7 @@ class Tracer:
 
 
 def state() -> dict[str, Any]:
-    """What must be as it was: depth, scope, dtype, leases, rooms."""
+    """What must be as it was: depth, scope, dtype, leases, phases."""
     gc.collect()  # of what was made since `gc.freeze`: the whole process takes half a second
     facts = dg.snapshot()
     return {
@@ -77,7 +78,7 @@ def state() -> dict[str, Any]:
         "depth": _core.depth(),
         "dtype": default_dtype.in_force(),
         "modes": _get_current_function_mode_stack(),
-        "rooms": facts["rooms"],
+        "phases": facts["phases"],
         "activations": _core.activations(),
         "runners": [it["runners"] for it in facts["scopes"] if it["runners"]],
         "holders": {

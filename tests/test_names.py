@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from sglang_distguard import _core
+from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import ModulePlan, Scoped, Within, find_source
-from sglang_distguard.scoping import scope_active
 
 LOCALS = """
 _value = "global"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from sglang_distguard import _core
+from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import (
     Around,
@@ -25,7 +26,6 @@ from sglang_distguard.patching import (
     find_source,
 )
 from sglang_distguard.patching.syntax import accessor_name
-from sglang_distguard.scoping import scope_active
 
 Load = Callable[..., tuple[types.ModuleType, ModulePlan]]
 

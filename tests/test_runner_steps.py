@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import sglang_distguard
 from registry_calls import inside
+from sglang_distguard.hooks import given_runners, model_runner
 from sglang_distguard.patching import find_source
-from sglang_distguard.targets import given_runners, model_runner
 from sglang_distguard.testing import server_args
 
 
@@ -26,16 +26,18 @@ def public_methods(of: type) -> set[str]:
     }
 
 
-def test_every_public_method_of_a_runner_is_in_a_room_or_in_none_for_a_reason(sglang: None) -> None:
+def test_every_public_method_of_a_runner_is_in_a_phase_or_in_none_for_a_reason(
+    sglang: None,
+) -> None:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     named = [name for steps in model_runner.TABLE for name in steps.names.split()]
     assert sorted(named) == sorted(public_methods(ModelRunner))
     for steps in model_runner.TABLE:
-        assert (steps.room is None) == bool(steps.why_in_no_room), steps
+        assert (steps.phase is None) == bool(steps.why_in_no_phase), steps
 
 
-def test_adapters_are_loaded_and_weights_checked_in_the_room_for_loads(
+def test_adapters_are_loaded_and_weights_checked_in_the_phase_for_loads(
     guard: None, model: Callable[[str], Path]
 ) -> None:
     runner: Any = sglang_distguard.build_runner(server_args(model("gpt2")))
@@ -52,7 +54,7 @@ def test_adapters_are_loaded_and_weights_checked_in_the_room_for_loads(
     runner.load_lora_adapter_from_tensors("adapter", {}, {})
     runner.unload_lora_adapter("adapter")
     runner.check_weights("snapshot", role="target")
-    assert seen == [["room:load"]] * 4
+    assert seen == [["phase:load"]] * 4
     sglang_distguard.close(runner)
 
 

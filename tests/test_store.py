@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sglang_distguard.patching import store
+from sglang_distguard.patching import code_cache
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     made = tmp_path / "kept"
-    monkeypatch.setenv(store.VARIABLE, str(made))
-    store._folder.cache_clear()
+    monkeypatch.setenv(code_cache.VARIABLE, str(made))
+    code_cache._folder.cache_clear()
     yield made
-    store._folder.cache_clear()
+    code_cache._folder.cache_clear()
 
 
 def test_a_value_is_made_once_for_what_it_is_made_from() -> None:
@@ -28,36 +28,36 @@ def test_a_value_is_made_once_for_what_it_is_made_from() -> None:
         made.append(len(made))
         return [len(made)]
 
-    assert store.kept(("text", 1), make) == [1]
-    assert store.kept(("text", 1), make) == [1]
-    assert store.kept(("another text", 1), make) == [2]
+    assert code_cache.kept(("text", 1), make) == [1]
+    assert code_cache.kept(("text", 1), make) == [1]
+    assert code_cache.kept(("another text", 1), make) == [2]
     assert len(made) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"\x00" * 100])
 def test_a_damaged_file_is_made_anew(folder: Path, damage: bytes) -> None:
-    assert store.kept(("text",), lambda: "first") == "first"
+    assert code_cache.kept(("text",), lambda: "first") == "first"
     (file,) = folder.iterdir()
     file.write_bytes(damage)
-    assert store.kept(("text",), lambda: "second") == "second"
-    assert store.kept(("text",), lambda: "third") == "second"
+    assert code_cache.kept(("text",), lambda: "second") == "second"
+    assert code_cache.kept(("text",), lambda: "third") == "second"
 
 
 @pytest.mark.parametrize("setting", ["0", ""])
 def test_nothing_is_kept_when_it_is_switched_off(
     folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    monkeypatch.setenv(store.VARIABLE, setting)
-    store._folder.cache_clear()
-    assert store.kept(("text",), lambda: 1) == 1
-    assert store.kept(("text",), lambda: 2) == 2
+    monkeypatch.setenv(code_cache.VARIABLE, setting)
+    code_cache._folder.cache_clear()
+    assert code_cache.kept(("text",), lambda: 1) == 1
+    assert code_cache.kept(("text",), lambda: 2) == 2
     assert not folder.exists()
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(folder: Path) -> None:
     folder.mkdir()
     os.chmod(folder, 0o777)
-    assert store.kept(("text",), lambda: 1) == 1
+    assert code_cache.kept(("text",), lambda: 1) == 1
     assert list(folder.iterdir()) == []
 
 

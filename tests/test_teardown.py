@@ -12,7 +12,8 @@ import pytest
 import sglang_distguard
 import torch
 from conftest import teardown_everything
-from sglang_distguard import _core, groups
+from sglang_distguard import _core
+from sglang_distguard.distributed import coordinators
 from sglang_distguard.errors import DistGuardError, LeaseBroken, StateInUse
 from sglang_distguard.testing import bit_equal, fleet, free_port, server_args, steps
 
@@ -238,7 +239,7 @@ def test_a_swapped_group_is_reported_and_not_used(
     finally:
         parallel_state._TP = ours
         sglang_distguard.close(first)
-        groups.discard(groups.find())
+        coordinators.destroy_and_unset(coordinators.find())
 
 
 def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
@@ -247,7 +248,7 @@ def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
     """Joined at one generation, constructed later: the groups it refers to are dead."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang_distguard import build as steps_of_build
+    from sglang_distguard.api import building as steps_of_build
 
     args = server_args(model("gpt2"))
     steps_of_build._initialise(args, 0, None)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import sglang_distguard
 from registry_calls import acquire, leader_of, state_of, until, waits_for
-from sglang_distguard import _core, journal, waiting
+from sglang_distguard import _core
 from sglang_distguard.errors import AcquireTimeout, PoisonedState, SpecMismatch
+from sglang_distguard.sync import event_log, waiting
 
 
 def test_a_deadline_that_passes_tells_who_leads_where_and_since_when() -> None:
@@ -95,7 +96,7 @@ def test_only_the_thread_that_gets_signals_looks_for_them() -> None:
 
 
 def test_an_interrupt_in_the_initialiser_undoes_it_and_one_after_the_publish_does_not() -> None:
-    from sglang_distguard.singleflight import run_once
+    from sglang_distguard.sync.single_flight import run_once
 
     undone: list[str] = []
 
@@ -140,7 +141,7 @@ def test_an_interrupt_in_the_initialiser_undoes_it_and_one_after_the_publish_doe
 
 
 def test_a_slow_leader_is_logged_once_with_its_stack(caplog: pytest.LogCaptureFixture) -> None:
-    journal.report()
+    event_log.report()
     with (
         caplog.at_level(logging.WARNING, "sglang_distguard"),
         leader_of("groups:slow") as leader,
@@ -157,7 +158,7 @@ def test_a_slow_leader_is_logged_once_with_its_stack(caplog: pytest.LogCaptureFi
 def test_the_deadline_can_be_set_per_call_scope_process_and_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sglang_distguard import settings
+    from sglang_distguard.config import settings
 
     assert settings.current().timeout == 300.0
     monkeypatch.setenv("SGLANG_DISTGUARD_TIMEOUT", "7.5")

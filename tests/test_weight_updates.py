@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sglang_distguard
 from registry_calls import until, waits_for
-from sglang_distguard.targets.patch_torch import REDUCTIONS
+from sglang_distguard.hooks.patch_torch import REDUCTIONS
 
 
 def reduce_tensor() -> None:

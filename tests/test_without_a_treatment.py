@@ -27,10 +27,17 @@ def test_eight_runners_are_not_right_without(cache: Path, treatment: str) -> Non
 
 def switch_off(treatment: str) -> None:
     """Install the guard without one of its treatments."""
-    from sglang_distguard import _core, singleflight
-    from sglang_distguard.adapters import generations, runtime_contexts
+    from sglang_distguard import _core
+    from sglang_distguard.hooks import (
+        expert_location,
+        generation_0_5_23,
+        model_loader,
+        parallel_state,
+        torch_dtype,
+        versions,
+    )
     from sglang_distguard.patching import Scoped
-    from sglang_distguard.targets import expert_location, model_loader, parallel_state, torch_dtype
+    from sglang_distguard.sync import single_flight
 
     left_out: tuple[object, ...] = ()
     if treatment == "registry":
@@ -38,7 +45,7 @@ def switch_off(treatment: str) -> None:
         def everybody_leads(*_args: object, **callbacks: object) -> object:
             return callbacks["initialise"]()  # type: ignore[operator]
 
-        for module in (singleflight, parallel_state, expert_location):
+        for module in (single_flight, parallel_state, expert_location):
             module.run_once = everybody_leads  # type: ignore[attr-defined]
     elif treatment == "scope":
         _core.Publishing = Replacing  # type: ignore[assignment, misc]
@@ -47,9 +54,9 @@ def switch_off(treatment: str) -> None:
     elif treatment == "input buffers":
         module = "sglang.srt.model_executor.input_buffers"
         left_out = (Scoped(module, "_forward_input_buffer_pool"),)
-    generations.GENERATIONS = {
+    versions.GENERATIONS = {
         f"without {treatment}": lambda: [
-            change for change in runtime_contexts.changes() if change not in left_out
+            change for change in generation_0_5_23.changes() if change not in left_out
         ]
     }
 

@@ -47,22 +47,24 @@ def alone(models: Path, name: str, output: Path) -> None:
 def leave_out_what_torch_lacks() -> None:
     """For an older torch than SGLang 0.5.23 asks for (2.14.1), where nothing is compiled."""
     import torch
-    from sglang_distguard.adapters import runtime_contexts
+    from sglang_distguard.hooks import generation_0_5_23
 
     if not hasattr(torch.compiler, "_compile_session_context"):
-        kept = [it for it in runtime_contexts.TARGETS if not it.__name__.endswith("torch_compiler")]
-        runtime_contexts.TARGETS = tuple(kept)
+        kept = [it for it in generation_0_5_23.HOOKS if not it.__name__.endswith("torch_compiler")]
+        generation_0_5_23.HOOKS = tuple(kept)
 
 
 def together(models: Path, references: Path, without: str) -> None:
     """All runners from a thread each; prints how many of the generations had other bits."""
     import sglang_distguard
     import torch
-    from sglang_distguard import treatments
+    from sglang_distguard.hooks import process_globals
     from sglang_distguard.testing import bit_equal
 
     leave_out_what_torch_lacks()
-    treatments.TREATMENTS = tuple(row for row in treatments.TREATMENTS if row.name != without)
+    process_globals.TREATMENTS = tuple(
+        row for row in process_globals.TREATMENTS if row.name != without
+    )
     sglang_distguard.install()
     meet = threading.Barrier(len(MEMBERS))
     wrong: list[int] = []

@@ -20,7 +20,7 @@ from gpu import leave_out_what_torch_lacks
 def work(models: Path, *, own_tags: bool) -> None:
     import sglang_distguard
     import torch
-    from sglang_distguard.targets import memory_saver
+    from sglang_distguard.hooks import memory_saver
     from sglang_distguard.testing import bit_equal, create_model, server_args, steps
     from sglang_distguard.testing.updates import memory_of, weights_of
 

@@ -50,13 +50,13 @@ _FAULTS = ("waiting", "deadlock", "fork", "exit", "teardown")
 STEPS = (
     Step(
         "loom",
-        "every interleaving of 2-3 threads: slots, rooms, wait-for graph",
+        "every interleaving of 2-3 threads: slots, phases, wait-for graph",
         ("make", "loom"),
         _RUST,
     ),
     Step(
         "shuttle",
-        "100,000 random schedules of registry, leases and rooms together",
+        "100,000 random schedules of registry, leases and phases together",
         ("make", "shuttle"),
         _RUST,
         {"DISTGUARD_SCHEDULES": "100000"},
@@ -101,7 +101,7 @@ STEPS = (
         "interrupt",
         "how long after Ctrl-C a wait ends",
         (sys.executable, "benchmarks/interrupt_latency.py"),
-        r"^(key|room|threading|milliseconds).*",
+        r"^(key|phase|threading|milliseconds).*",
     ),
 )
 

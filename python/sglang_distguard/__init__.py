@@ -9,13 +9,17 @@ See README.md; the design is in ARCHITECTURE.md.
 
 # ruff: noqa: E402 - what follows loads the native module
 
-from sglang_distguard.interpreter import require_main
+from sglang_distguard.subinterpreters import require_main
 
 require_main()
 
-from sglang_distguard import lifecycle
 from sglang_distguard._core import __version__
-from sglang_distguard.build import BuildRequest, BuildResult, build_runner, build_runners
+from sglang_distguard.api.activation import activate
+from sglang_distguard.api.building import BuildRequest, BuildResult, build_runner, build_runners
+from sglang_distguard.api.closing import close, closing
+from sglang_distguard.api.status import Snapshot, reset, snapshot
+from sglang_distguard.api.teardown import teardown
+from sglang_distguard.config.settings import runner_scope
 from sglang_distguard.errors import (
     AcquireTimeout,
     AgreementTimeout,
@@ -33,11 +37,8 @@ from sglang_distguard.errors import (
     StoreLost,
     SubinterpreterError,
 )
-from sglang_distguard.installation import install, is_installed, uninstall
-from sglang_distguard.runners import activate, close, closing
-from sglang_distguard.settings import runner_scope
-from sglang_distguard.status import Snapshot, reset, snapshot
-from sglang_distguard.teardowns import teardown
+from sglang_distguard.process import fork_and_exit
+from sglang_distguard.process.installation import install, is_installed, uninstall
 
 __all__ = [
     "AcquireTimeout",
@@ -73,4 +74,4 @@ __all__ = [
     "uninstall",
 ]
 
-lifecycle.watch()
+fork_and_exit.watch()

@@ -98,12 +98,13 @@ def _status(*, as_json: bool) -> int:
     """Whether ``install()`` would work here; exit status 1 when it would not."""
     from sglang_distguard_plugin import VARIABLE
 
-    from sglang_distguard import adapters, settings
-    from sglang_distguard.adapters.generations import installed_version
+    from sglang_distguard.config import settings
     from sglang_distguard.errors import NotSupported
+    from sglang_distguard.hooks import versions
+    from sglang_distguard.hooks.versions import installed_version
 
     try:
-        plans = adapters.choose()
+        plans = versions.choose()
         supported, reason = True, f"{len(plans)} modules would be patched"
     except NotSupported as error:
         supported, reason = False, str(error)

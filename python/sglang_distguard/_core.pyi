@@ -215,7 +215,7 @@ class Entered:
 
 @final
 class Step:
-    """A with block that is a method of a runner: its leases are good, its room is entered.
+    """A with block that is a method of a runner: its leases are good, its phase is entered.
 
     Raises DistGuardError, ForkedError, LeaseBroken, StateInUse, AcquireTimeout or DeadlockError.
     Left also when it is dropped.
@@ -235,7 +235,7 @@ class Through:
 class StepOf:
     """Called with a runner, or what refers to one, returns the with block of one method of it.
 
-    Args: the method's name; its room; ``exclusive``, for one thread at a time; ``runner``, the
+    Args: the method's name; its phase; ``exclusive``, for one thread at a time; ``runner``, the
     attribute of the argument, or attributes with dots, that is the runner or returns it; ``otherwise``, called with handle and
     name for the with block where there are several ranks, or always.
     """
@@ -243,7 +243,7 @@ class StepOf:
     def __new__(
         cls,
         name: str,
-        room: str | None,
+        phase: str | None,
         *,
         exclusive: bool = False,
         runner: str | None = None,
@@ -361,13 +361,13 @@ class Request:
 
 @final
 class Visit:
-    """One visit to a room, in line or inside; ends with ``leave`` or when it is dropped.
+    """One visit to a phase, in line or inside; ends with ``leave`` or when it is dropped.
 
-    Raises DeadlockError when waiting would never end, ValueError for an unknown room.
+    Raises DeadlockError when waiting would never end, ValueError for an unknown phase.
     """
 
     def __new__(
-        cls, room: str, *, runner: str | None, handle: RunnerHandle | None = None
+        cls, phase: str, *, runner: str | None, handle: RunnerHandle | None = None
     ) -> Visit: ...
     def try_enter(self) -> bool: ...
     @property
@@ -469,7 +469,9 @@ def with_default_dtype(dtype: Any, /) -> Entered: ...
 def set_default_dtype(dtype: Any, /) -> None:
     """Make ``dtype`` that of the running execution, until it ends or it is set again."""
 
-def step(handle: RunnerHandle, name: str, room: str | None, *, exclusive: bool = False) -> Step: ...
+def step(
+    handle: RunnerHandle, name: str, phase: str | None, *, exclusive: bool = False
+) -> Step: ...
 def default_dtype_in_force() -> Any: ...
 def note_intercepting(intercepts: bool) -> bool:
     """Whether the calling thread intercepts torch's default dtype; returns what was noted before."""

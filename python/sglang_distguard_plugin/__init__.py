@@ -24,8 +24,8 @@ def load() -> None:
     """
     if os.environ.get(VARIABLE, "").strip().lower() in FALSE:
         return
-    from sglang_distguard.installation import install
-    from sglang_distguard.settings import reuse_from_environment
+    from sglang_distguard.config.settings import reuse_from_environment
+    from sglang_distguard.process.installation import install
 
     if reuse_from_environment():
         install()

@@ -9,7 +9,7 @@ use std::time::Duration;
 use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::events::Event;
 use distguard_core::key::Key;
-use distguard_core::rooms::Visit;
+use distguard_core::phases::Visit;
 use distguard_core::slot::Origin;
 use distguard_core::snapshot::{SlotSnapshot, SlotState, Snapshot};
 use distguard_core::spec::{Spec, Value};
@@ -188,7 +188,7 @@ pub fn snapshot<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'py
         .iter()
         .map(|visit| visit_to_python(py, visit));
     out.set_item(
-        "rooms",
+        "phases",
         PyList::new(py, visits.collect::<PyResult<Vec<_>>>()?)?,
     )?;
     out.set_item("events", events(py, &snapshot.events)?)?;
@@ -203,7 +203,7 @@ pub fn events<'py>(py: Python<'py>, events: &[Event]) -> PyResult<Bound<'py, PyL
 
 fn visit_to_python<'py>(py: Python<'py>, visit: &Visit) -> PyResult<Bound<'py, PyDict>> {
     let out = PyDict::new(py);
-    out.set_item("room", visit.access.to_string())?;
+    out.set_item("phase", visit.access.to_string())?;
     out.set_item("step", visit.step.as_deref())?;
     out.set_item("by", actor_to_python(py, &visit.actor)?)?;
     out.set_item("inside", visit.inside)?;

@@ -55,7 +55,7 @@ pub fn settle(py: Python<'_>) -> PyResult<()> {
     if needed || !INTERCEPTS.with(Cell::get) {
         return Ok(());
     }
-    let module = py.import(intern!(py, "sglang_distguard.default_dtype"))?;
+    let module = py.import(intern!(py, "sglang_distguard.context.default_dtype"))?;
     module.call_method0(intern!(py, "stop_intercepting"))?;
     Ok(())
 }

@@ -59,7 +59,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             }
             "AcquireTimeout"
         }
-        Error::RoomTimeout {
+        Error::PhaseTimeout {
             access,
             inside,
             waited,

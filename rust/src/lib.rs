@@ -10,11 +10,11 @@ mod errors;
 mod execution;
 mod exit;
 mod flag;
+mod phase;
 mod process;
 mod publishing;
 mod registry;
 mod remembered;
-mod room;
 mod runner;
 mod scope;
 mod scoped_global;
@@ -43,14 +43,14 @@ mod _core {
     #[pymodule_export]
     use crate::flag::OwnFlag;
     #[pymodule_export]
+    use crate::phase::Visit;
+    #[pymodule_export]
     use crate::publishing::{resuming, Publishing, Vacancy};
     #[pymodule_export]
     use crate::registry::{
         begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,
         start_afresh, take_events, Claim, Request, Teardown,
     };
-    #[pymodule_export]
-    use crate::room::Visit;
     #[pymodule_export]
     use crate::runner::RunnerHandle;
     #[pymodule_export]

@@ -47,7 +47,7 @@ fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<Py<Scope>> {
     let moved = scoped_global::move_aside(py, &kept, &fresh);
     entry.leave(py)?;
     moved?;
-    py.import(intern!(py, "sglang_distguard.scoping"))?
+    py.import(intern!(py, "sglang_distguard.context.scopes"))?
         .call_method1(intern!(py, "keep_pending"), (&kept,))?;
     Ok(kept.unbind())
 }
@@ -64,7 +64,7 @@ impl Publishing {
             process::scopes()
                 .with(|ledger| ledger.take_back(claim, aside.get().scope_id(), before));
         } else {
-            process::scopes().with(|ledger| ledger.abandon(chosen.scope, claim, before));
+            process::scopes().with(|ledger| ledger.undo(chosen.scope, claim, before));
         }
         chosen.entry.leave(py)
     }
@@ -235,7 +235,7 @@ impl Vacancy {
 impl Vacancy {
     fn end(&self) {
         if let Some(claim) = lock(&self.claim).take() {
-            process::scopes().with(|ledger| ledger.abandon(self.scope, claim, None));
+            process::scopes().with(|ledger| ledger.undo(self.scope, claim, None));
         }
     }
 }

@@ -7,7 +7,7 @@ use distguard_core::actor::Actor;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::occupancy::Place;
-use distguard_core::rooms::{Access, Room, RunnerId, Visit};
+use distguard_core::phases::{Access, Phase, RunnerId, Visit};
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -64,9 +64,9 @@ impl RunnerHandle {
         self.ranks
     }
 
-    pub fn access(&self, room: Room) -> Access {
+    pub fn access(&self, phase: Phase) -> Access {
         Access {
-            room,
+            phase,
             runner: Some(self.id),
             target: self.target,
         }

@@ -1,4 +1,4 @@
-//! One method of a runner, entered in one native step: leases, occupancy, room, execution.
+//! One method of a runner, entered in one native step: leases, occupancy, phase, execution.
 //! A method that is called from within its runner's own step goes straight through.
 
 use std::cell::Cell;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::enter::Entry as Entrance;
 use distguard_core::occupancy::Place;
-use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
+use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
 use pyo3::exceptions::{PyAttributeError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -19,15 +19,15 @@ use crate::convert;
 use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
+use crate::phase::Visit;
 use crate::process::{forks, occupancy, registry};
-use crate::room::Visit;
 use crate::runner::RunnerHandle;
 use crate::sync::lock;
 
 /// What all steps of one name have in common.
 struct Kind {
     name: Arc<str>,
-    room: Option<Room>,
+    phase: Option<Phase>,
     /// One thread at a time: a forward writes the runner's static buffers (sglang 0.5.23).
     exclusive: bool,
 }
@@ -39,7 +39,7 @@ pub struct Running {
     thread: ThreadId,
     visit: Option<VisitId>,
     occupies: bool,
-    /// The step of another thread that has the room for this one, and so lasts as long.
+    /// The step of another thread that has the phase for this one, and so lasts as long.
     _outer: Option<Arc<Running>>,
     forks: u32,
 }
@@ -51,11 +51,13 @@ impl Running {
 
     /// Whether `kind` on `runner` needs nothing that this step does not have.
     fn covers(&self, kind: &Kind, runner: RunnerId) -> bool {
-        let room = match (self.kind.room, kind.room) {
-            (_, None) | (Some(Room::Capture), _) | (Some(Room::Load), Some(Room::Forward)) => true,
+        let phase = match (self.kind.phase, kind.phase) {
+            (_, None) | (Some(Phase::Capture), _) | (Some(Phase::Load), Some(Phase::Forward)) => {
+                true
+            }
             (mine, wanted) => mine == wanted,
         };
-        self.runner == runner && room
+        self.runner == runner && phase
     }
 }
 
@@ -128,7 +130,7 @@ impl Step {
         })
     }
 
-    /// Occupancy and room, or what an outer step of the runner has of them.
+    /// Occupancy and phase, or what an outer step of the runner has of them.
     fn admit(
         &self,
         py: Python<'_>,
@@ -156,8 +158,8 @@ impl Step {
             handle.occupy_for_forward(py, &actor)?;
             running.occupies = true;
         }
-        if let Some(room) = self.kind.room.filter(|_| outer.is_none()) {
-            let access = handle.access(room);
+        if let Some(phase) = self.kind.phase.filter(|_| outer.is_none()) {
+            let access = handle.access(phase);
             running.visit = Some(enter(py, access, &self.kind.name, &actor)?);
             if running.visit.is_some() {
                 handle.check(py)?; // it may have been closed meanwhile
@@ -201,7 +203,7 @@ pub fn of_runner(py: Python<'_>, handle: &Py<RunnerHandle>, now: Option<&Executi
     }
 }
 
-/// Enters a room; waits, in Python, where something is in the way.
+/// Enters a phase; waits, in Python, where something is in the way.
 fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyResult<VisitId> {
     let arrived = registry().arrive_in_step(access, Some(step.clone()), actor);
     let (id, entrance) = arrived.map_err(|error| to_python(py, &error))?;
@@ -210,7 +212,7 @@ fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyRe
     }
     let visit = Bound::new(py, Visit::waiting(id, &entrance))?;
     let entered = py
-        .import(intern!(py, "sglang_distguard.waiting"))?
+        .import(intern!(py, "sglang_distguard.sync.waiting"))?
         .call_method1(intern!(py, "to_enter"), (&visit, access.to_string()));
     match entered {
         Ok(_) => Ok(visit.get().keep()),
@@ -319,16 +321,16 @@ pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, 
 #[pymethods]
 impl StepOf {
     #[new]
-    #[pyo3(signature = (name, room, *, exclusive=false, runner=None, otherwise=None, always_otherwise=false))]
+    #[pyo3(signature = (name, phase, *, exclusive=false, runner=None, otherwise=None, always_otherwise=false))]
     fn new(
         name: &str,
-        room: Option<&str>,
+        phase: Option<&str>,
         exclusive: bool,
         runner: Option<&Bound<'_, PyString>>,
         otherwise: Option<Py<PyAny>>,
         always_otherwise: bool,
     ) -> PyResult<Self> {
-        let room = room.map(str::parse).transpose();
+        let phase = phase.map(str::parse).transpose();
         let mut path = Vec::new();
         if let Some(runner) = runner {
             let names = runner.to_str()?.split('.');
@@ -337,7 +339,7 @@ impl StepOf {
         Ok(Self {
             kind: Arc::new(Kind {
                 name: name.into(),
-                room: room.map_err(PyValueError::new_err)?,
+                phase: phase.map_err(PyValueError::new_err)?,
                 exclusive,
             }),
             runner: path,
@@ -401,12 +403,12 @@ impl StepOf {
 
 /// A step of `handle`'s runner, to be entered with `with`.
 #[pyfunction]
-#[pyo3(signature = (handle, name, room, *, exclusive=false))]
+#[pyo3(signature = (handle, name, phase, *, exclusive=false))]
 pub fn step(
     handle: &Bound<'_, RunnerHandle>,
     name: &str,
-    room: Option<&str>,
+    phase: Option<&str>,
     exclusive: bool,
 ) -> PyResult<Step> {
-    Ok(StepOf::new(name, room, exclusive, None, None, false)?.step(handle))
+    Ok(StepOf::new(name, phase, exclusive, None, None, false)?.step(handle))
 }

@@ -8,15 +8,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sglang_distguard import treatments
 from sglang_distguard.audit.observe import Key
 from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
 from sglang_distguard.audit.sources import Write, source_of
+from sglang_distguard.hooks import process_globals
 
 
 class Open(StrEnum):
-    """What is said of a global that no line of ``treatments`` is about."""
+    """What is said of a global that no line of ``hooks.process_globals`` is about."""
 
     UNCOVERED = "UNCOVERED"  # it was seen to change, or a line that writes it ran
     ONCE = "import"  # as UNCOVERED, while SGLang was imported and not later
@@ -83,7 +83,7 @@ def find(
         for change in run.changes:
             seen.setdefault((change.module, change.name), []).append(change)
     # Every treatment has its line, whether or not these runs come across what it treats.
-    treated = {(row.module, row.name) for row in treatments.TREATMENTS}
+    treated = {(row.module, row.name) for row in process_globals.TREATMENTS}
     for module, name in seen.keys() | treated:
         kinds.setdefault((module, name), _kind_of_other(module))
     ran: dict[tuple[str, int], set[Ran]] = {}
@@ -138,7 +138,7 @@ def _finding(
     *,
     is_probe: bool,
 ) -> Finding:
-    row = treatments.find(*key)
+    row = process_globals.find(*key)
     phases = {it.phase for it in (*changes, *ran)}
     if row is not None:
         verdict, lasting, reason = row.how.value, row.how.value, row.reason

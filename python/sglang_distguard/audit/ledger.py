@@ -1,6 +1,6 @@
 """What is known of the process-globals of one SGLang version: a file in the repository, one line each.
 
-The verdicts of what is treated come from ``treatments``; the file keeps them beside all others so that
+The verdicts of what is treated come from ``hooks.process_globals``; the file keeps them beside all others so that
 a new SGLang version, or a run that reaches more, shows as a difference. What depends on the machine is
 not in it: what happened while SGLang was imported, before there was any configuration, and which of the
 caches were asked that can hold only a property of machine and installation.

@@ -21,7 +21,7 @@ from typing import Any
 
 from sglang_distguard.audit.sources import source_of, uncollected
 from sglang_distguard.audit.values import Value, is_cache, value_of
-from sglang_distguard.installation import is_installed
+from sglang_distguard.process.installation import is_installed
 
 #: (module, name); a class's attribute is "Class.attribute".
 Key = tuple[str, str]

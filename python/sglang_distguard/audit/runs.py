@@ -10,13 +10,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from sglang_distguard.audit.observe import (
-    Key,
-    Observation,
-    observe,
-    sglang_globals,
-    source_files,
-)
+from sglang_distguard.audit.observe import Key, Observation, observe, sglang_globals, source_files
 from sglang_distguard.audit.traces import Trace, tracing, untraced
 from sglang_distguard.audit.values import Value, kind_of
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_distguard import environment
+from sglang_distguard.context import environment
 
 #: How deep into containers and into SGLang's own objects a change is seen.
 DEPTH = 3

@@ -1,6 +1,7 @@
 """How SGLang is changed and changed back. Knows nothing of what is changed: that is `targets`."""
 
-from sglang_distguard.patching.live import is_changed, unscoped_reads
+from sglang_distguard.patching.code_swap import is_changed, unscoped_reads
+from sglang_distguard.patching.foreign_readers import readers
 from sglang_distguard.patching.plan import (
     Around,
     AroundMethods,
@@ -14,7 +15,6 @@ from sglang_distguard.patching.plan import (
     Within,
     WithinMethods,
 )
-from sglang_distguard.patching.readers import readers
 from sglang_distguard.patching.source import ModuleSource, find_source
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching import live, modules
+from sglang_distguard.patching import code_swap, module_attributes
 from sglang_distguard.patching.rewrite import nested
 from sglang_distguard.patching.syntax import MARK
 
@@ -38,7 +38,7 @@ class Applied:
     def prepare_again(self) -> None:
         """The module's code was executed anew in its namespace; what is not there is ours to put."""
         if self._class is not None:
-            modules.take_attributes(self.module, self._class)
+            module_attributes.take_attributes(self.module, self._class)
 
     def take_over(self, other: Applied) -> None:
         """Undo, in its time, also what is to be undone of another execution of the module."""
@@ -54,7 +54,7 @@ class Applied:
 
     def give_attributes(self, accessors: Mapping[str, ScopedGlobal]) -> None:
         """See ``modules``."""
-        self._class = modules.give_attributes(self.module, accessors)
+        self._class = module_attributes.give_attributes(self.module, accessors)
 
     def born(self, code: CodeType, codes: Mapping[CodeType, CodeType]) -> CodeType:
         """``code`` of the whole module, with functions that are born as ``codes`` says."""
@@ -74,15 +74,15 @@ class Applied:
         """Give live functions other code."""
         # Inner functions that do not live yet get the plan's code back, the others their own object.
         self._restore.update({new: old for old, new in codes.items()})
-        self._restore.update(live.swap_code(functions, codes))
+        self._restore.update(code_swap.swap_code(functions, codes))
 
     def hook(self, function: FunctionType, qualname: str, make: MakeHook) -> None:
         """Let ``function`` call what ``make`` makes of it."""
         if function.__globals__ is not vars(self.module):
             raise NotSupported(f"{qualname} is defined outside {self.module.__name__}")
-        original = live.detached(function)
+        original = code_swap.detached(function)
         name = f"{MARK}hook_{qualname.replace('.', '__')}"
-        code = live.trampoline(function, name)
+        code = code_swap.trampoline(function, name)
         self.inject(name, make(original))
         before = function.__code__
         self._restore[code] = self._restore.get(before, before)
@@ -97,11 +97,11 @@ class Applied:
     def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
         """Put everything back; ``functions``: of the module, when the caller has looked for them."""
         # Also copies and inner functions made since: all of them carry code of ours.
-        live.swap_code(
-            live.functions_of(self.module) if functions is None else functions, self._restore
+        code_swap.swap_code(
+            code_swap.functions_of(self.module) if functions is None else functions, self._restore
         )
         if self._class is not None:
-            modules.take_attributes(self.module, self._class)
+            module_attributes.take_attributes(self.module, self._class)
         for name, before, ours in reversed(self._attributes):
             # Somebody patched on top: taking ours away would take theirs with it.
             if vars(self.module).get(name) is ours:

@@ -12,18 +12,18 @@ from typing import Any, Optional, Union
 
 from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching import live
+from sglang_distguard.patching import code_swap
 from sglang_distguard.patching.applied import Applied, MakeHook
+from sglang_distguard.patching.code_cache import kept
 from sglang_distguard.patching.rewrite import Rewrite, rewrite, with_nested
 from sglang_distguard.patching.source import ModuleSource
-from sglang_distguard.patching.store import kept
 from sglang_distguard.patching.syntax import MARK, accessor_name
-from sglang_distguard.patching.within import Block
+from sglang_distguard.patching.with_blocks import Block
 
 
 @dataclass(frozen=True)
 class Scoped:
-    """Every scope has its own value of a module global or class attribute (see ``treatments``)."""
+    """Every scope has its own value of a module global or class attribute (see ``hooks.process_globals``)."""
 
     module: str
     name: str
@@ -237,7 +237,7 @@ class ModulePlan:
         applied = Applied(module)
         with applied.undone_on_error():
             if self._is_rewritten:
-                found = live.functions_of(module) if functions is None else functions
+                found = code_swap.functions_of(module) if functions is None else functions
                 self._inject_globals(applied)
                 applied.swap(self._rewrite.replaced, found)
                 self._check_no_raw_access((it.__code__, it.__qualname__) for it in found)
@@ -273,7 +273,7 @@ class ModulePlan:
             self._inject_attributes(applied)
             self._check_enclosed(module)
             for change in self._arounds:
-                function = live.resolve_function(module, change.qualname)
+                function = code_swap.resolve_function(module, change.qualname)
                 applied.hook(function, change.qualname, change.make)
             for change in self.changes:
                 if isinstance(change, Replace):
@@ -346,7 +346,7 @@ class ModulePlan:
 
     def _check_enclosed(self, module: ModuleType) -> None:
         for within in self._withins:
-            function = live.resolve_function(module, within.qualname)
+            function = code_swap.resolve_function(module, within.qualname)
             if _manager_name(within.qualname) not in function.__code__.co_names:
                 raise NotSupported(
                     f"{self.module}.{within.qualname} is not the function that the source file defines; "
@@ -369,8 +369,8 @@ class ModulePlan:
             if not code.co_flags & inspect.CO_OPTIMIZED:
                 # A module's own code, or a class's: it runs once, or a frame keeps it (CPython 3.11).
                 continue
-            raw = live.reached(code, live.GLOBALS, names)
-            raw |= live.reached(code, live.ATTRIBUTES, attributes)
+            raw = code_swap.reached(code, code_swap.GLOBALS, names)
+            raw |= code_swap.reached(code, code_swap.ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
                     f"{self.module}.{qualname} uses {sorted(raw)} in a way that cannot be redirected, or "

@@ -16,11 +16,11 @@ from types import CodeType
 from typing import Optional
 
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching.elsewhere import Elsewhere
+from sglang_distguard.patching.code_cache import kept
+from sglang_distguard.patching.foreign_reads import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
-from sglang_distguard.patching.store import kept
 from sglang_distguard.patching.syntax import Function, ScopeTransformer, accessor_name, owned
-from sglang_distguard.patching.within import Block, Enclose
+from sglang_distguard.patching.with_blocks import Block, Enclose
 
 
 @dataclass(frozen=True)

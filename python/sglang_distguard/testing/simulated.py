@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from sglang_distguard.ranks.world import Ranks, connect
+from sglang_distguard.distributed.ranks.log import Ranks, connect
 
 
 def serve() -> Any:

@@ -48,9 +48,9 @@ impl Registry {
         }
         let (actor, key, now) = (request.actor.clone(), request.key.clone(), inner.epoch);
         inner.waits.begin(actor, key, now);
-        if inner.rooms.is_anybody_queued() {
+        if inner.phases.is_anybody_queued() {
             // Whoever waits for this thread may now overtake whom it waits for.
-            inner.touch_rooms();
+            inner.touch_phases();
             self.moved.notify_all();
         }
         inner = sync::wait_timeout(&self.changed, inner, slice);
@@ -152,7 +152,7 @@ impl Inner {
     fn forget_changed(&mut self, request: &Request, now: Duration) {
         let slot = self.slot_mut(&request.key);
         let holders = slot.holders();
-        slot.clear();
+        slot.forget();
         self.touch(&request.key);
         let how = "found it destroyed or replaced outside of sglang_distguard";
         self.break_leases(&request.key, &request.actor, how);

@@ -1,5 +1,5 @@
-//! Entering a room: who may go in now, who waits, which waits would never end.
-//! Nothing foreign runs under the lock; the rules of the line are in `rooms`.
+//! Entering a phase: who may go in now, who waits, which waits would never end.
+//! Nothing foreign runs under the lock; the rules of the line are in `phases`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use crate::actor::{Actor, ThreadId};
 use crate::error::Error;
 use crate::events::Event;
 use crate::key::Key;
+use crate::phases::{Access, RunnerId, Visit, VisitId};
 use crate::policy::Decision;
 use crate::registry::{Inner, Registry};
-use crate::rooms::{Access, RunnerId, Visit, VisitId};
 use crate::sync;
 use crate::waitgraph::{find_cycle, Edge, Subject, Wait};
 
@@ -31,7 +31,7 @@ pub enum Entry {
 }
 
 impl Registry {
-    /// Lines up for a room and enters if nothing is in the way. The visit ends with `leave`, on
+    /// Lines up for a phase and enters if nothing is in the way. The visit ends with `leave`, on
     /// every path; a refused one has ended already.
     pub fn arrive(
         &self,
@@ -52,9 +52,9 @@ impl Registry {
         self.update(|inner, now| {
             let id = VisitId(inner.fresh_id());
             // What nearly every step of every runner is: nobody is in the way.
-            let is_free = inner.rooms.is_free(access, actor.thread);
+            let is_free = inner.phases.is_free(access, actor.thread);
             inner
-                .rooms
+                .phases
                 .arrive(id, access, step, actor.clone(), now, is_free);
             if is_free {
                 return Ok((id, Entry::Inside));
@@ -69,7 +69,7 @@ impl Registry {
                 let event = Event::new(now, &access, actor, Decision::Wait);
                 inner.record(event.detail(detail));
                 // Whoever waits for this thread may now overtake whom it waits for.
-                inner.touch_rooms();
+                inner.touch_phases();
             }
             Ok((id, entry))
         })
@@ -86,8 +86,8 @@ impl Registry {
     /// takes.
     pub fn wait_to_enter(&self, visit: VisitId, epoch: u64, slice: Duration) {
         let inner = self.lock();
-        let queued = inner.rooms.get(visit).is_some_and(|visit| !visit.inside);
-        if queued && inner.rooms_changed <= epoch {
+        let queued = inner.phases.get(visit).is_some_and(|visit| !visit.inside);
+        if queued && inner.phases_changed <= epoch {
             drop(sync::wait_timeout(&self.moved, inner, slice));
         }
     }
@@ -95,12 +95,12 @@ impl Registry {
     /// The visits of other threads than `thread` that read or change `runner` now.
     pub fn inside_of(&self, runner: RunnerId, thread: ThreadId) -> Vec<Visit> {
         let close = Access {
-            room: crate::rooms::Room::Load,
+            phase: crate::phases::Phase::Load,
             runner: Some(runner),
             target: None,
         };
         let inner = self.lock();
-        let inside = inner.rooms.occupants(close, thread);
+        let inside = inner.phases.occupants(close, thread);
         let about = inside
             .filter(|it| it.access.runner == Some(runner) || it.access.target == Some(runner));
         about.cloned().collect()
@@ -112,14 +112,14 @@ impl Registry {
     }
 
     /// Ends a visit whose deadline has passed in line, and says why.
-    pub fn room_timed_out(&self, visit: VisitId, waited: Duration) -> Error {
+    pub fn phase_timed_out(&self, visit: VisitId, waited: Duration) -> Error {
         self.update(|inner, now| {
-            let Some(it) = inner.rooms.get(visit).cloned() else {
+            let Some(it) = inner.phases.get(visit).cloned() else {
                 return Error::VisitOver;
             };
             let inside = inner.in_the_way(it.access, it.actor.thread);
             inner.leave(visit);
-            let error = Error::RoomTimeout {
+            let error = Error::PhaseTimeout {
                 access: it.access,
                 inside,
                 waited,
@@ -133,13 +133,13 @@ impl Registry {
 
 impl Inner {
     fn enter(&mut self, id: VisitId, now: Duration) -> Result<Entry, Error> {
-        let Some(visit) = self.rooms.get(id).cloned() else {
+        let Some(visit) = self.phases.get(id).cloned() else {
             return Err(Error::VisitOver);
         };
         let inside = self.in_the_way(visit.access, visit.actor.thread);
         if inside.is_empty() {
             if !visit.inside && self.is_its_turn(id, visit.actor.thread) {
-                self.rooms.enter(id, now);
+                self.phases.enter(id, now);
             }
         } else if let Some(cycle) = self.cycle(Edge::new(&visit.actor, &visit.access)) {
             self.leave(id);
@@ -148,7 +148,7 @@ impl Inner {
             self.record(event.detail(error.to_string()));
             return Err(error);
         }
-        if self.rooms.get(id).is_some_and(|visit| visit.inside) {
+        if self.phases.get(id).is_some_and(|visit| visit.inside) {
             return Ok(Entry::Inside);
         }
         Ok(Entry::Wait {
@@ -158,30 +158,30 @@ impl Inner {
     }
 
     fn leave(&mut self, id: VisitId) -> bool {
-        let Some(left) = self.rooms.leave(id) else {
+        let Some(left) = self.phases.leave(id) else {
             return false;
         };
         // Nobody in line, nor was this: nobody to wake, a system call for every step of every runner.
-        if !left.inside || self.rooms.is_anybody_queued() {
-            self.touch_rooms();
+        if !left.inside || self.phases.is_anybody_queued() {
+            self.touch_phases();
         }
         true
     }
 
     /// Somebody left, or began to wait: whoever is in line looks again.
-    pub fn touch_rooms(&mut self) {
+    pub fn touch_phases(&mut self) {
         self.epoch += 1;
-        self.rooms_changed = self.epoch;
+        self.phases_changed = self.epoch;
     }
 
     fn in_the_way(&self, access: Access, thread: ThreadId) -> Vec<Actor> {
-        let occupants = self.rooms.occupants(access, thread);
+        let occupants = self.phases.occupants(access, thread);
         occupants.map(|visit| visit.actor.clone()).collect()
     }
 
     /// Nobody is ahead in line, but who waits for this very thread.
     fn is_its_turn(&self, id: VisitId, thread: ThreadId) -> bool {
-        self.rooms
+        self.phases
             .ahead(id)
             .all(|ahead| self.waits_through(ahead.actor.thread, thread))
     }
@@ -207,20 +207,20 @@ impl Inner {
         if let Some(wait) = self.wait_of(thread) {
             found.extend(self.leader_of(&wait.key));
         }
-        for (id, visit) in self.rooms.queued(thread) {
-            let inside = self.rooms.occupants(visit.access, thread);
-            let ahead = self.rooms.ahead(id);
+        for (id, visit) in self.phases.queued(thread) {
+            let inside = self.phases.occupants(visit.access, thread);
+            let ahead = self.phases.ahead(id);
             found.extend(inside.chain(ahead).map(|visit| visit.actor.thread));
         }
         found
     }
 
-    /// The cycle that this wait would close. Standing in line is not counted: see `rooms`.
+    /// The cycle that this wait would close. Standing in line is not counted: see `phases`.
     pub fn cycle(&self, wait: Edge) -> Option<Vec<Edge>> {
         let holders = |edge: &Edge| match &edge.subject {
             Subject::Key(key) => self.leader_of(key).into_iter().collect(),
-            Subject::Room(access) => self
-                .rooms
+            Subject::Phase(access) => self
+                .phases
                 .occupants(*access, edge.thread)
                 .map(|visit| visit.actor.thread)
                 .collect(),
@@ -228,9 +228,9 @@ impl Inner {
         let waits = |thread| {
             let slot = self.wait_of(thread);
             let slot = slot.map(|wait| Edge::new(&wait.actor, &wait.key));
-            let rooms = self.rooms.queued(thread);
-            let rooms = rooms.map(|(_, visit)| Edge::new(&visit.actor, &visit.access));
-            slot.into_iter().chain(rooms).collect()
+            let phases = self.phases.queued(thread);
+            let phases = phases.map(|(_, visit)| Edge::new(&visit.actor, &visit.access));
+            slot.into_iter().chain(phases).collect()
         };
         find_cycle(wait, &holders, &waits)
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::actor::Actor;
 use crate::key::Key;
 use crate::lease::Holder;
-use crate::rooms::Access;
+use crate::phases::Access;
 use crate::slot::Purpose;
 use crate::spec::FieldDiff;
 use crate::waitgraph::Edge;
@@ -53,16 +53,16 @@ pub enum Error {
         /// How long the caller waited.
         waited: Duration,
     },
-    /// The deadline passed in line for a room.
-    RoomTimeout {
-        /// Which room, for whom.
+    /// The deadline passed in line for a phase.
+    PhaseTimeout {
+        /// Which phase, for whom.
         access: Access,
         /// Who is inside and in the way; empty when others were first in line.
         inside: Vec<Actor>,
         /// How long the caller waited.
         waited: Duration,
     },
-    /// The visit to a room has ended, or was made before a fork.
+    /// The visit to a phase has ended, or was made before a fork.
     VisitOver,
     /// The state is there, but belongs to the process that this one was forked from.
     Inherited {
@@ -154,7 +154,7 @@ impl fmt::Display for Error {
                      runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.",
                 )
             }
-            Self::RoomTimeout {
+            Self::PhaseTimeout {
                 access,
                 inside,
                 waited,
@@ -171,7 +171,7 @@ impl fmt::Display for Error {
                 }
             ),
             Self::VisitOver => f.write_str(
-                "This visit to a room has ended, or was made before a fork. Enter the room again.",
+                "This visit to a phase has ended, or was made before a fork. Enter the phase again.",
             ),
             Self::Inherited { key } => write!(
                 f,
@@ -349,9 +349,9 @@ mod tests {
         };
         let cycle = vec![
             edge(1, "thread T1", (&Key::World).into()),
-            edge(2, "thread T2", (&crate::rooms::Room::Capture).into()),
+            edge(2, "thread T2", (&crate::phases::Phase::Capture).into()),
         ];
-        let text = "thread T1 waits for world, had by thread T2 waits for room:capture, had by \
+        let text = "thread T1 waits for world, had by thread T2 waits for phase:capture, had by \
                     the first.";
         assert_says(&Error::Deadlock { cycle }, &[text]);
     }

@@ -24,7 +24,7 @@ pub struct Event {
     pub actor: Actor,
     /// What was decided.
     pub decision: Decision,
-    /// The key's generation then; 0 if it was never published, and for rooms.
+    /// The key's generation then; 0 if it was never published, and for phases.
     pub generation: u64,
     /// How long the actor had waited for the decision.
     pub waited: Duration,
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_without_room_only_counts() {
+    fn a_full_ring_only_counts() {
         let ring = ring(0, 4);
         assert_eq!(ring.iter().count(), 0);
         assert_eq!(ring.dropped(), 4);

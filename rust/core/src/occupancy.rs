@@ -4,7 +4,7 @@
 //! Lock order: a leaf; nothing foreign runs under it.
 
 use crate::actor::Actor;
-use crate::rooms::RunnerId;
+use crate::phases::RunnerId;
 use crate::scopes::ScopeId;
 use crate::sync::{lock, Mutex};
 

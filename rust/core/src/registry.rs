@@ -1,4 +1,4 @@
-//! All slots and rooms behind one lock: tickets, events, snapshots. What is done with them goes on
+//! All slots and phases behind one lock: tickets, events, snapshots. What is done with them goes on
 //! in `acquire`, `teardown`, `leases` and `enter`.
 //! The lock is a leaf: nothing foreign runs while it is held, and every wait gives it up.
 
@@ -13,8 +13,8 @@ use crate::error::Error;
 use crate::events::{self, Event, EventRing};
 use crate::key::Key;
 use crate::lease::{Broken, LeaseId};
+use crate::phases::PhaseLock;
 use crate::policy::Decision;
-use crate::rooms::Rooms;
 use crate::slot::{Origin, Slot, Ticket};
 use crate::snapshot::{SlotSnapshot, Snapshot};
 use crate::spec::Spec;
@@ -33,7 +33,7 @@ pub struct Registry {
     slots_epoch: AtomicU64,
     /// Notified after every change of a slot.
     pub(crate) changed: Condvar,
-    /// Notified whenever anybody in line for a room may have got on. Not the same as `changed`:
+    /// Notified whenever anybody in line for a phase may have got on. Not the same as `changed`:
     /// threads that begin to wait for slots notify it, and would wake each other for ever.
     pub(crate) moved: Condvar,
 }
@@ -41,16 +41,16 @@ pub struct Registry {
 pub(crate) struct Inner {
     pub slots: BTreeMap<Key, Tracked>,
     pub waits: WaitGraph,
-    pub rooms: Rooms,
+    pub phases: PhaseLock,
     /// The epoch of the last change of any slot.
     pub slots_changed: u64,
-    /// The epoch at which anybody in line for a room may have got on.
-    pub rooms_changed: u64,
+    /// The epoch at which anybody in line for a phase may have got on.
+    pub phases_changed: u64,
     /// Leases whose state is gone, until their holders give them back.
     pub broken: BTreeMap<LeaseId, Broken>,
     /// Threads whose last answer was to look again, and the state that they doubted then.
     pub doubts: BTreeMap<ThreadId, (Key, u64)>,
-    /// Counts changes of any slot or room.
+    /// Counts changes of any slot or phase.
     pub epoch: u64,
     events: EventRing,
     next_id: u64,
@@ -79,9 +79,9 @@ impl Registry {
             inner: Mutex::new(Inner {
                 slots: BTreeMap::new(),
                 waits: WaitGraph::default(),
-                rooms: Rooms::default(),
+                phases: PhaseLock::default(),
                 slots_changed: 0,
-                rooms_changed: 0,
+                phases_changed: 0,
                 broken: BTreeMap::new(),
                 doubts: BTreeMap::new(),
                 epoch: 0,
@@ -205,7 +205,7 @@ impl Registry {
                 .iter()
                 .map(|(key, it)| SlotSnapshot::new(key, &it.slot, inner.waits.waiters(key)))
                 .collect(),
-            visits: inner.rooms.iter().cloned().collect(),
+            visits: inner.phases.iter().cloned().collect(),
             events: inner.events.iter().cloned().collect(),
             dropped_events: inner.events.dropped(),
         }
@@ -235,7 +235,7 @@ impl Registry {
         let mut inner = self.lock();
         let epoch = inner.epoch;
         let result = change(&mut inner);
-        let (changed, moved) = (inner.slots_changed > epoch, inner.rooms_changed > epoch);
+        let (changed, moved) = (inner.slots_changed > epoch, inner.phases_changed > epoch);
         if changed {
             // While the lock is held: who sees the change sees the new epoch.
             self.slots_epoch
@@ -281,7 +281,7 @@ impl Inner {
     fn touch_all(&mut self) {
         self.epoch += 1;
         self.slots_changed = self.epoch;
-        self.rooms_changed = self.epoch;
+        self.phases_changed = self.epoch;
         for tracked in self.slots.values_mut() {
             tracked.changed = self.epoch;
         }
@@ -307,7 +307,7 @@ impl Inner {
     pub fn record(&mut self, event: Event) {
         let generation = match &event.subject {
             Subject::Key(key) => self.slot(key).map_or(0, Slot::generation),
-            Subject::Room(_) => 0,
+            Subject::Phase(_) => 0,
         };
         self.events.push(event.generation(generation));
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::actor::Actor;
 use crate::error::{Error, Owner};
 use crate::request::{Observed, Request};
-use crate::slot::{Phase, Slot, Task};
+use crate::slot::{Slot, State, Task};
 use crate::spec::{diff, Spec};
 
 #[derive(Debug, PartialEq)]
@@ -30,8 +30,8 @@ pub(crate) enum Verdict {
 }
 
 pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
-    match slot.phase() {
-        Phase::Idle => match request.observed {
+    match slot.state() {
+        State::Idle => match request.observed {
             Observed::Present(identity) if slot.inherited() == Some(identity) => {
                 Verdict::Refuse(Error::Inherited {
                     key: request.key.clone(),
@@ -40,12 +40,12 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
             Observed::Present(_) => Verdict::Adopt,
             Observed::Absent | Observed::Unknown => Verdict::Lead,
         },
-        Phase::Poisoned { reason, by, .. } => Verdict::Refuse(Error::Poisoned {
+        State::Poisoned { reason, by, .. } => Verdict::Refuse(Error::Poisoned {
             key: request.key.clone(),
             reason: reason.clone(),
             by: by.clone(),
         }),
-        Phase::Running(running) => {
+        State::Running(running) => {
             let own = running.leader.thread == request.actor.thread;
             let wait = Verdict::Wait {
                 leader: running.leader.clone(),
@@ -62,7 +62,7 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
                 Task::Adopt(_) | Task::Teardown(_) => wait,
             }
         }
-        Phase::Ready(ready) => {
+        State::Ready(ready) => {
             let seen = match request.observed {
                 Observed::Unknown => true,
                 Observed::Absent => false,
@@ -84,10 +84,10 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
 
 /// Who has what is in the slot, if anybody has.
 pub(crate) fn owner(slot: &Slot, now: Duration) -> Option<Owner> {
-    let (leader, purpose, since) = match slot.phase() {
-        Phase::Running(running) => (&running.leader, Some(running.purpose()), running.since),
-        Phase::Ready(ready) => (&ready.by, None, ready.since),
-        Phase::Idle | Phase::Poisoned { .. } => return None,
+    let (leader, purpose, since) = match slot.state() {
+        State::Running(running) => (&running.leader, Some(running.purpose()), running.since),
+        State::Ready(ready) => (&ready.by, None, ready.since),
+        State::Idle | State::Poisoned { .. } => return None,
     };
     Some(Owner {
         leader: leader.clone(),

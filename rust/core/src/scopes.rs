@@ -26,7 +26,7 @@
 use std::collections::BTreeMap;
 
 use crate::key::Key;
-use crate::rooms::RunnerId;
+use crate::phases::RunnerId;
 use crate::sync::{lock, Mutex};
 
 /// Names a scope. 0 is SGLang's default one.
@@ -184,7 +184,7 @@ impl ScopeLedger {
 
     /// The publish that got `claim` failed: its scope is again what it was for the caller, who
     /// held `before`.
-    pub fn abandon(&mut self, scope: ScopeId, claim: ClaimId, before: Option<ClaimId>) {
+    pub fn undo(&mut self, scope: ScopeId, claim: ClaimId, before: Option<ClaimId>) {
         if let Some(entry) = self.claimed(scope, claim) {
             entry.state = before.map_or(State::Vacant, State::Claimed);
         }

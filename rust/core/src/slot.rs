@@ -119,7 +119,7 @@ impl Running {
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) enum Phase {
+pub(crate) enum State {
     #[default]
     Idle,
     Running(Running),
@@ -133,7 +133,7 @@ pub(crate) enum Phase {
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Slot {
-    phase: Phase,
+    state: State,
     generation: u64,
     failures: u64,
     last_failure: Option<String>,
@@ -152,8 +152,8 @@ impl Slot {
         }
     }
 
-    pub fn phase(&self) -> &Phase {
-        &self.phase
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
     pub fn generation(&self) -> u64 {
@@ -186,8 +186,8 @@ impl Slot {
 
     /// True for the first caller during a lead.
     pub fn call_slow(&mut self) -> bool {
-        match &mut self.phase {
-            Phase::Running(running) => !std::mem::replace(&mut running.called_slow, true),
+        match &mut self.state {
+            State::Running(running) => !std::mem::replace(&mut running.called_slow, true),
             _ => false,
         }
     }
@@ -208,25 +208,25 @@ impl Slot {
     }
 
     pub fn running(&self) -> Option<&Running> {
-        match &self.phase {
-            Phase::Running(running) => Some(running),
+        match &self.state {
+            State::Running(running) => Some(running),
             _ => None,
         }
     }
 
     /// What can be joined.
     pub fn ready(&self) -> Option<&Ready> {
-        match &self.phase {
-            Phase::Ready(ready) => Some(ready),
+        match &self.state {
+            State::Ready(ready) => Some(ready),
             _ => None,
         }
     }
 
     /// Who holds the state, also while it is torn down.
     pub fn holders(&self) -> Vec<Holder> {
-        let ready = match &self.phase {
-            Phase::Ready(ready) => ready,
-            Phase::Running(Running {
+        let ready = match &self.state {
+            State::Ready(ready) => ready,
+            State::Running(Running {
                 task: Task::Teardown(ready),
                 ..
             }) => ready,
@@ -237,9 +237,9 @@ impl Slot {
 
     /// Idle becomes Running. False, and nothing changed, from anywhere else.
     pub fn lead(&mut self, ticket: u64, leader: Actor, task: Task, now: Duration) -> bool {
-        let idle = self.phase == Phase::Idle;
+        let idle = self.state == State::Idle;
         if idle {
-            self.phase = Phase::Running(Running {
+            self.state = State::Running(Running {
                 ticket,
                 task,
                 leader,
@@ -252,13 +252,13 @@ impl Slot {
 
     /// Ready becomes Running, its leases kept until the end. False from anywhere else.
     pub fn tear_down(&mut self, ticket: u64, leader: Actor, now: Duration) -> bool {
-        match std::mem::take(&mut self.phase) {
-            Phase::Ready(ready) => {
+        match std::mem::take(&mut self.state) {
+            State::Ready(ready) => {
                 let task = Task::Teardown(Box::new(ready));
                 self.lead(ticket, leader, task, now)
             }
             other => {
-                self.phase = other;
+                self.state = other;
                 false
             }
         }
@@ -277,7 +277,7 @@ impl Slot {
         let running = self.take_running(ticket)?;
         self.generation += 1;
         self.last_failure = None;
-        self.phase = Phase::Ready(Ready {
+        self.state = State::Ready(Ready {
             spec,
             origin,
             identity,
@@ -294,7 +294,7 @@ impl Slot {
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
         if let Task::Teardown(ready) = running.task {
-            self.phase = Phase::Ready(*ready);
+            self.state = State::Ready(*ready);
         }
         Some(running.leader)
     }
@@ -305,7 +305,7 @@ impl Slot {
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
         self.orphan(running.task);
-        self.phase = Phase::Poisoned {
+        self.state = State::Poisoned {
             reason: reason.to_owned(),
             by: running.leader.clone(),
             since: now,
@@ -321,12 +321,12 @@ impl Slot {
     }
 
     /// Ready or Poisoned becomes Idle; leases go with it. False, and nothing changed, otherwise.
-    pub fn clear(&mut self) -> bool {
-        match std::mem::take(&mut self.phase) {
-            Phase::Ready(ready) => self.orphans.extend(ready.leases),
-            Phase::Poisoned { .. } => {}
+    pub fn forget(&mut self) -> bool {
+        match std::mem::take(&mut self.state) {
+            State::Ready(ready) => self.orphans.extend(ready.leases),
+            State::Poisoned { .. } => {}
             other => {
-                self.phase = other;
+                self.state = other;
                 return false;
             }
         }
@@ -336,17 +336,17 @@ impl Slot {
 
     /// False, and nothing changed, unless Ready.
     pub fn lease(&mut self, id: LeaseId, holder: Holder) -> bool {
-        match &mut self.phase {
-            Phase::Ready(ready) => ready.leases.insert(id, holder).is_none(),
+        match &mut self.state {
+            State::Ready(ready) => ready.leases.insert(id, holder).is_none(),
             _ => false,
         }
     }
 
     /// Nothing when the lease is not held here, or no longer.
     pub fn release(&mut self, id: LeaseId) -> Option<Holder> {
-        match &mut self.phase {
-            Phase::Ready(ready) => ready.leases.remove(&id),
-            Phase::Running(Running {
+        match &mut self.state {
+            State::Ready(ready) => ready.leases.remove(&id),
+            State::Running(Running {
                 task: Task::Teardown(ready),
                 ..
             }) => ready.leases.remove(&id),
@@ -361,10 +361,10 @@ impl Slot {
     }
 
     fn take_running(&mut self, ticket: u64) -> Option<Running> {
-        match std::mem::take(&mut self.phase) {
-            Phase::Running(running) if running.ticket == ticket => Some(running),
+        match std::mem::take(&mut self.state) {
+            State::Running(running) if running.ticket == ticket => Some(running),
             other => {
-                self.phase = other;
+                self.state = other;
                 None
             }
         }

@@ -7,8 +7,8 @@ use crate::actor::Actor;
 use crate::events::Event;
 use crate::key::Key;
 use crate::lease::Holder;
-use crate::rooms::Visit;
-use crate::slot::{Origin, Phase, Purpose, Slot};
+use crate::phases::Visit;
+use crate::slot::{Origin, Purpose, Slot, State};
 use crate::spec::Spec;
 
 /// The state of one slot.
@@ -79,7 +79,7 @@ pub struct Snapshot {
     pub at: Duration,
     /// The slots, by key.
     pub slots: Vec<SlotSnapshot>,
-    /// Who is in a room or in line for one, by arrival.
+    /// Who is in a phase or in line for one, by arrival.
     pub visits: Vec<Visit>,
     /// The last events, oldest first.
     pub events: Vec<Event>,
@@ -111,22 +111,22 @@ impl SlotSnapshot {
 
 impl SlotState {
     fn new(slot: &Slot) -> Self {
-        match slot.phase().clone() {
-            Phase::Idle => Self::Idle,
-            Phase::Running(running) => Self::Running {
+        match slot.state().clone() {
+            State::Idle => Self::Idle,
+            State::Running(running) => Self::Running {
                 spec: running.spec().clone(),
                 teardown: running.purpose() == Purpose::Teardown,
                 leader: running.leader,
                 since: running.since,
             },
-            Phase::Ready(ready) => Self::Ready {
+            State::Ready(ready) => Self::Ready {
                 by: ready.by,
                 since: ready.since,
                 spec: ready.spec,
                 origin: ready.origin,
                 holders: slot.holders(),
             },
-            Phase::Poisoned { reason, by, since } => Self::Poisoned { reason, by, since },
+            State::Poisoned { reason, by, since } => Self::Poisoned { reason, by, since },
         }
     }
 }

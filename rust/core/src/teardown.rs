@@ -8,7 +8,7 @@ use crate::key::Key;
 use crate::lease::Holder;
 use crate::policy::Decision;
 use crate::registry::Registry;
-use crate::slot::{Origin, Phase, Slot, Ticket};
+use crate::slot::{Origin, Slot, State, Ticket};
 
 /// What is to be torn down.
 #[derive(Debug, PartialEq)]
@@ -35,19 +35,19 @@ impl Registry {
     /// tears it down.
     pub fn begin_teardown(&self, key: &Key, actor: &Actor, force: bool) -> Result<Teardown, Error> {
         self.update(|inner, now| {
-            let origin = match inner.slot(key).map(Slot::phase) {
-                None | Some(Phase::Idle | Phase::Poisoned { .. }) => return Ok(Teardown::Nothing),
-                Some(Phase::Running(running)) if running.leader.thread == actor.thread => {
+            let origin = match inner.slot(key).map(Slot::state) {
+                None | Some(State::Idle | State::Poisoned { .. }) => return Ok(Teardown::Nothing),
+                Some(State::Running(running)) if running.leader.thread == actor.thread => {
                     return Ok(Teardown::Nothing)
                 }
-                Some(Phase::Running(running)) => {
+                Some(State::Running(running)) => {
                     let error = Error::Busy {
                         key: key.clone(),
                         leader: running.leader.clone(),
                     };
                     return Err(inner.refuse(key, actor, error, now));
                 }
-                Some(Phase::Ready(ready)) => ready.origin,
+                Some(State::Ready(ready)) => ready.origin,
             };
             let broken = inner.slot_mut(key).holders();
             if !broken.is_empty() && !force {
@@ -84,7 +84,7 @@ impl Registry {
                 return false;
             };
             let by = ready.by.clone();
-            inner.slot_mut(key).clear();
+            inner.slot_mut(key).forget();
             inner.touch(key);
             let event = Event::new(now, key, &by, Decision::Forget);
             inner.record(event.detail("nobody held what it had made"));
@@ -130,7 +130,7 @@ impl Registry {
                 return Err(inner.refuse(key, actor, error, now));
             }
             for key in keys {
-                if inner.slot_mut(&key).clear() {
+                if inner.slot_mut(&key).forget() {
                     inner.touch(&key);
                     inner.break_leases(&key, actor, "reset the registry by force");
                     inner.record(Event::new(now, &key, actor, Decision::Reset));

@@ -1,27 +1,27 @@
 //! Which thread waits for what, and whether one more wait would never end.
-//! Who is in the way is asked, not stored: slots and rooms are the only truth about that.
+//! Who is in the way is asked, not stored: slots and phases are the only truth about that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::actor::{Actor, ThreadId};
 use crate::key::Key;
-use crate::rooms::Access;
+use crate::phases::Access;
 
 /// What events, waits and errors are about.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// A shared piece of state.
     Key(Key),
-    /// A room, and the runners for which it is entered.
-    Room(Access),
+    /// A phase, and the runners for which it is entered.
+    Phase(Access),
 }
 
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(key) => key.fmt(f),
-            Self::Room(access) => access.fmt(f),
+            Self::Phase(access) => access.fmt(f),
         }
     }
 }
@@ -34,7 +34,7 @@ impl From<&Key> for Subject {
 
 impl<T: Into<Access> + Copy> From<&T> for Subject {
     fn from(access: &T) -> Self {
-        Self::Room((*access).into())
+        Self::Phase((*access).into())
     }
 }
 
@@ -183,7 +183,7 @@ mod tests {
         let graph = graph(waits);
         let holders = |edge: &Edge| match &edge.subject {
             Subject::Key(key) => leads.get(key).copied().into_iter().collect(),
-            Subject::Room(_) => vec![],
+            Subject::Phase(_) => vec![],
         };
         let found = find_cycle(Edge::new(&actor(waiter), &key(name)), &holders, &|thread| {
             let wait = graph.wait_of(thread);
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_cycle_is_found_through_any_of_several_holders_and_waits() {
-        let room = |thread| Edge::new(&actor(thread), &crate::rooms::Room::Capture);
+        let phase = |thread| Edge::new(&actor(thread), &crate::phases::Phase::Capture);
         let holders = |edge: &Edge| match edge.thread.0 {
             1 => vec![ThreadId(2), ThreadId(3)],
             3 => vec![ThreadId(4)],
@@ -255,12 +255,12 @@ mod tests {
             _ => vec![],
         };
         let waits = |thread: ThreadId| match thread.0 {
-            2 => vec![room(2)],
-            3 => vec![room(6), room(3)],
-            4 => vec![room(5)],
+            2 => vec![phase(2)],
+            3 => vec![phase(6), phase(3)],
+            4 => vec![phase(5)],
             _ => vec![],
         };
-        let found = find_cycle(room(1), &holders, &waits).unwrap();
+        let found = find_cycle(phase(1), &holders, &waits).unwrap();
         let threads: Vec<_> = found.iter().map(|edge| edge.thread.0).collect();
         assert_eq!(threads, [1, 3, 5]);
     }

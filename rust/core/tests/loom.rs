@@ -14,8 +14,8 @@ mod explore;
 mod leases;
 #[path = "loom/line.rs"]
 mod line;
-#[path = "loom/rooms.rs"]
-mod rooms;
+#[path = "loom/phases.rs"]
+mod phases;
 #[path = "loom/slots.rs"]
 mod slots;
 #[path = "loom/waits.rs"]

@@ -3,8 +3,8 @@
 mod common;
 #[path = "common/model.rs"]
 mod model;
-#[path = "common/model_rooms.rs"]
-mod model_rooms;
+#[path = "common/model_phases.rs"]
+mod model_phases;
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
+use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
 use distguard_core::policy::Policy;
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotState;
 use distguard_core::teardown::Teardown;
@@ -56,10 +56,10 @@ enum Call {
 
 /// Few runners, so that they meet; a draft of runner 0 among them.
 fn access() -> impl Strategy<Value = Access> {
-    let room = prop::sample::select(&Room::ALL[..]);
+    let phase = prop::sample::select(&Phase::ALL[..]);
     let runner = prop::option::weighted(0.8, 0..3u64);
-    (room, runner).prop_map(|(room, runner)| Access {
-        room,
+    (phase, runner).prop_map(|(phase, runner)| Access {
+        phase,
         runner: runner.map(RunnerId),
         target: (runner == Some(2)).then_some(RunnerId(0)),
     })
@@ -147,7 +147,7 @@ fn refused(error: &Error) -> Outcome {
         Error::NotReady { .. } => Outcome::NotReady,
         Error::Inherited { .. } => Outcome::Inherited,
         Error::LeaseBroken { by, .. } => Outcome::Broken(by.as_ref().map(|by| by.thread.0)),
-        Error::RoomTimeout { inside, .. } => Outcome::GaveUp(threads(inside)),
+        Error::PhaseTimeout { inside, .. } => Outcome::GaveUp(threads(inside)),
         Error::VisitOver => Outcome::VisitOver,
         _ => panic!("{error}"),
     }
@@ -228,7 +228,7 @@ impl Both {
             }
             Call::GiveUp { pick } if !self.visits.is_empty() => {
                 let id = self.visits[pick % self.visits.len()];
-                let real = self.real.room_timed_out(id, Duration::ZERO);
+                let real = self.real.phase_timed_out(id, Duration::ZERO);
                 (refused(&real), self.model.give_up(id))
             }
             _ => (Outcome::Done, Outcome::Done),

@@ -1,4 +1,4 @@
-//! Random programs of several threads under random schedules: registry, leases and rooms together.
+//! Random programs of several threads under random schedules: registry, leases and phases together.
 //!
 //! `DISTGUARD_SCHEDULES` says how many, over all tests. shuttle knows no time: a wake-up that is
 //! lost is a deadlock it reports, and threads that wake each other for ever take too many steps.

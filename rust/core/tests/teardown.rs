@@ -173,7 +173,7 @@ fn a_teardown_that_stopped_half_way_poisons_the_key() {
 }
 
 #[test]
-fn forgetting_makes_room_only_where_nobody_holds_anything() {
+fn forgetting_frees_a_place_only_where_nobody_holds_anything() {
     let registry = ready();
     let held = lease(&registry, &W, "a");
     assert!(!registry.forget(&W));

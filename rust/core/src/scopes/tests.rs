@@ -162,11 +162,11 @@ fn a_failed_publish_leaves_the_claim_that_was_there() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     let second = replaced(ledger.publish(DEFAULT, Some(first), false, true));
-    ledger.abandon(DEFAULT, first, None); // not the one in force
+    ledger.undo(DEFAULT, first, None); // not the one in force
     assert_eq!(ledger.claim(DEFAULT), Some(second));
-    ledger.abandon(DEFAULT, second, Some(first));
+    ledger.undo(DEFAULT, second, Some(first));
     assert_eq!(ledger.claim(DEFAULT), Some(first));
-    ledger.abandon(DEFAULT, first, None);
+    ledger.undo(DEFAULT, first, None);
     assert_eq!(ledger.claim(DEFAULT), None);
     replaced(ledger.publish(DEFAULT, None, false, true));
 }
@@ -186,7 +186,7 @@ fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
     let tidies = ledger.claim_vacant(DEFAULT).unwrap();
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
     let _ = new(ledger.publish(DEFAULT, None, false, true));
-    ledger.abandon(DEFAULT, tidies, None);
+    ledger.undo(DEFAULT, tidies, None);
     replaced(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
     ledger.bind_runner(DEFAULT, RUNNER);
@@ -221,7 +221,7 @@ fn a_dropped_scope_is_gone_and_the_default_one_stays() {
     assert_ne!(other, scope);
     ledger.drop_scope(DEFAULT);
     let claim = replaced(ledger.publish(DEFAULT, None, false, true));
-    ledger.abandon(scope, claim, None);
+    ledger.undo(scope, claim, None);
     ledger.unbind_runner(scope, RUNNER);
     assert_eq!(ledger.live(scope), 0);
 }

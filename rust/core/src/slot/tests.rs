@@ -59,32 +59,32 @@ fn poisoned() -> Slot {
 #[test]
 fn only_an_idle_slot_is_led() {
     for mut slot in [building(1), ready(1), tearing_down(2), poisoned()] {
-        let before = slot.phase().clone();
+        let before = slot.state().clone();
         assert!(!slot.lead(9, actor(9), Task::Build(spec(9)), LATER));
-        assert_eq!(*slot.phase(), before);
+        assert_eq!(*slot.state(), before);
     }
 }
 
 #[test]
 fn only_a_ready_slot_is_torn_down_leased_or_joined() {
     for mut slot in [idle(), building(1), tearing_down(2), poisoned()] {
-        let before = slot.phase().clone();
+        let before = slot.state().clone();
         assert!(!slot.tear_down(9, actor(9), LATER));
         assert!(!slot.lease(LeaseId(9), holder()));
         assert_eq!(slot.ready(), None);
-        assert_eq!(*slot.phase(), before);
+        assert_eq!(*slot.state(), before);
     }
 }
 
 #[test]
 fn only_the_leading_ticket_resolves_a_slot() {
     for mut slot in [idle(), building(1), ready(1), tearing_down(2), poisoned()] {
-        let before = (slot.phase().clone(), slot.generation(), slot.failures());
+        let before = (slot.state().clone(), slot.generation(), slot.failures());
         assert_eq!(slot.publish(9, spec(9), Origin::Created, 9, LATER), None);
         assert_eq!(slot.fail(9, "stale"), None);
         assert_eq!(slot.poison(9, "stale", LATER), None);
         assert_eq!(slot.end(9), None);
-        let after = (slot.phase().clone(), slot.generation(), slot.failures());
+        let after = (slot.state().clone(), slot.generation(), slot.failures());
         assert_eq!(after, before);
     }
 }
@@ -103,7 +103,7 @@ fn publishing_keeps_what_was_published_and_counts_a_generation() {
 fn a_failed_build_leaves_nothing_but_its_reason() {
     let mut slot = building(1);
     assert_eq!(slot.fail(1, "boom"), Some(actor(1)));
-    assert_eq!(*slot.phase(), Phase::Idle);
+    assert_eq!(*slot.state(), State::Idle);
     assert_eq!((slot.failures(), slot.last_failure()), (1, Some("boom")));
     assert!(slot.lead(2, actor(2), Task::Build(spec(1)), LATER));
     let _ = slot.publish(2, spec(1), Origin::Created, 1, LATER);
@@ -124,7 +124,7 @@ fn an_ended_teardown_takes_the_leases_with_it() {
     let mut slot = tearing_down(2);
     assert_eq!(slot.holders(), [holder()]);
     assert_eq!(slot.end(2), Some(actor(2)));
-    assert_eq!(*slot.phase(), Phase::Idle);
+    assert_eq!(*slot.state(), State::Idle);
     assert_eq!(slot.release(LeaseId(5)), None);
 }
 
@@ -138,17 +138,17 @@ fn a_lease_is_released_once_also_during_a_teardown() {
 }
 
 #[test]
-fn clearing_empties_ready_and_poisoned_slots_and_keeps_the_generation() {
+fn forgetting_empties_ready_and_poisoned_slots_and_keeps_the_generation() {
     for mut slot in [ready(1), poisoned()] {
         let generation = slot.generation();
-        assert!(slot.clear());
-        assert_eq!(*slot.phase(), Phase::Idle);
+        assert!(slot.forget());
+        assert_eq!(*slot.state(), State::Idle);
         assert_eq!((slot.generation(), slot.last_failure()), (generation, None));
     }
     for mut slot in [idle(), building(1), tearing_down(2)] {
-        let before = slot.phase().clone();
-        assert!(!slot.clear());
-        assert_eq!(*slot.phase(), before);
+        let before = slot.state().clone();
+        assert!(!slot.forget());
+        assert_eq!(*slot.state(), before);
     }
 }
 

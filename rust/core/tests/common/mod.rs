@@ -12,9 +12,9 @@ use distguard_core::enter::Entry;
 use distguard_core::error::Error;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
+use distguard_core::phases::{Access, VisitId};
 use distguard_core::policy::{Decision, Policy};
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Access, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotSnapshot;
 use distguard_core::spec::Spec;
@@ -97,8 +97,8 @@ pub fn acquire(
 }
 
 /// Lines up and waits for as long as it takes: only a wake-up brings it on.
-pub fn enter(registry: &Registry, room: impl Into<Access>, thread: u64) -> Result<VisitId, Error> {
-    let (visit, mut entry) = registry.arrive(room, &actor(thread))?;
+pub fn enter(registry: &Registry, phase: impl Into<Access>, thread: u64) -> Result<VisitId, Error> {
+    let (visit, mut entry) = registry.arrive(phase, &actor(thread))?;
     while let Entry::Wait { epoch, .. } = entry {
         registry.wait_to_enter(visit, epoch, FOREVER);
         entry = registry.try_enter(visit)?;
@@ -107,16 +107,16 @@ pub fn enter(registry: &Registry, room: impl Into<Access>, thread: u64) -> Resul
 }
 
 /// Enters at once.
-pub fn inside(registry: &Registry, room: impl Into<Access>, thread: u64) -> VisitId {
-    match registry.arrive(room, &actor(thread)) {
+pub fn inside(registry: &Registry, phase: impl Into<Access>, thread: u64) -> VisitId {
+    match registry.arrive(phase, &actor(thread)) {
         Ok((visit, Entry::Inside)) => visit,
         other => panic!("should be inside, but: {other:?}"),
     }
 }
 
 /// Lines up and must wait.
-pub fn in_line(registry: &Registry, room: impl Into<Access>, thread: u64) -> VisitId {
-    match registry.arrive(room, &actor(thread)) {
+pub fn in_line(registry: &Registry, phase: impl Into<Access>, thread: u64) -> VisitId {
+    match registry.arrive(phase, &actor(thread)) {
         Ok((visit, Entry::Wait { .. })) => visit,
         other => panic!("should be in line, but: {other:?}"),
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
+use distguard_core::phases::{Access, VisitId};
 use distguard_core::registry::Observed;
-use distguard_core::rooms::{Access, VisitId};
 use distguard_core::slot::Origin;
 
 /// What happened, without what the model does not predict (tickets, times, texts).

@@ -76,7 +76,7 @@ pub fn publish(registry: &Registry, ticket: Ticket) -> u64 {
     published.expect("a leader's ticket is good")
 }
 
-/// What a key or a room guards. loom reports two threads that are at it, one of them changing it,
+/// What a key or a phase guards. loom reports two threads that are at it, one of them changing it,
 /// unless the registry orders them; that costs no interleavings, as looking at a flag would.
 #[derive(Clone, Default)]
 pub struct Guarded(Arc<Cell>);

@@ -1,12 +1,12 @@
-//! The line in front of a room: first come, first served, unless that would be a deadlock.
+//! The line in front of a phase: first come, first served, unless that would be a deadlock.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
 
 use distguard_core::enter::Entry;
 use distguard_core::key::Key;
+use distguard_core::phases::{Phase, VisitId};
 use distguard_core::registry::{Registry, Step};
-use distguard_core::rooms::{Room, VisitId};
 
 use crate::common::{enter, groups, in_line, inside, is_wait, lead, request, request_for, FOREVER};
 use crate::explore::{all, blocking, explore, publish, shared, spawn, Bound, Guarded};
@@ -27,8 +27,8 @@ fn wait_in_line(registry: &Registry, visit: VisitId) {
 fn a_forward_does_not_overtake_a_capture_that_came_before_it() {
     explore(Bound::Preemptions { full: 6, short: 3 }, || {
         let (registry, guarded) = (shared(), Guarded::default());
-        let first = inside(&registry, Room::Forward, 0);
-        let capture = in_line(&registry, Room::Capture, 1);
+        let first = inside(&registry, Phase::Forward, 0);
+        let capture = in_line(&registry, Phase::Capture, 1);
         let captured = Arc::new(AtomicBool::new(false));
         let capturing = spawn(&registry, {
             let (captured, guarded) = (captured.clone(), guarded.clone());
@@ -40,7 +40,7 @@ fn a_forward_does_not_overtake_a_capture_that_came_before_it() {
             }
         });
         let later = spawn(&registry, move |registry| {
-            let visit = enter(registry, Room::Forward, 2).unwrap();
+            let visit = enter(registry, Phase::Forward, 2).unwrap();
             assert!(captured.load(SeqCst));
             guarded.read();
             assert!(registry.leave(visit));
@@ -55,8 +55,8 @@ fn a_forward_does_not_overtake_a_capture_that_came_before_it() {
 fn captures_go_in_by_arrival() {
     explore(Bound::None, || {
         let registry = shared();
-        let first = inside(&registry, Room::Capture, 0);
-        let line = [1, 2].map(|thread| in_line(&registry, Room::Capture, thread));
+        let first = inside(&registry, Phase::Capture, 0);
+        let line = [1, 2].map(|thread| in_line(&registry, Phase::Capture, thread));
         let one_was_in = Arc::new(AtomicBool::new(false));
         let one = spawn(&registry, {
             let one_was_in = one_was_in.clone();
@@ -83,8 +83,8 @@ fn captures_go_in_by_arrival() {
 fn a_thread_that_is_waited_for_overtakes_also_when_the_wait_begins_after_it_fell_asleep() {
     explore(Bound::Preemptions { full: 5, short: 3 }, || {
         let (registry, guarded) = (shared(), Guarded::default());
-        let forward = inside(&registry, Room::Forward, 0);
-        let capture = in_line(&registry, Room::Capture, 1);
+        let forward = inside(&registry, Phase::Forward, 0);
+        let capture = in_line(&registry, Phase::Capture, 1);
         let ticket = lead(&registry, &request(2, 1));
         let capturing = spawn(&registry, {
             let guarded = guarded.clone();
@@ -97,7 +97,7 @@ fn a_thread_that_is_waited_for_overtakes_also_when_the_wait_begins_after_it_fell
         let making = spawn(&registry, {
             let guarded = guarded.clone();
             move |registry| {
-                let visit = enter(registry, Room::Forward, 2).unwrap();
+                let visit = enter(registry, Phase::Forward, 2).unwrap();
                 guarded.read();
                 assert!(registry.leave(visit));
                 publish(registry, ticket);
@@ -117,11 +117,11 @@ fn a_thread_that_is_waited_for_overtakes_also_when_the_wait_begins_after_it_fell
 fn the_beginning_of_a_wait_wakes_whoever_may_overtake_now() {
     explore(Bound::None, || {
         let registry = shared();
-        let forward = inside(&registry, Room::Forward, 0);
-        let capture = in_line(&registry, Room::Capture, 1);
+        let forward = inside(&registry, Phase::Forward, 0);
+        let capture = in_line(&registry, Phase::Capture, 1);
         let ticket = lead(&registry, &request(2, 1));
         let making = spawn(&registry, move |registry| {
-            let visit = enter(registry, Room::Load, 2).unwrap();
+            let visit = enter(registry, Phase::Load, 2).unwrap();
             assert!(registry.leave(visit));
             publish(registry, ticket);
         });
@@ -139,12 +139,12 @@ fn a_thread_that_is_waited_for_through_others_overtakes_too() {
     explore(Bound::Preemptions { full: 5, short: 3 }, || {
         let registry = shared();
         let key = groups("a");
-        let forward = inside(&registry, Room::Forward, 0);
-        let capture = in_line(&registry, Room::Capture, 1);
+        let forward = inside(&registry, Phase::Forward, 0);
+        let capture = in_line(&registry, Phase::Capture, 1);
         let world = lead(&registry, &request(2, 1));
         let of_key = lead(&registry, &request_for(3, &key));
         let making = spawn(&registry, move |registry| {
-            let visit = enter(registry, Room::Forward, 2).unwrap();
+            let visit = enter(registry, Phase::Forward, 2).unwrap();
             assert!(registry.leave(visit));
             publish(registry, world);
         });
@@ -167,8 +167,8 @@ fn a_thread_that_is_waited_for_through_others_overtakes_too() {
 fn the_beginning_of_a_wait_for_a_key_does_not_wake_other_waiters_for_it() {
     explore(Bound::None, || {
         let registry = shared();
-        let _forward = inside(&registry, Room::Forward, 0);
-        let _capture = in_line(&registry, Room::Capture, 9);
+        let _forward = inside(&registry, Phase::Forward, 0);
+        let _capture = in_line(&registry, Phase::Capture, 9);
         let ticket = lead(&registry, &request(0, 1));
         let waiter = |thread| {
             move |registry: &Registry| {

@@ -3,8 +3,8 @@
 use distguard_core::error::Error;
 use distguard_core::guard::LeadGuard;
 use distguard_core::key::Key;
+use distguard_core::phases::Phase;
 use distguard_core::registry::{Registry, Step};
-use distguard_core::rooms::Room;
 use distguard_core::waitgraph::{Edge, Subject};
 
 use crate::common::{enter, groups, inside, lead, request_for};
@@ -100,12 +100,12 @@ fn of_three_threads_in_a_ring_one_is_refused() {
 }
 
 #[test]
-fn of_a_cycle_over_a_key_and_a_room_one_is_refused() {
+fn of_a_cycle_over_a_key_and_a_phase_one_is_refused() {
     explore(Bound::None, || {
         let registry = shared();
         let key = groups("a");
         let ticket = lead(&registry, &request_for(0, &key));
-        let forward = inside(&registry, Room::Forward, 1);
+        let forward = inside(&registry, Phase::Forward, 1);
         let other = spawn(&registry, {
             let key = key.clone();
             move |registry| {
@@ -121,7 +121,7 @@ fn of_a_cycle_over_a_key_and_a_room_one_is_refused() {
                 }
             }
         });
-        let captured = enter(&registry, Room::Capture, 0);
+        let captured = enter(&registry, Phase::Capture, 0);
         assert!(registry.fail(ticket, "done"));
         let own = match captured {
             Ok(visit) => {
@@ -132,7 +132,7 @@ fn of_a_cycle_over_a_key_and_a_room_one_is_refused() {
             other => panic!("{other:?}"),
         };
         let cycle = only([own, other.join().unwrap()]);
-        assert_eq!(cycle, [(0, (&Room::Capture).into()), (1, (&key).into())]);
+        assert_eq!(cycle, [(0, (&Phase::Capture).into()), (1, (&key).into())]);
         assert!(registry.snapshot().visits.is_empty());
     });
 }

@@ -1,4 +1,4 @@
-//! A random program: threads that lead, join, hold, tear down and visit rooms in any order, and
+//! A random program: threads that lead, join, hold, tear down and visit phases in any order, and
 //! check whatever the registry tells them.
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -10,9 +10,9 @@ use distguard_core::error::Error;
 use distguard_core::guard::LeadGuard;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
+use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
 use distguard_core::policy::Policy;
 use distguard_core::registry::{Observed, Registry, Request, Step};
-use distguard_core::rooms::{Access, Room, RunnerId, VisitId};
 use distguard_core::slot::{Origin, Ticket};
 use distguard_core::snapshot::SlotState;
 use distguard_core::teardown::Teardown;
@@ -245,7 +245,7 @@ impl Worker<'_> {
                 self.truth.enters(self.id, access);
                 self.visits.push((visit, access));
             }
-            Err(Error::Deadlock { .. } | Error::RoomTimeout { .. }) => {}
+            Err(Error::Deadlock { .. } | Error::PhaseTimeout { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }
@@ -254,7 +254,7 @@ impl Worker<'_> {
         let (visit, mut entry) = self.registry.arrive(access, &actor(self.id))?;
         while let Entry::Wait { epoch, .. } = entry {
             if impatient {
-                let error = self.registry.room_timed_out(visit, FOREVER);
+                let error = self.registry.phase_timed_out(visit, FOREVER);
                 self.truth.gives_up(self.id);
                 return Err(error);
             }
@@ -364,14 +364,14 @@ impl Worker<'_> {
 
 /// Of no runner in particular, or of one of three, the last of which is a draft of the first.
 fn any_access() -> Access {
-    let room = Room::ALL[thread_rng().gen_range(0..3)];
+    let phase = Phase::ALL[thread_rng().gen_range(0..3)];
     let runner = match thread_rng().gen_range(0..4u64) {
         0 => None,
         number => Some(RunnerId(number)),
     };
     let target = (runner == Some(RunnerId(3))).then_some(RunnerId(1));
     Access {
-        room,
+        phase,
         runner,
         target,
     }

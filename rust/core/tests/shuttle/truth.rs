@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use distguard_core::key::Key;
-use distguard_core::rooms::Access;
+use distguard_core::phases::Access;
 use distguard_core::waitgraph::{Edge, Subject};
 
 /// That the programs did what they are for.
@@ -157,7 +157,7 @@ impl Truth {
             assert_eq!(asks, Some(&edge.subject), "{cycle:?}");
             let has = match &edge.subject {
                 Subject::Key(key) => facts.leaders.get(key) == Some(&next),
-                Subject::Room(access) => {
+                Subject::Phase(access) => {
                     let mut visits = facts.inside.iter().filter(|it| it.0 == next);
                     next != edge.thread.0 && visits.any(|it| it.1.conflicts_with(access))
                 }

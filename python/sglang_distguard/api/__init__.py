@@ -1,0 +1,1 @@
+"""What users call: build, activate, close, look, tear down. The package itself exports it."""

@@ -1,0 +1,317 @@
+"""Builds runners that are ready to forward: SGLang's own sequence, one runner or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard import _core
+from sglang_distguard.api.activation import activate
+from sglang_distguard.api.validation import check, check_ranks
+from sglang_distguard.config import settings
+from sglang_distguard.config.checks import check_flag, check_whole, shown
+from sglang_distguard.config.naming import name_of_model
+from sglang_distguard.context.scopes import context_snapshot
+from sglang_distguard.distributed.coordinators import default_process_group
+from sglang_distguard.distributed.owned_groups import destroy_of
+from sglang_distguard.distributed.ranks.agreement import building, built
+from sglang_distguard.errors import DistGuardError, forget_frames
+from sglang_distguard.process.installation import is_installed
+from sglang_distguard.runner.handle import find_handle, release
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import ServerArgs
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One runner for ``build_runners``; fields as the arguments of ``build_runner``.
+
+    The fields are checked when they are used, by ``build_runners``.
+    """
+
+    server_args: ServerArgs
+    name: Optional[str] = None
+    gpu_id: int = 0
+    target: Optional[ModelRunner] = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    timeout: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What became of one request: ``runner`` or ``error``, never both.
+
+    Attributes:
+        name: the runner's name, also when it failed.
+        seconds: how long its build took.
+    """
+
+    name: str
+    runner: Optional[ModelRunner]
+    error: Optional[BaseException]
+    seconds: float
+
+    def unwrap(self) -> ModelRunner:
+        """Return the runner, or raise what its build raised."""
+        if self.error is not None:
+            raise self.error
+        assert self.runner is not None
+        return self.runner
+
+
+def build_runner(
+    server_args: ServerArgs,
+    *,
+    name: Optional[str] = None,
+    gpu_id: int = 0,
+    nccl_port: Optional[int] = None,
+    target: Optional[ModelRunner] = None,
+    timeout: Optional[float] = None,
+    **options: Any,
+) -> ModelRunner:
+    """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
+
+    Publishes ``server_args``, initialises the parallel runtime (or joins the one that is there),
+    loads the model, allocates its memory pool, attention backends and graphs.
+
+    Args:
+        server_args: SGLang's settings of this runner.
+        name: name in errors, events and ``snapshot()``, which need not be the only one of its
+            kind; default: from the model's path.
+        gpu_id: index of the device (also on CPU, where it is the NUMA node).
+        nccl_port: TCP port of a world that has to be initialised, 1 to 65535; default: a free one.
+        target: build a draft runner (``is_draft_worker=True``) of this one: nothing is
+            initialised, and it lives in the target's scope.
+        timeout: seconds that one wait of this build may take; None keeps the setting in force.
+        **options: passed to ``ModelRunner``.
+
+    Raises:
+        TypeError: an argument is of the wrong type, ``target`` was not built under the guard, or
+            an option is no parameter of ``ModelRunner``.
+        ValueError: an argument, or a size in ``server_args``, is out of range.
+        NotSupported: ``server_args`` asks for several ranks (``tp_size`` times ``pp_size``), and
+            torch.distributed is not initialised with as many.
+        DistGuardError: ``install()`` was not called or ``target`` is closed, or one of its
+            subclasses (see ``errors``).
+        Whatever SGLang raises for settings or files it cannot use. No runner, scope or lease is
+        left then; the world and the groups, if they were made by then, stay for others to reuse.
+    """
+    check(
+        server_args,
+        name=name,
+        gpu_id=gpu_id,
+        nccl_port=nccl_port,
+        target=target,
+        timeout=timeout,
+        options=options,
+    )
+    if not is_installed():
+        raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
+    check_ranks(server_args)
+    chosen = settings.current()
+    named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
+    # The caller's own execution stays as it is: what is published here is the runner's.
+    with named, _core.run_as(_core.current_execution()), _core.owning_environment():
+        try:
+            if target is not None:
+                with activate(target), building(asks=True):
+                    return _construct(
+                        server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
+                    )
+            with building(asks=True):
+                _initialise(server_args, gpu_id, nccl_port)
+                return _construct(server_args, gpu_id, nccl_port, options)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+
+def build_runners(
+    requests: Iterable[BuildRequest | ServerArgs],
+    *,
+    max_workers: Optional[int] = None,
+    progress: bool = True,
+) -> list[BuildResult]:
+    """Build several runners concurrently from worker threads.
+
+    Args:
+        requests: what to build; a bare ``ServerArgs`` is a request with defaults.
+        max_workers: threads, at least 1; default one per request, at most 32.
+        progress: show a progress bar on stderr (only when that is a terminal).
+
+    Returns:
+        One result per request, in order. A failure is in its result and does not lose the others.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, also a field of a
+            request; a note of the error says of which one. Nothing was built.
+        DistGuardError: the ``target`` of a request is closed. Nothing was built.
+    """
+    check_flag("progress", progress)
+    if max_workers is not None:
+        check_whole("max_workers", max_workers, least=1)
+    wanted = _checked_requests(requests)
+    if not wanted:
+        return []
+    workers = max_workers if max_workers is not None else min(len(wanted), 32)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="distguard-build")
+    try:
+        # A thread does not inherit the caller's runner_scope by itself.
+        futures = [
+            pool.submit(copy_context().run, _attempt, request, index)
+            for index, request in enumerate(wanted)
+        ]
+        _show_progress(futures, progress)
+        return [future.result() for future in futures]
+    finally:
+        # After Ctrl-C do not wait for builds that still run; what has not begun never does.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _attempt(request: BuildRequest, index: int) -> BuildResult:
+    import time
+
+    name = request.name or f"{name_of_model(request.server_args)}-{index}"
+    start = time.perf_counter()
+    runner, failure = None, None
+    try:
+        runner = build_runner(
+            request.server_args,
+            name=name,
+            gpu_id=request.gpu_id,
+            target=request.target,
+            timeout=request.timeout,
+            **request.options,
+        )
+    except BaseException as error:
+        error.add_note(f"while building runner {name!r}")
+        failure = error
+    return BuildResult(name, runner, failure, time.perf_counter() - start)
+
+
+def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[BuildRequest]:
+    """All of ``requests``, each with arguments that ``build_runner`` will accept."""
+    if not isinstance(requests, Iterable):
+        raise TypeError(f"requests must be BuildRequests or ServerArgs, not {shown(requests)}")
+    wanted = []
+    for index, given in enumerate(requests):
+        request = given if isinstance(given, BuildRequest) else BuildRequest(given)
+        try:
+            if not isinstance(request.options, Mapping):
+                raise TypeError(f"options must be a mapping, not {shown(request.options)}")
+            check(
+                request.server_args,
+                name=request.name,
+                gpu_id=request.gpu_id,
+                nccl_port=None,
+                target=request.target,
+                timeout=request.timeout,
+                options=request.options,
+            )
+        except (TypeError, ValueError, DistGuardError) as error:
+            error.add_note(f"in requests[{index}]; nothing was built")
+            raise
+        wanted.append(request)
+    return wanted
+
+
+def _show_progress(futures: Sequence[Any], progress: bool) -> None:
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=len(futures), desc="building runners", unit="runner", disable=not progress or None
+    )
+    with bar:
+        for future in as_completed(futures):
+            bar.set_postfix_str(future.result().name)
+            bar.update()
+
+
+def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) -> None:
+    """Publish and bring up what a process needs before its first ModelRunner (0.5.23 `one_batch`)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import bootstrap
+    from sglang.srt.runtime_context import (
+        SpawnRanks,
+        get_device,
+        publish,
+        restore_context,
+    )
+
+    before, context = _core.current_scope(), context_snapshot()
+    world = default_process_group()
+    rank = 0 if world is None else world.rank()
+    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=gpu_id))
+    scope = _core.current_scope()
+    try:
+        for configure in _process_configurations():
+            configure()
+        bootstrap.init_parallel_runtime(
+            server_args=server_args, device=get_device().device, dist_port=nccl_port or _free_port()
+        )
+        bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
+    except BaseException:
+        # The scope is this thread's alone until a runner is constructed in it, so that what is put
+        # back cannot be another's. Later it may be: then SGLang's next publish replaces it.
+        destroy_of(scope)  # at once: other ranks may wait for this one in a collective
+        if scope is before:
+            restore_context(context)
+        raise
+
+
+def _process_configurations() -> list[Callable[[], None]]:
+    """What `sglang.benchmark.one_batch._init_process_global_configs` (0.5.23) calls."""
+    from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+    from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
+
+    return [
+        initialize_moe_config,
+        initialize_fp8_gemm_config,
+        initialize_bf16_gemm_config,
+        initialize_fp4_gemm_config,
+    ]
+
+
+def _construct(
+    server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int], options: Mapping[str, Any]
+) -> ModelRunner:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_schedule
+
+    runner = ModelRunner(
+        model_config=ModelConfig.from_server_args(
+            server_args, is_draft_model=bool(options.get("is_draft_worker"))
+        ),
+        mem_fraction_static=get_schedule().mem_fraction_static,
+        gpu_id=gpu_id,
+        nccl_port=nccl_port or 0,
+        server_args=server_args,
+        **options,
+    )
+    try:
+        runner.alloc_memory_pool()
+        runner.init_attention_backends()
+        runner.init_cuda_graphs()
+        built()
+    except BaseException:
+        handle = find_handle(runner)
+        if handle is not None:
+            release(handle)
+        raise
+    return runner
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

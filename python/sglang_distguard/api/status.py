@@ -1,0 +1,131 @@
+"""What the registry holds, as typed plain data, and the way out of poisoned state."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional, TypedDict, cast
+
+from sglang_distguard import _core
+from sglang_distguard.config import settings
+from sglang_distguard.config.checks import check_flag
+from sglang_distguard.process.installation import is_installed
+
+
+class ActorInfo(TypedDict):
+    """A thread, and the runner it builds."""
+
+    thread: int
+    thread_name: str
+    runner: Optional[str]
+
+
+class HolderInfo(TypedDict):
+    """Who holds a lease; ``since`` in seconds on the registry's clock."""
+
+    name: str
+    thread_name: str
+    since: float
+
+
+class SlotInfo(TypedDict):
+    """One piece of shared state."""
+
+    key: str
+    state: Literal["idle", "running", "teardown", "ready", "poisoned"]
+    generation: int
+    waiters: int
+    failures: int
+    last_failure: Optional[str]
+    by: Optional[ActorInfo]
+    since: Optional[float]
+    spec: dict[str, Any]
+    origin: Optional[Literal["created", "adopted"]]
+    reason: Optional[str]
+    holders: list[HolderInfo]
+
+
+class EventInfo(TypedDict):
+    """One decision; ``at`` and ``waited`` in seconds."""
+
+    seq: int
+    at: float
+    key: str
+    actor: ActorInfo
+    decision: str
+    generation: int
+    waited: float
+    detail: str
+
+
+class VisitInfo(TypedDict):
+    """A thread inside a phase, or in line for it since ``since``."""
+
+    phase: str
+    step: Optional[str]
+    by: ActorInfo
+    inside: bool
+    since: float
+
+
+class RunnerScopeInfo(TypedDict):
+    """One scope that a runner has for itself."""
+
+    id: int
+    label: str
+    runners: int
+
+
+class Snapshot(TypedDict):
+    """The process's shared state at one moment; JSON-able."""
+
+    at: float
+    installed: bool
+    reuse: bool
+    timeout: float
+    slow_after: float
+    agreement_timeout: float
+    groups: str
+    slots: list[SlotInfo]
+    phases: list[VisitInfo]
+    scopes: list[RunnerScopeInfo]
+    events: list[EventInfo]
+    dropped_events: int
+
+
+def snapshot() -> Snapshot:
+    """Return what is initialised, by whom, who holds it, and the last decisions.
+
+    Takes one short lock and changes nothing; works without ``install()`` too.
+    """
+    chosen = settings.current()
+    facts: dict[str, Any] = _core.snapshot()
+    scopes = [
+        RunnerScopeInfo(id=scope.id, label=scope.label, runners=_core.live_runners(scope))
+        for scope in _core.live_scopes()
+    ]
+    return cast(
+        Snapshot,
+        {
+            **facts,
+            "installed": is_installed(),
+            "reuse": chosen.reuse,
+            "timeout": chosen.timeout,
+            "slow_after": chosen.slow_after,
+            "agreement_timeout": chosen.agreement_timeout,
+            "groups": chosen.groups,
+            "scopes": scopes,
+        },
+    )
+
+
+def reset(*, force: bool = False) -> None:
+    """Forget all registered state, also poisoned, so that it is looked at and made anew.
+
+    Nothing is destroyed: a world or groups that still exist are adopted at the next request.
+
+    Args:
+        force: also while runners hold leases. Those runners raise LeaseBroken at their next use.
+
+    Raises:
+        StateInUse: runners hold state (without ``force``), or a thread is initialising some.
+    """
+    _core.reset(force=check_flag("force", force))

@@ -1,0 +1,191 @@
+"""What applies to the code that is running: reuse, deadline, runner name. Args, then environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Optional
+
+from sglang_distguard_plugin import FALSE, VARIABLE
+
+from sglang_distguard.config.checks import check_flag, check_name, check_seconds, shown
+
+TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
+SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
+AGREEMENT_VARIABLE = "SGLANG_DISTGUARD_AGREEMENT_TIMEOUT"
+DEFAULT_TIMEOUT = 300.0
+DEFAULT_SLOW_AFTER = 30.0
+DEFAULT_AGREEMENT_TIMEOUT = 60.0
+#: What a runner of a world of several ranks does about communicators: see ``install``.
+GROUP_POLICIES = ("own", "share")
+_TRUE = frozenset({"1", "true", "yes", "on", "y"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings in force.
+
+    Attributes:
+        reuse: whether an equal request joins what exists.
+        timeout: seconds that one wait may take; ``math.inf`` for no deadline.
+        name: the name given to the runner that is being built, if any.
+        slow_after: seconds after which a leader that others wait for is logged as slow.
+        agreement_timeout: seconds that the ranks of a world may take for each step of agreeing.
+        groups: "own" or "share", in a world of several ranks.
+    """
+
+    reuse: bool = True
+    timeout: float = DEFAULT_TIMEOUT
+    name: Optional[str] = None
+    slow_after: float = DEFAULT_SLOW_AFTER
+    agreement_timeout: float = DEFAULT_AGREEMENT_TIMEOUT
+    groups: str = GROUP_POLICIES[0]
+
+
+_installed = Settings()
+_scope: ContextVar[Optional[Settings]] = ContextVar("sglang_distguard.settings", default=None)
+
+
+def current() -> Settings:
+    """The settings of the running thread or task."""
+    return _scope.get() or _installed
+
+
+def installed() -> Settings:
+    """What applies outside every ``runner_scope``."""
+    return _installed
+
+
+def set_installed(settings: Settings) -> None:
+    """Set what applies outside every ``runner_scope``."""
+    global _installed
+    _installed = settings
+
+
+def reuse_from_environment() -> Optional[bool]:
+    """``SGLANG_ALLOW_REUSE_DISTRIBUTED`` as a bool, None when unset.
+
+    Raises:
+        ValueError: it is set to something that is neither true nor false.
+    """
+    text = os.environ.get(VARIABLE)
+    if text is None:
+        return None
+    if text.strip().lower() in _TRUE:
+        return True
+    if text.strip().lower() in FALSE:
+        return False
+    raise ValueError(f"{VARIABLE}={text!r} is neither true nor false")
+
+
+def seconds_from_environment(variable: str) -> Optional[float]:
+    """An environment variable in seconds, None when unset or empty.
+
+    Raises:
+        ValueError: it is set to something that is not a positive number of seconds.
+    """
+    text = os.environ.get(variable)
+    if text is None or not text.strip():
+        return None
+    try:
+        return check_seconds(variable, float(text))
+    except ValueError as error:
+        raise ValueError(f"{variable}={text!r}: {error}") from None
+
+
+def choose(
+    *,
+    again: bool,
+    reuse: Optional[bool] = None,
+    timeout: Optional[float] = None,
+    slow_after: Optional[float] = None,
+    agreement_timeout: Optional[float] = None,
+    groups: Optional[str] = None,
+) -> Settings:
+    """What ``install`` sets: its arguments, else what is set already, else the environment.
+
+    Raises:
+        TypeError, ValueError: an argument or environment variable is not usable.
+    """
+    if not again:
+        # A variable is not looked at where an argument is given: that wins, also over a mistyped one.
+        if reuse is None:
+            reuse = reuse_from_environment()
+        if timeout is None:
+            timeout = seconds_from_environment(TIMEOUT_VARIABLE)
+        if slow_after is None:
+            slow_after = seconds_from_environment(SLOW_VARIABLE)
+        if agreement_timeout is None:
+            agreement_timeout = seconds_from_environment(AGREEMENT_VARIABLE)
+    return _changed(
+        _installed if again else Settings(),
+        reuse=reuse,
+        timeout=timeout,
+        slow_after=slow_after,
+        agreement_timeout=agreement_timeout,
+        groups=groups,
+    )
+
+
+def _changed(base: Settings, **chosen: Any) -> Settings:
+    """``base`` with what is not None, checked."""
+    checks: dict[str, Callable[[str, object], object]] = {
+        "name": lambda _, value: check_name(value),
+        "reuse": check_flag,
+        "groups": _check_groups,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(
+        base,
+        **{name: checks.get(name, check_seconds)(name, value) for name, value in given.items()},
+    )
+
+
+def _check_groups(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {shown(value)}")
+    if value not in GROUP_POLICIES:
+        raise ValueError(f"{name} must be one of {', '.join(GROUP_POLICIES)}, not {shown(value)}")
+    return value
+
+
+@contextmanager
+def runner_scope(
+    name: Optional[str] = None,
+    *,
+    reuse: Optional[bool] = None,
+    timeout: Optional[float] = None,
+    agreement_timeout: Optional[float] = None,
+    groups: Optional[Literal["own", "share"]] = None,
+) -> Iterator[Settings]:
+    """Settings for what the calling thread (or asyncio task) builds inside the with block.
+
+    What is None stays as it is in force (``install``).
+
+    Args:
+        name: name of the runner built inside; in errors, events and ``snapshot()``, and how the
+            ranks of a world know which runners belong together.
+        reuse: whether it may reuse an equal world and equal groups.
+        timeout: seconds that one wait for another thread may take.
+        agreement_timeout: seconds that the ranks may take for each step of agreeing.
+        groups: "own" or "share", in a world of several ranks: see ``install``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+    """
+    chosen = _changed(
+        current(),
+        name=name,
+        reuse=reuse,
+        timeout=timeout,
+        agreement_timeout=agreement_timeout,
+        groups=groups,
+    )
+    token = _scope.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _scope.reset(token)

@@ -1,0 +1,38 @@
+"""The registry's keys: world, groups, process settings, and each scope's expert metadata."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from sglang_distguard import _core
+
+#: Registry keys of what the process shares.
+WORLD = "world"
+GROUPS = "groups"
+
+
+def own_key(scope: Optional[_core.Scope]) -> str:
+    """Registry key of the groups that the runners of ``scope`` own, in a world of several ranks."""
+    return f"{GROUPS}:{0 if scope is None else scope.id}"
+
+
+def key_in_use(scope: Optional[_core.Scope]) -> str:
+    """Registry key of the groups that ``scope`` uses: its own if it has any, else the shared ones."""
+    own = own_key(scope)
+    return own if _core.is_ready(own) else GROUPS
+
+
+def all_keys() -> tuple[str, ...]:
+    """Registry keys of all groups there are, shared and owned; the shared ones' always."""
+    owned = (key for key in _core.ready_keys() if key.startswith(f"{GROUPS}:"))
+    return (GROUPS, *sorted(owned))
+
+
+#: Registry key.
+PROCESS = "process"
+
+
+def experts_key() -> str:
+    """Registry key of the current scope's expert metadata."""
+    scope = _core.current_scope()
+    return f"experts:{0 if scope is None else scope.id}"

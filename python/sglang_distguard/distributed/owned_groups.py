@@ -1,0 +1,95 @@
+"""Groups that one runner owns, in a world of several ranks: until when, and who destroys them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+from sglang_distguard import _core
+from sglang_distguard.config import settings
+from sglang_distguard.context.scopes import scope_active
+from sglang_distguard.distributed import coordinators, world
+from sglang_distguard.distributed.keys import GROUPS, all_keys, key_in_use, own_key
+from sglang_distguard.distributed.teardown import forced, tearing_down
+from sglang_distguard.errors import DistGuardError, LeaseBroken, StateInUse
+
+
+def destroy_if_vacant(scope: Optional[_core.Scope]) -> None:
+    """Destroy what the runners of ``scope`` own, unless one lives there or is about to be built."""
+    if world.ranks() is None:
+        return
+    with _core.Vacancy(scope) as is_vacant:
+        if is_vacant:
+            destroy_of(scope)
+
+
+def destroy_of(scope: Optional[_core.Scope]) -> None:
+    """Destroy what ``scope``, claimed by the calling thread, owns, so that it may have other widths."""
+    if world.ranks() is None:
+        return
+    with scope_active(scope):
+        stamped = coordinators.read()["_TP"]
+        destroy_unless_leased(own_key(scope), scope)
+        # What somebody else made, and nobody has adopted yet, stays.
+        if stamped is not None and (_is_shared(stamped) or not coordinators.is_alive(stamped)):
+            coordinators.unset()
+
+
+def _is_shared(tensor_parallel: object) -> bool:
+    shared: Optional[coordinators.Groups] = _core.resource(GROUPS)
+    return shared is not None and shared["_TP"] is tensor_parallel
+
+
+def destroy_orphaned() -> None:
+    """Destroy what runners owned that were collected without ``close``: destructors run no Python."""
+    # The keys first: what another thread makes between the two has a living scope.
+    keys = all_keys()
+    alive = {own_key(scope) for scope in (None, *_core.live_scopes())}
+    for key in keys:
+        if key != GROUPS and key not in alive:
+            _destroy(key, coordinators.destroy)
+
+
+def destroy_unless_leased(key: str, scope: Optional[_core.Scope]) -> None:
+    """Destroy the groups under ``key``, which ``scope`` has made, unless somebody leases them."""
+
+    def unset(made: coordinators.Groups) -> None:
+        with scope_active(scope):
+            coordinators.destroy_and_unset(made)
+
+    _destroy(key, unset)
+
+
+def break_communicators(handle: _core.RunnerHandle) -> None:
+    """Destroy what ``handle``'s runner computes over: this rank has left a step half-done.
+
+    The next collective here would meet one of that step on another rank. Whoever waits there for
+    this rank hears at once (``groups.sever``), and every runner that uses the same communicators
+    raises LeaseBroken from now on.
+    """
+    try:
+        handle.check()
+    except LeaseBroken:  # they are gone: what is there now is not what it computed over
+        return
+    except DistGuardError:  # closed meanwhile
+        pass
+    with settings.runner_scope(handle.name), forced():
+        _destroy(key_in_use(handle.scope), coordinators.destroy, sever=True)
+
+
+def _destroy(
+    key: str, destroy: Callable[[coordinators.Groups], None], *, sever: bool = False
+) -> None:
+    made: Optional[coordinators.Groups] = _core.resource(key)
+    if made is None:
+        return
+    try:
+        with tearing_down(key) as (state,):
+            if sever:
+                coordinators.sever(made)
+            if state.origin != "adopted":  # somebody else's are let go
+                destroy(made)
+    except (
+        StateInUse
+    ):  # a runner that is being built took a lease meanwhile, or it is going already
+        return

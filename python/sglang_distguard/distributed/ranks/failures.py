@@ -1,0 +1,230 @@
+"""What went wrong between ranks: as a line of the log, and as the error that every rank raises."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from sglang_distguard.distributed.ranks.creation import NotTogether
+from sglang_distguard.errors import (
+    AgreementTimeout,
+    DistGuardError,
+    RankFailed,
+    RanksDisagree,
+    StoreLost,
+)
+
+#: What a backend says when another rank is gone or does not come (gloo and NCCL of torch 2.14.1, and
+#: sglang 0.5.23 where it has caught that: `load_model_utils`).
+_CONSEQUENCE = re.compile(
+    r"gloo|NCCL|[Cc]onnection|[Tt]im(ed|e) ?out|[Ss]ocket|[Bb]arrier|didn't finish loading"
+)
+_SHOWN = 500
+
+
+def disagree(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
+    """The failure of ranks that ask for different specs; None when they ask for the same."""
+    specs = {rank: report["spec"] for rank, report in sorted(reports.items())}
+    names = sorted({name for spec in specs.values() for name in spec})
+    fields = {}
+    for name in names:
+        values = {str(rank): spec.get(name) for rank, spec in specs.items()}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            fields[name] = values
+    return json.dumps({"kind": "disagree", "fields": fields}) if fields else None
+
+
+def failed(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
+    """The failure of ranks of which some report one; None when none does."""
+    failures = _causes(reports) or _told(reports)
+    return json.dumps({"kind": "failed", "failures": failures}) if failures else None
+
+
+def missing(rank: int, reports: Mapping[int, Mapping[str, Any]], size: int, waited: float) -> str:
+    """The failure of rank ``rank``, which gave up waiting for those that have not reported."""
+    absent = [other for other in range(size) if other not in reports]
+    failures = _causes(reports)
+    return json.dumps(
+        {
+            "kind": "missing",
+            "by": rank,
+            "missing": absent,
+            "waited": round(waited, 3),
+            "failures": failures,
+        }
+    )
+
+
+def report(error: BaseException) -> dict[str, Any]:
+    """What a rank tells the others of ``error``."""
+    return {"failure": describe(error), "consequence": is_consequence(error)}
+
+
+def _told(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Failures by rank."""
+    return {str(rank): it["failure"] for rank, it in sorted(reports.items()) if it.get("failure")}
+
+
+def _causes(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
+    """Failures by rank, without those that only follow from others'."""
+    return _told({rank: it for rank, it in reports.items() if not it.get("consequence")})
+
+
+def queued(rank: int, turn: Optional[tuple[str, int]], waited: float) -> str:
+    """The failure of rank ``rank``, which gave up waiting for its turn; ``turn`` has it."""
+    holder = None if turn is None else turn[0]
+    return json.dumps({"kind": "queued", "by": rank, "holder": holder, "waited": round(waited, 3)})
+
+
+def unheard(waited: float) -> str:
+    """The failure of this rank alone, which does not hear from the others any more."""
+    return lost(f"no answer within {waited:.0f} s")
+
+
+def lost(reason: str) -> str:
+    """The failure of this rank alone, which cannot reach the store any more."""
+    return json.dumps({"kind": "lost", "reason": reason})
+
+
+def describe(error: BaseException) -> str:
+    """``error`` as the other ranks are told of it."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:_SHOWN]
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``error`` may only say that another rank is gone, and not what went wrong."""
+    import torch.distributed as dist
+
+    if isinstance(error, DistGuardError):
+        return False
+    if isinstance(error, (dist.DistError, NotTogether)):
+        return True
+    kinds = (RuntimeError, ValueError, TimeoutError, ConnectionError)
+    return isinstance(error, kinds) and bool(_CONSEQUENCE.search(str(error)))
+
+
+def error_of(
+    what: str, stage: str, rank: int, failure: str, *, creates: bool = True
+) -> DistGuardError:
+    """The error that rank ``rank`` raises for a ``failure`` of the log.
+
+    Args:
+        what: what the ranks were at, "runner NAME".
+        stage: "ask", "begin", "turn" or "build".
+        rank: the rank that raises.
+        failure: as the functions above make it; plain text is the core's: the ranks are in a later
+            round of that name.
+        creates: whether something was to be created; else computed with what there is.
+    """
+    facts: dict[str, Any]
+    try:
+        facts = json.loads(failure)
+    except ValueError:
+        facts = {"kind": "left", "reason": failure}
+    details = {"name": what, "stage": stage, "rank": rank}
+    remedy = (
+        "What this rank had made for it is destroyed; build it again once the cause is gone."
+        if creates
+        else "The communicators that it ran over are out of step and were given up: build again "
+        "what used them."
+    )
+    if facts["kind"] == "disagree":
+        return _disagreement(what, facts["fields"], details)
+    if facts["kind"] == "missing":
+        return _absence(what, stage, facts, details)
+    if facts["kind"] == "failed":
+        failures = {int(other): text for other, text in facts["failures"].items()}
+        told = "; ".join(f"rank {other}: {text}" for other, text in failures.items())
+        return RankFailed(
+            f"{what} failed on {_ranks(failures)} and was given up on all ranks ({told}). {remedy}",
+            **details,
+            failures=failures,
+        )
+    if facts["kind"] == "left":
+        return RankFailed(
+            f"{what} was given up by another rank, which has begun it anew ({facts['reason']}). "
+            f"{remedy}",
+            **details,
+            failures={},
+        )
+    if facts["kind"] == "queued":
+        return _overlong_turn(what, facts, details)
+    return StoreLost(
+        f"{what}: the store of the world cannot be reached from rank {rank} ({facts['reason']}). "
+        "Its server lives in rank 0's process, or in torchrun's agent: look whether that has ended. "
+        "Nothing can be built in this world any more; teardown(force=True) and make another.",
+        **details,
+        reason=facts["reason"],
+    )
+
+
+def _disagreement(
+    what: str, fields: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]
+) -> DistGuardError:
+    by_rank = {
+        name: {int(rank): value for rank, value in values.items()}
+        for name, values in fields.items()
+    }
+    told = "; ".join(f"{name}: {_grouped(values)}" for name, values in by_rank.items())
+    return RanksDisagree(
+        f"the ranks ask for different things under the name of {what}: {told}. Nothing was created. "
+        "Give every rank the same settings, or different runners different names.",
+        **details,
+        fields=by_rank,
+    )
+
+
+def _absence(
+    what: str, stage: str, facts: Mapping[str, Any], details: Mapping[str, Any]
+) -> DistGuardError:
+    absent, failures = facts["missing"], facts["failures"]
+    doing = {
+        "ask": "ask for it",
+        "begin": "finish its turn",
+        "turn": "finish creating its groups",
+        "build": "finish building it",
+    }[stage]
+    who = f"{_ranks(absent)} did not {doing}" if absent else "no decision was written"
+    told = "".join(f"; rank {rank}: {text}" for rank, text in failures.items())
+    return AgreementTimeout(
+        f"{what}: {who} within {facts['waited']:.1f} s, and rank {facts['by']} gave up for all "
+        f"ranks{told}. Look whether those ranks live, and build runners under the same names "
+        "there (py-spy dump shows what they wait for); agreement_timeout=... changes the deadline.",
+        **details,
+        missing=absent,
+        waited=facts["waited"],
+        failures={int(rank): text for rank, text in failures.items()},
+    )
+
+
+def _overlong_turn(
+    what: str, facts: Mapping[str, Any], details: Mapping[str, Any]
+) -> DistGuardError:
+    holder = facts["holder"]
+    has_it = "nobody had it any more" if holder is None else f"{holder} has it"
+    return AgreementTimeout(
+        f"{what}: the turn did not come within {facts['waited']:.1f} s, for {has_it}, and rank "
+        f"{facts['by']} gave up for all ranks. What takes turns runs one after the other on all "
+        "ranks: look at what that one does (py-spy dump); timeout=... changes the deadline.",
+        **details,
+        missing=[],
+        waited=facts["waited"],
+        failures={},
+        holder=holder,
+    )
+
+
+def _grouped(values: Mapping[int, Any]) -> str:
+    """ "2 on rank 0, 4 on ranks 1, 2": equal values together, for a world of many ranks."""
+    groups: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        groups.setdefault(repr(value), []).append(rank)
+    return ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in groups.items())
+
+
+def _ranks(ranks: Any) -> str:
+    numbers = sorted(ranks)
+    return f"rank{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"

@@ -1,0 +1,71 @@
+"""Shared state is closed while it is destroyed: refused while runners hold it, unless forced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+
+from sglang_distguard import _core
+from sglang_distguard.config import settings
+from sglang_distguard.sync import event_log
+
+_force: ContextVar[bool] = ContextVar("sglang_distguard.force", default=False)
+#: What the running code has closed and is destroying.
+_active: ContextVar[Mapping[str, _core.Teardown]] = ContextVar(
+    "sglang_distguard.teardown", default=MappingProxyType({})
+)
+
+
+@contextmanager
+def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
+    """Close shared state to everybody else while the with block destroys it: all keys or none.
+
+    What an outer with block has closed is destroyed as a part of that.
+
+    Raises:
+        StateInUse: runners hold it, or another thread is initialising it or tearing it down.
+    """
+    outer = _active.get()
+    begun: dict[str, _core.Teardown] = {}
+    try:
+        for key in keys:
+            if key not in outer:
+                begun[key] = _core.begin_teardown(
+                    key, runner=settings.current().name, force=_force.get()
+                )
+    except BaseException as error:
+        for state in begun.values():
+            state.cancel(f"not begun: {error!r}")
+        raise
+    token = _active.set({**outer, **begun})
+    try:
+        for state in begun.values():
+            state.start()
+        yield tuple(_active.get()[key] for key in keys)
+    except BaseException as error:
+        for state in begun.values():
+            state.poison(f"destroying it failed: {error!r}")
+        raise
+    finally:
+        _active.reset(token)
+        event_log.report()
+    for state in begun.values():
+        state.end()
+
+
+@contextmanager
+def forced(force: bool = True) -> Iterator[None]:
+    """What is torn down inside the with block is so also while runners hold it."""
+    token = _force.set(force)
+    try:
+        yield
+    finally:
+        _force.reset(token)
+
+
+def keeps_adopted(key: str) -> bool:
+    """Whether the running code takes down what somebody else made: that is not destroyed."""
+    state = _active.get().get(key)
+    return state is not None and state.origin == "adopted"

@@ -1,0 +1,73 @@
+"""sglang.srt.environ: what a runner or its configuration writes through ``envs`` is its scope's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+from sglang_distguard.context import environment
+from sglang_distguard.patching import Around, Needs
+
+MODULE = "sglang.srt.environ"
+
+
+def _write(field: Any, written: Optional[environment.Written]) -> None:
+    if written is not None:
+        environment.ask_scopes_first(field)
+    environment.write(field.name, written)
+
+
+def _set(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set(self: Any, value: Any) -> None:
+        if environment.is_own():
+            _write(self, (str(value), value is None))
+            return
+        _write(self, None)  # what is written last counts
+        original(self, value)
+
+    return set
+
+
+def _clear(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def clear(self: Any) -> None:
+        if environment.is_own():
+            _write(self, (None, False))
+            return
+        _write(self, None)
+        original(self)
+
+    return clear
+
+
+def _override(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def override(self: Any, value: Any) -> Iterator[None]:
+        before = environment.find(self.name)
+        if not environment.is_own():
+            _write(self, None)
+            try:
+                yield from original(self, value)
+            finally:
+                _write(self, before)
+            return
+        _write(self, (str(value), value is None))
+        try:
+            yield
+        finally:
+            _write(self, before)
+
+    return override
+
+
+CHANGES = (
+    Needs(MODULE, "EnvField.parse"),
+    Needs(MODULE, "EnvField._resolve_default"),
+    Needs(MODULE, "EnvField.get"),
+    Needs(MODULE, "EnvField.is_set"),
+    Around(MODULE, "EnvField.set", _set),
+    Around(MODULE, "EnvField.clear", _clear),
+    Around(MODULE, "EnvField.override", _override),
+)

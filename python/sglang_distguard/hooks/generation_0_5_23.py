@@ -1,0 +1,68 @@
+"""SGLang 0.5.23: a RuntimeContext holds configuration, flags, resources and groups."""
+
+from __future__ import annotations
+
+from sglang_distguard.hooks import (
+    bootstrap,
+    caches,
+    environ,
+    expert_location,
+    given_runners,
+    graph_captures,
+    memory_saver,
+    model_config,
+    model_loader,
+    model_runner,
+    parallel_state,
+    patch_torch,
+    process_globals,
+    process_groups,
+    runtime_context,
+    source_patcher,
+    threads,
+    torch_compiler,
+    torch_dtype,
+    torch_module,
+    transformers_models,
+    unittest_mock,
+    weight_updater,
+)
+from sglang_distguard.patching import Change, Scoped, readers
+
+HOOKS = (
+    runtime_context,
+    parallel_state,
+    patch_torch,
+    process_groups,
+    bootstrap,
+    caches,
+    environ,
+    expert_location,
+    model_config,
+    model_runner,
+    graph_captures,
+    given_runners,
+    model_loader,
+    weight_updater,
+    memory_saver,
+    torch_compiler,
+    torch_dtype,
+    torch_module,
+    transformers_models,
+    threads,
+    unittest_mock,
+    source_patcher,
+)
+
+
+def changes() -> list[Change]:
+    """Everything this generation changes."""
+    scoped = process_globals.scoped()
+    found: list[Change] = [
+        Scoped(module, name) for module, names in scoped.items() for name in names
+    ]
+    found += readers(scoped, "sglang.srt")
+    found += readers(scoped, "sglang.kernels")
+    for hook in HOOKS:
+        found.extend(hook.CHANGES)
+    return found

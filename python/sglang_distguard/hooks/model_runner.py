@@ -1,0 +1,221 @@
+"""sglang.srt.model_executor.model_runner: a runner's methods run in its own scope, on any thread."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Optional
+
+from sglang_distguard import _core
+from sglang_distguard.context.scopes import of_published, scope_active
+from sglang_distguard.distributed.ranks import agreement
+from sglang_distguard.errors import forget_frames
+from sglang_distguard.patching import Around, WithinMethods
+from sglang_distguard.runner.collective_steps import agree_on_one_more, step_among_ranks
+from sglang_distguard.runner.handle import (
+    bind,
+    find_handle,
+    hold_experts,
+    mark_as_of,
+    release_failed,
+)
+from sglang_distguard.sync.phases import Phase
+
+MODULE = "sglang.srt.model_executor.model_runner"
+
+
+class Steps(NamedTuple):
+    """Public methods of ModelRunner that are alike to others: in a phase, or in none and why."""
+
+    names: str
+    #: rust/core/src/phases.rs says which of them overlap.
+    phase: Optional[Phase] = None
+    #: Compute together with the other ranks, so in their turn (docs/COLLECTIVES.md).
+    are_collective: bool = False
+    why_in_no_phase: str = ""
+    #: Read nothing that is scoped: no hook.
+    is_plain: bool = False
+
+
+#: Every public method and property of ModelRunner, once (0.5.23).
+TABLE = (
+    Steps(
+        "load_model alloc_memory_pool init_attention_backends post_capture_resize_kv_pool "
+        "finalize_startup_weight_load check_weights",
+        "load",
+        are_collective=True,
+    ),
+    Steps(
+        "start_startup_weight_load load_lora_adapter load_lora_adapter_from_tensors "
+        "unload_lora_adapter",
+        "load",
+    ),
+    Steps(
+        "forward forward_split_prefill sample compute_logprobs_only prewarm_sampling",
+        "forward",
+        are_collective=True,
+    ),
+    Steps(
+        "init_cuda_graphs init_decode_cuda_graph init_prefill_cuda_graph "
+        "recapture_decode_cuda_graph ensure_decode_cuda_graphs",
+        "capture",
+        are_collective=True,
+    ),
+    Steps(
+        "maybe_join_ep_ranks post_capture_elastic_ep_recover",
+        are_collective=True,
+        why_in_no_phase="work with elastic expert parallelism only, which is refused with several ranks "
+        "and has nobody to join with one",
+    ),
+    Steps(
+        "initialize init_startup_observability init_msprobe init_weight_updater "
+        "init_spec_aux_hidden_state init_weight_exporter init_remote_instance_weight_transporter "
+        "init_mindspore_runner init_memory_saver_adapter maybe_init_remote_instance_transfer_engine "
+        "maybe_init_expert_location_metadata maybe_init_lplb_solvers maybe_init_eplb_manager "
+        "maybe_init_elastic_ep init_token_oracle maybe_init_expert_backup_client "
+        "maybe_apply_post_load_model_transforms maybe_init_lora_manager "
+        "maybe_enable_batch_invariant_mode check_quantized_moe_compatibility init_torch_distributed "
+        "maybe_precompile_model_kernels_after_loading maybe_init_dwdp init_lora_manager apply_torch_tp "
+        "configure_kv_cache_dtype",
+        why_in_no_phase="called by the constructor, which is in the phase for loads",
+    ),
+    Steps(
+        "init_kv_cache_configurator init_kv_index_translator init_ngram_embedding_manager "
+        "maybe_init_watermark_state maybe_init_hisparse_coordinator init_routed_experts_capturer "
+        "init_indexer_capturer",
+        why_in_no_phase="called by alloc_memory_pool, which is in the phase for loads",
+    ),
+    Steps(
+        "supports_sampling_observer get_pp_proxy_dspark_hidden_size "
+        "get_aux_hidden_states_width get_pp_proxy_topk_size get_pp_proxy_residual_num_blocks "
+        "decode_num_tokens_per_req max_decode_logits_rows max_shared_logits_buffer_rows "
+        "get_cuda_graph_layers update_decode_attn_backend prepare_dummy_forward_batch "
+        "update_model_fields",
+        why_in_no_phase="read or assign fields of the runner and of its configuration",
+    ),
+    Steps(
+        "sampling_observer preloaded_weights_bytes account_preloaded_weights "
+        "logical_max_total_num_tokens effective_logical_max_total_num_tokens "
+        "effective_max_total_num_tokens max_token_pool_size attn_tp_sequence_sharded "
+        "decode_graph_gather_requirements",
+        is_plain=True,
+        why_in_no_phase="read or assign fields of the runner alone, so that they have no hook",
+    ),
+)
+
+_COLLECTIVE = frozenset(
+    name for steps in TABLE if steps.are_collective for name in steps.names.split()
+)
+_PLAIN = frozenset(name for steps in TABLE if steps.is_plain for name in steps.names.split())
+#: One thread at a time: attention metadata and static buffers hold one batch (0.5.23).
+_EXCLUSIVE = "forward"
+_PHASES: dict[str, Phase] = {
+    name: steps.phase for steps in TABLE if steps.phase is not None for name in steps.names.split()
+}
+
+
+def phase_of(step: str) -> Phase:
+    """Which phase a step of ``_PHASES`` of the current scope's runner is in."""
+    phase = _PHASES[step]
+    return phase if phase != "capture" or _captures() else "load"
+
+
+def _captures() -> bool:
+    """Whether the current scope's runner captures graphs (0.5.23: `cuda_graph_setup`)."""
+    from sglang.srt.model_executor.cuda_graph_config import (
+        Backend,
+        Phase,
+        check_cuda_graph_backend,
+    )
+    from sglang.srt.runtime_context import get_device, get_flags
+
+    if get_device().device == "cpu":
+        return get_flags().capture.enable_torch_compile
+    of_graphs = (Phase.PREFILL, Phase.DECODE)
+    return not all(check_cuda_graph_backend(phase, Backend.DISABLED) for phase in of_graphs)
+
+
+def _step_of(name: str) -> Optional[_core.StepOf]:
+    """What the method ``name`` runs in; None where it reads nothing that is scoped."""
+    if name in _PLAIN:
+        return None
+    phase = _PHASES.get(name)
+
+    def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
+        return _in_python(handle, step)
+
+    captures = phase == "capture"
+    return _core.StepOf(
+        name,
+        None if captures else phase,
+        exclusive=name == _EXCLUSIVE,
+        otherwise=otherwise,
+        always_otherwise=captures,
+    )
+
+
+@contextmanager
+def _in_python(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
+    """A step that captures, or one of several ranks."""
+    with scope_active(handle.scope):
+        phase = phase_of(step) if step in _PHASES else None
+    with step_among_ranks(
+        handle,
+        step,
+        phase,
+        is_collective=step in _COLLECTIVE,
+        is_exclusive=step == _EXCLUSIVE,
+    ):
+        yield
+
+
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if find_handle(self) is not None:  # a subclass calling up
+            original(self, *args, **kwargs)
+            return
+        server_args = signature.bind_partial(self, *args, **kwargs).arguments.get("server_args")
+        with agreement.building(), of_published(server_args):
+            agree_on_one_more(server_args)
+            try:
+                handle = bind(self, args, kwargs)
+                with step_among_ranks(handle, "construction", "load", is_collective=True):
+                    original(self, *args, **kwargs)
+                    hold_experts(handle)
+            except BaseException as error:
+                release_failed(self)
+                forget_frames(error)
+                raise
+
+    return __init__
+
+
+def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Batches know the pool of requests, and by it whose they are (``hooks.given_runners``)."""
+    step_of = _step_of("alloc_memory_pool")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def alloc_memory_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with step_of(self):
+            result = original(self, *args, **kwargs)
+            mark_as_of(self, getattr(self, "req_to_token_pool", None))
+        return result
+
+    return alloc_memory_pool
+
+
+CHANGES = (
+    Around(MODULE, "ModelRunner.__init__", _init),
+    Around(MODULE, "ModelRunner.alloc_memory_pool", _alloc_memory_pool),
+    WithinMethods(
+        MODULE,
+        "ModelRunner",
+        lambda name: None if name == "alloc_memory_pool" else _step_of(name),
+    ),
+)

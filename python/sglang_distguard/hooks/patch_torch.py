@@ -1,0 +1,53 @@
+"""sglang.srt.utils.patch_torch: torch is patched once, also when two runners update weights at once.
+
+0.5.23 asks whether it was, and then replaces `reduce_tensor` and keeps what was there: two at once would
+keep SGLang's own, which calls what is kept, without end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Optional
+
+from sglang_distguard.patching import Around
+from sglang_distguard.sync.single_flight import run_once
+
+MODULE = "sglang.srt.utils.patch_torch"
+#: Registry key.
+REDUCTIONS = "reductions"
+_REPLACED = ("reduce_tensor", "rebuild_cuda_tensor")
+
+
+def _patch_once(original: Callable[[], None]) -> Callable[[], None]:
+    namespace = original.__globals__
+
+    def observe() -> Optional[int]:
+        now = [getattr(namespace["reductions"], name) for name in _REPLACED]
+        is_patched = all(it.__module__ == MODULE for it in now)
+        return id(now[0]) if is_patched else None
+
+    def undo() -> None:
+        reductions = namespace["reductions"]
+        for name in _REPLACED:
+            if hasattr(reductions, kept := f"_{name}_original"):
+                setattr(reductions, name, getattr(reductions, kept))
+                delattr(reductions, kept)
+
+    @functools.wraps(original)
+    def monkey_patch_torch_reductions() -> None:
+        if observe() is None:
+            run_once(
+                REDUCTIONS,
+                {},
+                observe=observe,
+                initialise=original,
+                adopt=lambda: (None, {}),
+                join=lambda _joined: None,
+                undo=undo,
+            )
+
+    return monkey_patch_torch_reductions
+
+
+CHANGES = (Around(MODULE, "monkey_patch_torch_reductions", _patch_once),)

@@ -1,0 +1,370 @@
+"""How each process-global of SGLang is treated: the one list that hooks and documentation read.
+
+Add a line to treat one more: a scoped module global or class attribute needs nothing else. Names and
+behaviour are those of sglang 0.5.23.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Optional
+
+from sglang_distguard.distributed.coordinators import FIELDS, FLAGS, PATCHED
+from sglang_distguard.hooks import unmanaged_globals
+
+
+class How(StrEnum):
+    """The four treatments (ARCHITECTURE.md), and leaving alone what does no harm."""
+
+    SHARED = "shared"  # one per process, single-flight through the registry
+    SCOPED = "scoped"  # every runner has its own
+    THREAD_LOCAL = "thread-local"  # the calling thread has its own while it loads
+    EXCLUDED = "excluded"  # phases that may not overlap
+    HARMLESS = "harmless"  # the same for every runner, or only ever grows
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One process-global, how it is treated, and why.
+
+    Attributes:
+        module: where it is.
+        name: of the module's global; "Class.attribute" for a class's.
+        how: the treatment.
+        reason: why this one.
+        by: module of ``sglang_distguard`` that does it; empty where every scope simply has its own
+            value (``patching``), and where nothing is to be done.
+    """
+
+    module: str
+    name: str
+    how: How
+    reason: str
+    by: str = ""
+
+
+def _rows(how: How, *lines: tuple[str, ...]) -> tuple[Treatment, ...]:
+    """One row for each name of ``(module, names, reason)`` or ``(module, names, reason, by)``."""
+    return tuple(
+        Treatment(line[0], name, how, *line[2:]) for line in lines for name in line[1].split()
+    )
+
+
+_SRT = "sglang.srt."
+_STATE = _SRT + "distributed.parallel_state"
+_EXECUTOR = _SRT + "model_executor."
+_COMPILER = (
+    "torch 2.14 keeps what is set of its configuration per thread (torch.utils._config_module)"
+)
+
+TREATMENTS: tuple[Treatment, ...] = (
+    *_rows(
+        How.SHARED,
+        (
+            "torch.distributed",
+            "default_process_group process_groups",
+            "the world: torch allows one; methods of a runner that owns its groups get its own world",
+            "hooks.process_groups",
+        ),
+        (_STATE, "_WORLD", "coordinator of the world", "hooks.parallel_state"),
+        (
+            "sys",
+            "excepthook",
+            "torch puts one on top for each world; it is taken out with it",
+            "world",
+        ),
+        (
+            "torch",
+            "float32_matmul_precision allow_tf32",
+            "enable_tf32_matmul: runners that live at once agree",
+            "distributed.process_settings",
+        ),
+        (
+            _SRT + "batch_invariant_ops.batch_invariant_ops",
+            "_batch_invariant_MODE _batch_invariant_LIB _original_torch_bmm",
+            "enable_deterministic_inference: runners that live at once agree",
+            "distributed.process_settings",
+        ),
+        (
+            "torch",
+            "bmm",
+            "enable_deterministic_inference: runners that live at once agree",
+            "distributed.process_settings",
+        ),
+        (
+            _SRT + "distributed.device_communicators.custom_all_reduce_utils",
+            "gpu_p2p_access_check",
+            "enable_p2p_check: runners that live at once agree",
+            "distributed.process_settings",
+        ),
+        (
+            _SRT + "distributed.device_communicators.custom_all_reduce",
+            "CustomAllreduce.__del__",
+            "enable_p2p_check: runners that live at once agree",
+            "distributed.process_settings",
+        ),
+        (
+            "torch.multiprocessing.reductions",
+            "reduce_tensor rebuild_cuda_tensor _reduce_tensor_original _rebuild_cuda_tensor_original",
+            "replaced by the first runner that is given tensors, for all",
+            "hooks.patch_torch",
+        ),
+        (
+            _STATE,
+            "_group_name_counter _groups",
+            "names of groups; written only while a group is made, which is single-flight",
+            "hooks.parallel_state",
+        ),
+        (
+            _STATE,
+            "_MODEL_PARALLEL_GROUP_TIMEOUT",
+            "set with the world, read while groups are made",
+            "hooks.parallel_state",
+        ),
+    ),
+    *_rows(
+        How.SCOPED,
+        (_SRT + "runtime_context", "_PARALLEL _CONTEXT", "configuration, flags, resources"),
+        (_SRT + "runtime_context", "_GLOBAL_DWDP_MANAGER", "weights of one model"),
+        (
+            _SRT + "environ",
+            "envs.*",
+            "environment variables that a configuration or a runner writes through envs, and others read",
+            "hooks.environ",
+        ),
+        (
+            "os",
+            "environ[self.name]",
+            "the same, where a field of envs writes its variable",
+            "hooks.environ",
+        ),
+        (
+            _STATE,
+            " ".join(FIELDS),
+            "handles: the scope's own groups or the shared ones; a draft may patch its own",
+        ),
+        (_STATE, " ".join(PATCHED), "a draft's patch of the groups above"),
+        (
+            _STATE,
+            " ".join(FLAGS),
+            "written from one runner's configuration, read while its groups are made",
+        ),
+        (_SRT + "distributed.bootstrap", "_PARALLEL_INITIALISED", "run-once flag of one runner"),
+        (_EXECUTOR + "forward_context", "_current", "the running forward's attention backend"),
+        (
+            _EXECUTOR + "input_buffers",
+            "_forward_input_buffer_pool",
+            "static input tensors: one pool would hand two runners the same memory",
+        ),
+        (
+            _EXECUTOR + "graph_shared_output",
+            "GraphSharedOutput._process_shared",
+            "logits of captured graphs: one buffer would hand two runners the same memory",
+        ),
+        (
+            _SRT + "layers.dp_attention",
+            "_DpGatheredBufferWrapper._global_dp_buffer_len "
+            "_DpGatheredBufferWrapper._local_dp_buffer_len "
+            "_DpGatheredBufferWrapper._dp_max_padding "
+            "_DpGatheredBufferWrapper._global_num_tokens "
+            "_DpGatheredBufferWrapper._global_num_tokens_gpu",
+            "sizes of the running forward's gathered batch",
+        ),
+        (
+            _EXECUTOR + "forward_batch_info",
+            "_dp_tp_moe_masks_pad_rows",
+            "a remembered answer about one runner's widths",
+            "hooks.caches",
+        ),
+        (
+            _SRT + "layers.moe.moe_runner.triton_utils.fused_moe_triton_config",
+            "get_moe_configs",
+            "remembered answers, which deterministic inference changes",
+            "hooks.caches",
+        ),
+        (
+            "sglang.kernels.ops.gemm.fp8_kernel",
+            "get_w8a8_channelwise_fp8_configs",
+            "remembered answers, which torch.compile changes",
+            "hooks.caches",
+        ),
+        (
+            "sglang.kernels.fused_op",
+            "_forced_backend",
+            "from an environment variable, which a configuration may write",
+        ),
+        (
+            _SRT + "model_loader.weight_utils",
+            "_PREFETCH_BLOCK_SIZE",
+            "from an environment variable, which a configuration may write",
+        ),
+        (_SRT + "utils.offloader", "_instance", "offloads one model's layers"),
+        (_SRT + "distributed.naive_distributed", "_instance", "made for one runner's offloader"),
+        (_SRT + "utils.host_shared_memory", "_instance", "made for one runner's offloader"),
+        (_SRT + "utils.common", "cached_device_index", "the GPU of one runner"),
+        (
+            _SRT + "distributed.device_communicators.pynccl_allocator",
+            "_graph_pool_id _active_symmetric_memory_context",
+            "the graphs' memory, and the running code's allocations, of one runner",
+        ),
+        (
+            _SRT + "layers.attention.flashinfer_backend",
+            "global_override_indptr_cpu",
+            "set while one runner plans a decode step",
+        ),
+        (
+            _EXECUTOR + "runner_utils.capture_mode",
+            "is_capture_mode _capture_lora_variant _capture_attention_variant",
+            "true while one runner captures a graph",
+        ),
+        (
+            _EXECUTOR + "runner_backend_utils.tc_piecewise_cuda_graph.context_manager",
+            "_in_tc_piecewise_cuda_graph _tc_piecewise_forward_context",
+            "true while one runner captures or replays",
+        ),
+        (
+            _EXECUTOR + "runner_backend_utils.breakable_cuda_graph.context",
+            "_in_breakable_cuda_graph",
+            "true while one runner captures or replays",
+        ),
+        (
+            _EXECUTOR + "runner_utils.forked_metadata_prep",
+            "_pending_join",
+            "stream join of the running forward",
+        ),
+        (
+            _EXECUTOR + "cpu_graph_runner",
+            "_capture_skip_cross_attention",
+            "true while one runner captures",
+        ),
+        (
+            _SRT + "compilation.compile_phase",
+            "_in_torch_compile_warmup _pcg_capture_stream",
+            "true while one runner compiles or captures",
+        ),
+        (_SRT + "layers.layer_boundary.factories", "_stack", "layer stack of the model in build"),
+        (
+            _SRT + "layers.layer_boundary.adapters.attention",
+            "ATTN_TP_CONTEXT",
+            "written by one model's constructor, read in its forwards",
+        ),
+        (_SRT + "layers.rotary_embedding.factory", "_ROPE_DICT", "modules: a model owns its own"),
+        (_SRT + "models.torch_native_llama", "tp_size tp_rank", "from one runner's groups"),
+        (
+            _SRT + "models.transformers",
+            "_TRANSFORMERS_MOE_LAYERS",
+            "one model's layers by name: another's of the same name would compute in their place",
+        ),
+        (_SRT + "layers.cp.base", "_STRATEGY", "made from one runner's configuration"),
+        (
+            _SRT + "layers.cp.cp_decode_attn_tp",
+            "_global_cp_decode_attn_tp_ctx",
+            "made from one runner's configuration",
+        ),
+        (
+            _SRT + "layers.logits_processor",
+            "_autotune_run_lm_head",
+            "true while one runner autotunes",
+        ),
+        (
+            _SRT + "layers.quantization.unquant",
+            "_BF16_GEMM_BACKEND _enable_bf16_splitk_gemm",
+            "from one runner's configuration",
+        ),
+        (
+            _SRT + "layers.quantization.fp8_utils",
+            "FP8_GEMM_RUNNER_BACKEND",
+            "from one runner's configuration",
+        ),
+        (
+            _SRT + "layers.quantization.fp4_utils",
+            "FP4_GEMM_RUNNER_BACKEND",
+            "from one runner's configuration",
+        ),
+        (
+            _SRT + "layers.moe.moe_runner.triton_utils",
+            "_config",
+            "override of the MoE kernel configuration inside a with block",
+        ),
+    ),
+    *_rows(
+        How.THREAD_LOCAL,
+        (
+            "torch",
+            "default_dtype",
+            "SGLang holds it for the whole weight load",
+            "hooks.torch_dtype",
+        ),
+        (
+            "torch",
+            "compiling",
+            "true while one thread compiles: layers compute in another way then",
+            "hooks.torch_compiler",
+        ),
+        (
+            "torch.nn",
+            "Module.register_parameter",
+            "replaced while a model is built from transformers' own code",
+            "hooks.torch_module",
+        ),
+        (
+            "torch._inductor.config",
+            "max_autotune_gemm_backends freezing fx_graph_cache coordinate_descent_tuning "
+            "combo_kernels benchmark_combo_kernel",
+            _COMPILER,
+        ),
+        ("torch._inductor.config.triton", "unique_kernel_names", _COMPILER),
+        (
+            "torch._dynamo.config",
+            "accumulated_cache_size_limit cache_size_limit suppress_errors",
+            _COMPILER,
+        ),
+    ),
+    *_rows(
+        How.EXCLUDED,
+        (
+            _EXECUTOR + "runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
+            "_hook_refcount _original_wait_stream",
+            "counts the captures for which torch's Stream.wait_stream is replaced; nothing else computes then",
+            "hooks.graph_captures",
+        ),
+        (
+            _SRT + "layers.activation",
+            "_ACTIVATION_REGISTRY",
+            "functions without weights that all models use; switched to what torch.compile can trace while "
+            "graphs are captured, when nothing else computes",
+            "hooks.model_runner",
+        ),
+    ),
+    *_rows(How.HARMLESS, *unmanaged_globals.LINES),
+)
+
+_BY_KEY = {(row.module, row.name): row for row in TREATMENTS}
+
+
+def find(module: str, name: str) -> Optional[Treatment]:
+    """How ``module``.``name`` is treated; None when no line is about it.
+
+    A line about "name.*" is about every attribute of ``name`` that has none of its own.
+    """
+    every = f"{name.partition('.')[0]}.*"
+    return _BY_KEY.get((module, name)) or _BY_KEY.get((module, every))
+
+
+def scoped() -> dict[str, list[str]]:
+    """Module -> its globals and class attributes that every scope has its own value of."""
+    found: dict[str, list[str]] = {}
+    for row in TREATMENTS:
+        if row.how is How.SCOPED and not row.by:
+            found.setdefault(row.module, []).append(row.name)
+    return found
+
+
+def markdown() -> str:
+    """The table of ARCHITECTURE.md; a test keeps the two equal."""
+    lines = ["| module | global | treatment | reason |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason} |" for row in TREATMENTS
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""torch.distributed: groups in use are not destroyed, and in a turn they are created as agreed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from sglang_distguard import _core
+from sglang_distguard.distributed import coordinators
+from sglang_distguard.distributed.keys import WORLD, all_keys
+from sglang_distguard.distributed.ranks import creation
+from sglang_distguard.distributed.teardown import keeps_adopted, tearing_down
+from sglang_distguard.distributed.world import World
+from sglang_distguard.patching import Around
+
+MODULE = "torch.distributed.distributed_c10d"
+
+
+def _concerned(group: Any) -> tuple[str, ...]:
+    """What goes with ``group``: torch destroys every group with the default one (2.14.1)."""
+    if group is None or group is coordinators.default_process_group():
+        return (*all_keys(), WORLD)
+    world = _core.resource(WORLD)
+    if world is not None and any(group is part for part in coordinators.parts(world.coordinator)):
+        return (WORLD,)
+    for key in all_keys():
+        made = (_core.resource(key) or {}).values()
+        if any(group is part for coordinator in made for part in coordinators.parts(coordinator)):
+            return (key,)
+    return ()
+
+
+def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def destroy_process_group(group: Any = None) -> None:
+        concerned = _concerned(group)
+        if any(keeps_adopted(key) for key in concerned):
+            return  # 0.5.23: `cleanup_dist_env_and_memory` destroys once more, whoever made it
+        with tearing_down(*concerned) as states:
+            original(group)
+            for state in states:
+                if isinstance(state.resource, World):
+                    state.resource.restore_excepthook()
+
+    return destroy_process_group
+
+
+def _process_group_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_group_name(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        name = None if creating is None else creating.next_name()
+        return original(*args, **kwargs) if name is None else name
+
+    return process_group_name
+
+
+def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        if creating is not None:
+            call = signature.bind(*args, **kwargs).arguments
+            members = call["global_ranks_in_group"]  # empty for the default group
+            # Not groups with strangers, say a trainer: those do not come to meet.
+            agreed = not members or creating.names(call["group_name"])
+            size, is_member = call["group_size"], not members or _rank() in members
+            if agreed and is_member and size > 1:
+                creating.meet(call["group_name"], size, call["store"])
+        return original(*args, **kwargs)
+
+    return new_process_group_helper
+
+
+def _rank() -> int:
+    group = coordinators.default_process_group()
+    return -1 if group is None else group.rank()
+
+
+def _rendezvous(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def rendezvous(*args: Any, **kwargs: Any) -> Any:
+        creating = creation.current()
+        if creating is not None:
+            kwargs["timeout"] = creating.limit(kwargs.get("timeout"))
+        return original(*args, **kwargs)
+
+    return rendezvous
+
+
+def _get_default_group(original: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang runs some collectives over torch's default group: a runner has a copy of its own.
+
+    Only in its methods: what others do over the default group stays theirs. `new_group` names its
+    own store by this group, so that in a turn it is the real one on every rank.
+    """
+
+    @functools.wraps(original)
+    def get_default_group() -> Any:
+        default = original()
+        if _core.depth() == 0 or default.size() == 1 or creation.current() is not None:
+            return default
+        own = coordinators.own_default_group()
+        return default if own is None else own
+
+    return get_default_group
+
+
+CHANGES = (
+    Around(MODULE, "destroy_process_group", _destroy_process_group),
+    Around(MODULE, "_process_group_name", _process_group_name),
+    Around(MODULE, "_new_process_group_helper", _new_process_group_helper),
+    Around(MODULE, "_get_default_group", _get_default_group),
+    Around("torch.distributed.rendezvous", "rendezvous", _rendezvous),
+)

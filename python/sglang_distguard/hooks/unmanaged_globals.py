@@ -1,0 +1,170 @@
+"""The lines of ``process_globals`` for which nothing is done: what is the same for every runner, or only ever grows.
+
+``tests/test_unmanaged_globals.py`` shows that no logits depend on any of them.
+"""
+
+from __future__ import annotations
+
+_SRT = "sglang.srt."
+_MACHINE = "remembers what machine and installation this is"
+_KERNEL = "remembers a kernel, by what it is asked for"
+_FIELDS = "remembers what fields SGLang's own classes have"
+
+#: (module, names, reason)
+LINES: tuple[tuple[str, str, str], ...] = (
+    (
+        "torch",
+        "rng",
+        "drawn from for weights that the checkpoint replaces (what no checkpoint has stays as random as "
+        "with one runner), and to sample with a temperature, which is as random, too",
+    ),
+    (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
+    (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
+    ("logging", "flash_attn", "level of another library's log"),
+    ("threading", "threads:tqdm._monitor.TMonitor", "redraws progress bars"),
+    (
+        "threading",
+        "threads:concurrent.futures.thread._worker",
+        "a pool that reads files or compiles, and outlives it",
+    ),
+    (
+        _SRT + "sampling.custom_logit_processor",
+        "_cache_from_str",
+        "remembers classes, by the text that they are pickled as",
+    ),
+    (
+        "logging",
+        "torch torch.__trace torch._dynamo torch.fx.experimental.recording "
+        "torch.fx.experimental.sym_node torch.fx.experimental.symbolic_shapes",
+        "torch.compile's log of itself",
+    ),
+    ("sys", "path", "packages that torch.compile imports add their own folders"),
+    (
+        "os",
+        "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']",
+        "address of a function of torch's, for what Inductor compiles",
+    ),
+    (
+        _SRT + "utils.common",
+        "is_cuda_alike is_hpu is_sail is_sm110_supported is_gfx942_supported "
+        "get_cpu_ids_by_node get_device is_confidential_compute",
+        _MACHINE,
+    ),
+    (_SRT + "hardware_backend.mlx.runtime", "use_mlx", _MACHINE),
+    (_SRT + "hardware_backend.npu.utils", "is_npu_arch35", _MACHINE),
+    (_SRT + "layers.activation", "_jit_act_max_vec_bytes", _MACHINE),
+    (_SRT + "layers.moe.moe_runner.triton_utils.fused_moe", "_moe_support_tma", _MACHINE),
+    (_SRT + "mem_cache.storage.mmap.mmap_allocator", "_has_madv_populate_write", _MACHINE),
+    ("sglang.kernels.ops.attention.decode_attention", "_NUM_CU", _MACHINE),
+    ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']", "says what GPU this machine has"),
+    (
+        "torch",
+        "num_threads",
+        "a runner on a GPU sets it to 1 and computes nothing on the CPU with more",
+    ),
+    ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
+    ("sglang.kernels.selector", "_platform", _MACHINE),
+    ("sglang.kernels.jit.utils.arch", "_CUDA_ARCH", _MACHINE),
+    (
+        "sglang.kernels.jit.utils.compile.cache",
+        "_digest_cache",
+        "digests of files of the installation",
+    ),
+    ("sglang.kernels.selector", "_resolve", _KERNEL),
+    ("sglang.kernels.ops.gemm", "_FP8_SCALED_MM", _KERNEL),
+    (
+        "sglang.kernels.ops.lora.dense.chunked_sgmv_expand",
+        "_chunked_lora_expand_kernel",
+        _KERNEL,
+    ),
+    (
+        "sglang.kernels.ops.lora.dense.chunked_sgmv_shrink",
+        "_chunked_lora_shrink_kernel",
+        _KERNEL,
+    ),
+    ("sglang.kernels.ops.lora.dense.lora_tuning_config", "get_lora_configs", _KERNEL),
+    (
+        "sglang.kernels.ops.lora.dense.lora_tuning_config",
+        "_logged_configs",
+        "a line of the log was written",
+    ),
+    (
+        "sglang.kernels.ops.moe.moe_fused_gate",
+        "_DUMMY_I32",
+        "a tensor that kernels are given and do not read, for each device",
+    ),
+    (
+        _SRT + "arg_groups.arg_utils",
+        "fallbacks_of field_names namespace_of resolvable_fields",
+        _FIELDS,
+    ),
+    (_SRT + "runtime_context", "_parallel_config_leaves _parallel_fields", _FIELDS),
+    (_SRT + "server_args", "_underscore_field_names", _FIELDS),
+    (
+        _SRT + "models.registry",
+        "import_model_classes",
+        "remembers which model classes SGLang's own modules have",
+    ),
+    (
+        "sglang.kernels.ops.attention.clamp_position",
+        "_CLAMP_POSITION",
+        "remembers which kernel serves which device and dtype",
+    ),
+    (
+        _SRT + "layers.moe.fused_moe_triton.layer",
+        "_deferred_finalize_info_logged",
+        "a line of the log was written",
+    ),
+    (
+        _SRT + "models.deepseek_common.attention_backend_handler",
+        "AttentionBackendRegistry._handlers",
+        "one function per attention backend, added at import",
+    ),
+    (
+        _SRT + "models.sarvam_moe",
+        "AttentionBackendRegistry._handlers",
+        "one function per attention backend, added at import",
+    ),
+    (
+        _SRT + "models.gemma3_causal",
+        "Gemma3ForCausalLM._can_set_experts_implementation_cached_value "
+        "EmbeddingGemmaModel._can_set_experts_implementation_cached_value",
+        "what transformers remembers of a class",
+    ),
+    (
+        _SRT + "models.transformers",
+        "TransformersBase.hf_to_sglang_mapper",
+        "names of weights, of each subclass, made with it",
+    ),
+    (_SRT + "compilation.compilation_config", "SPLIT_OPS", "names of ops, appended at import"),
+    (_SRT + "utils.invariants", "_REGISTRY", "names of checks, added at import"),
+    (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", "one function per device"),
+    *(
+        (_SRT + module, "ALLOC_MEMORY_FUNCS", "one function per device")
+        for module in (
+            "mem_cache.memory_pool_host",
+            *(
+                f"mem_cache.pool_host.{name}"
+                for name in ("common", "mamba", "mha", "mla", "unified")
+            ),
+            "state_capturer.base",
+        )
+    ),
+    (_SRT + "managers.io_struct", "_all_types _msgpack_decoder", "message types of plugins"),
+    (
+        _SRT + "observability.req_time_stats",
+        "global_diff_realtime_monotonic",
+        "offset of two clocks",
+    ),
+    (_SRT + "utils.common", "show_time_cost", "asks for a time that nothing in 0.5.23 takes"),
+    (
+        "torch.distributed.distributed_c10d._world",
+        "pg_group_ranks",
+        "ranks of a group for weight updates; torch refuses a second group of a name",
+    ),
+    (
+        _SRT + "utils.common",
+        "_allowed_media_domains _media_url_max_file_size_bytes",
+        "limits of media downloads, of the last configuration that says any; not of a forward",
+    ),
+)

@@ -1,6 +1,0 @@
-"""Several ranks: what they agree on through their world's store before anything is created.
-
-``world`` (who the ranks are, and their log), ``agreement`` (ask, take turns, tell how it went),
-``creation`` (names and deadlines of what is created in a turn), ``specs`` (what must be equal),
-``failures`` (what went wrong, as a line in the log and as an error). At world size 1 none is used.
-"""

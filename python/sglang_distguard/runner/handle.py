@@ -1,0 +1,123 @@
+"""A runner's handle: its name, its scope and its leases."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from sglang_distguard import _core
+from sglang_distguard.config import settings
+from sglang_distguard.config.naming import name_of_model
+from sglang_distguard.distributed import owned_groups, process_settings, world
+from sglang_distguard.distributed.keys import GROUPS, PROCESS, WORLD, experts_key, own_key
+from sglang_distguard.distributed.ranks import agreement
+from sglang_distguard.errors import (
+    DistGuardError,
+)
+from sglang_distguard.runner.collective_steps import may_overlap
+
+_ATTRIBUTE = "_sglang_distguard_handle"
+_numbers = itertools.count(1)
+
+
+def find_handle(runner: Any) -> Optional[_core.RunnerHandle]:
+    """The handle of a runner built under the guard; None for any other object."""
+    return getattr(runner, "__dict__", {}).get(_ATTRIBUTE)
+
+
+def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.RunnerHandle:
+    """Give a runner that is about to be constructed the current scope, and leases on shared state.
+
+    The leases end with ``close``, or when the runner is garbage-collected.
+    """
+    scope = _core.current_scope()
+    ask = agreement.asked()
+    name = settings.current().name or (ask.name if ask else None) or _default_name(args, kwargs)
+    own = own_key(scope)
+    used = own if _core.has_joined(own) else GROUPS
+    # What this scope joined and was torn down since is asked for, too: to be refused.
+    keys = [key for key in (WORLD, PROCESS, used) if _core.is_ready(key) or _core.has_joined(key)]
+    turns = None if ask is None or may_overlap(used) else ask.known_as
+    handle = _handle(name, scope, keys, turns)
+    if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
+        scope.label = name
+    setattr(runner, _ATTRIBUTE, handle)
+    return handle
+
+
+def _handle(
+    name: str, scope: Optional[_core.Scope], keys: list[str], turns: Optional[str]
+) -> _core.RunnerHandle:
+    deadline = time.monotonic() + settings.current().timeout
+    while True:
+        try:
+            return _core.RunnerHandle(
+                name, scope, keys, turns=turns, ranks=world.ranks() is not None
+            )
+        except DistGuardError as error:
+            if type(error) is not DistGuardError or error.details.get("key") != PROCESS:
+                raise
+            if time.monotonic() > deadline:
+                raise
+        # Between `agree` and here nobody held it, and another thread asked for more.
+        process_settings.agree()
+
+
+def hold_experts(handle: _core.RunnerHandle) -> None:
+    """Lease the scope's expert metadata, once the constructor has set it."""
+    key = experts_key()
+    if _core.is_ready(key):
+        handle.hold(key)
+
+
+def release(handle: _core.RunnerHandle) -> bool:
+    """Release what ``handle`` holds, at once."""
+    scope = handle.scope
+    closed = handle.close()
+    if closed:
+        owned_groups.destroy_if_vacant(scope)
+    return closed
+
+
+def release_failed(runner: Any) -> None:
+    """Release what a runner holds whose construction failed, and all that it was given.
+
+    The error's frames refer to the runner, and it would refer to its weights (46 GB were seen).
+    """
+    handle = find_handle(runner)
+    if handle is not None:
+        release(handle)
+    vars(runner).clear()
+
+
+def mark_as_of(runner: Any, part: Any) -> None:
+    """Let ``part``, made by ``runner``'s methods, say whose it is; what another has made stays its."""
+    fields = getattr(part, "__dict__", None)
+    if fields is not None and _ATTRIBUTE not in fields:
+        setattr(part, _ATTRIBUTE, find_handle(runner))
+
+
+def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
+    """The handle of what a caller gave as ``argument``.
+
+    Raises:
+        TypeError: it was not built under the guard.
+    """
+    try:
+        handle = find_handle(runner)
+    except Exception:  # its ``__dict__`` is no dict, or raises
+        handle = None
+    if not isinstance(handle, _core.RunnerHandle):
+        raise TypeError(
+            f"{argument} must be a ModelRunner that was built under sglang_distguard, not a "
+            f"{type(runner).__name__}; call sglang_distguard.install() before constructing it"
+        )
+    return handle
+
+
+def _default_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    config = args[0] if args else kwargs.get("model_config")
+    role = "-draft" if kwargs.get("is_draft_worker") else ""
+    return f"{name_of_model(config)}{role}-{next(_numbers)}"

@@ -1,0 +1,122 @@
+"""Every architecture that this package can make small random checkpoints of; a superset of
+``ARCHITECTURES``. `verify/architectures.py` runs all of them and writes docs/ARCHITECTURES.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from sglang_distguard.testing.catalog import decoders, special
+from sglang_distguard.testing.catalog.families import TOKENS, Row
+from sglang_distguard.testing.models import ARCHITECTURES, Builder, create_model
+
+#: The five of ``ARCHITECTURES``: kind and transformers class.
+_DEFAULTS: Mapping[str, tuple[str, str]] = {
+    "gpt2": ("dense", "GPT2LMHeadModel"),
+    "opt": ("dense", "OPTForCausalLM"),
+    "llama": ("dense", "LlamaForCausalLM"),
+    "mixtral": ("MoE", "MixtralForCausalLM"),
+    "qwen3_moe": ("MoE", "Qwen3MoeForCausalLM"),
+}
+_ROWS: tuple[Row, ...] = (
+    *decoders.dense(),
+    *decoders.moe(),
+    *special.latent(),
+    *special.hybrid(),
+    *decoders.fallback(),
+    *special.pooled(),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture.
+
+    Attributes:
+        name: key of ``CATALOG``.
+        kind: dense, MoE, MLA, hybrid, embedding, scores …: for people.
+        transformers: name of the transformers class that has the weights and is compared with.
+        builder: returns that class, or a subclass, and a small configuration.
+        served: SGLang's class, when its name is not that of ``transformers``.
+        readout: what is compared: "logits", or a key of ``readouts.READOUTS``.
+        overrides: ``ServerArgs`` fields over the recipe's.
+        beside: those that a runner in the same process needs too, because SGLang sets them for the
+            whole process when it builds this architecture.
+    """
+
+    name: str
+    kind: str
+    transformers: str
+    builder: Builder = field(repr=False)
+    served: Optional[str] = None
+    readout: str = "logits"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _builder(row: Row) -> Builder:
+    def build() -> tuple[Any, Any]:
+        import transformers
+
+        base = getattr(transformers, row.transformers)
+        kind: Any = base if row.change is None else row.change(base)
+        if row.served is not None and not row.fallback:
+            # transformers writes the class's name into config.json, and SGLang looks there.
+            kind = type(row.served, (kind,), {})
+        return kind, base.config_class(**{**TOKENS, **row.settings})
+
+    return build
+
+
+def _catalog() -> dict[str, Entry]:
+    entries = {
+        name: Entry(name, kind, cls, ARCHITECTURES[name]) for name, (kind, cls) in _DEFAULTS.items()
+    }
+    for row in _ROWS:
+        if row.name in entries:
+            raise ValueError(f"{row.name} is listed twice")
+        entries[row.name] = Entry(
+            row.name,
+            row.kind,
+            row.transformers,
+            _builder(row),
+            row.served,
+            row.readout,
+            row.overrides,
+            row.beside,
+        )
+    return entries
+
+
+#: Name -> architecture.
+CATALOG: dict[str, Entry] = _catalog()
+
+
+def create(name: str, directory: str | Path, *, seed: int = 0) -> Path:
+    """``create_model`` for every architecture of the catalog, with weights that tell more.
+
+    transformers initialises biases with 0 and norms with 1, so that a model which forgets them
+    computes the same: here they are random too.
+
+    Args:
+        name: a key of ``CATALOG``.
+        directory: where checkpoints are kept; not where ``create_model`` keeps its own.
+        seed: of the random weights.
+
+    Raises:
+        KeyError: unknown name.
+    """
+    builders = {key: entry.builder for key, entry in CATALOG.items()}
+    return create_model(name, directory, seed=seed, builders=builders, adjust=_disturb)
+
+
+def _disturb(model: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)

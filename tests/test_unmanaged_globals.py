@@ -1,0 +1,212 @@
+"""What is called harmless in treatments.py is: what is remembered is true of every runner, what is set changes no logits."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang_distguard
+from conftest import CACHE
+from sglang_distguard.audit.values import is_cache
+from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks.process_globals import How
+from sglang_distguard.testing import bit_equal, generate, server_args, solo
+
+Model = Callable[..., Path]
+
+HARMLESS = [row for row in process_globals.TREATMENTS if row.how is How.HARMLESS]
+
+
+def caches() -> Iterator[tuple[str, Any]]:
+    for row in HARMLESS:
+        if row.module.startswith("sglang."):
+            thing = getattr(importlib.import_module(row.module), row.name, None)
+            if is_cache(thing):
+                yield f"{row.module}.{row.name}", thing
+
+
+@contextmanager
+def two_runners(model: Model) -> Iterator[list[Any]]:
+    """Of different architectures and dtypes."""
+    built = [
+        sglang_distguard.build_runner(server_args(model("gpt2")), name="first"),
+        sglang_distguard.build_runner(server_args(model("qwen3_moe"), dtype="bfloat16")),
+    ]
+    try:
+        yield built
+    finally:
+        for runner in built:
+            sglang_distguard.close(runner)
+
+
+def arguments_of(name: str) -> list[Any]:
+    """What a cache that asks for something is asked for here; what it is given is all it may depend on."""
+    from sglang.kernels.spec import KernelBackend
+    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+    from sglang.srt.server_args import ServerArgs
+
+    if "arg_groups" in name:
+        return [ServerArgs]
+    return {
+        "import_model_classes": ["sglang.srt.models"],
+        "_cache_from_str": [DisallowedTokensLogitsProcessor.to_str()],
+        "get_lora_configs": ["shrink", 64, 8, 1],
+        "_resolve": ["kvcache.reshape_and_cache_flash", KernelBackend.TRITON],
+    }.get(name.rpartition(".")[2], [])
+
+
+def test_what_is_remembered_would_be_found_again_by_every_runner(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.kernels.ops.lora.dense import lora_tuning_config
+
+    monkeypatch.setattr(lora_tuning_config, "get_device_name", lambda: "some GPU")
+    looked_at, told_apart = [], []
+    with two_runners(model) as runners:
+        for name, cache in caches():
+            arguments = arguments_of(name)
+            try:
+                remembered = cache(*arguments)
+            except TypeError:
+                told_apart.append(name)  # asks for more; its results are told apart by that
+                continue
+            for runner in runners:
+                with sglang_distguard.activate(runner):
+                    assert cache.__wrapped__(*arguments) == remembered, name
+            looked_at.append(name)
+    assert len(looked_at) >= 20, looked_at
+    assert [name for name in told_apart if "arg_groups" not in name] == [], told_apart
+
+
+class Switched:
+    """Whatever another runner, or what it uses, could have made of each other harmless row."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._monkeypatch, self._folder = monkeypatch, folder
+        self.done: set[tuple[str, str]] = set()
+        self._threads = number_of_threads()
+
+    def all(self) -> None:
+        for row in HARMLESS:
+            if not is_cache(found(row)):
+                change = self._of_process(row.module, row.name)
+                if change is None:
+                    change = self._of_sglang(row.module, row.name)
+                change()
+                self.done.add((row.module, row.name))
+
+    def _are_as_many_threads_as_before(self) -> None:
+        """They are part of the bits on a CPU: a runner there must leave them alone."""
+        assert number_of_threads() == self._threads
+
+    def _of_process(self, module: str, name: str) -> Callable[[], Any] | None:
+        import torch
+        from tqdm import tqdm
+
+        level = self._monkeypatch.setattr
+        groups: Any = torch.distributed.distributed_c10d._world.pg_group_ranks
+        if module == "logging":
+            return lambda: level(logging.getLogger(name), "level", 10)
+        return {
+            ("torch", "rng"): lambda: torch.rand(7),
+            ("threading", "threads:tqdm._monitor.TMonitor"): lambda: list(
+                tqdm(range(2), file=(self._folder / "bar").open("w"))
+            ),
+            ("threading", "threads:concurrent.futures.thread._worker"): lambda: level(
+                self, "pool", started_pool(), raising=False
+            ),
+            ("torch", "num_threads"): self._are_as_many_threads_as_before,
+            ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']"): lambda: self._monkeypatch.setenv(
+                "FLASHINFER_CUDA_ARCH_LIST", "9.0a"
+            ),
+            ("torch.distributed.distributed_c10d._world", "pg_group_ranks"): (
+                lambda: self._monkeypatch.setitem(groups, "made up", {0: 0})
+            ),
+            ("sys", "path"): lambda: self._monkeypatch.syspath_prepend(self._folder),
+            ("os", "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']"): (
+                lambda: self._monkeypatch.setenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", "1")
+            ),
+        }.get((module, name))
+
+    def _of_sglang(self, module: str, name: str) -> Callable[[], Any]:
+        *path, last = name.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in path:
+            owner = getattr(owner, part)
+        now = vars(owner).get(last)
+        changed = {
+            "_CUDA_ARCH": lambda: None,
+            "_deferred_finalize_info_logged": lambda: not now,
+            "show_time_cost": lambda: not now,
+            "_jit_act_max_vec_bytes": lambda: 16,
+            "_NUM_CU": lambda: 132,
+            "_FP8_SCALED_MM": lambda: copy.copy(now),
+            "_chunked_lora_expand_kernel": lambda: copy.copy(now),
+            "_chunked_lora_shrink_kernel": lambda: copy.copy(now),
+            "_logged_configs": lambda: {*now, "made up"},
+            "global_diff_realtime_monotonic": lambda: now + 5,
+            "_msgpack_decoder": lambda: None,
+            "_allowed_media_domains": lambda: frozenset(["example.org"]),
+            "_media_url_max_file_size_bytes": lambda: 1,
+            "_can_set_experts_implementation_cached_value": lambda: True,
+            "_CLAMP_POSITION": lambda: type(now)(),
+            "hf_to_sglang_mapper": lambda: copy.copy(now),
+            "SPLIT_OPS": lambda: [*now, "made.up"],
+            "_all_types": lambda: (*now, int),
+        }.get(last, lambda: _with_one_more(now))
+        return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
+
+
+def number_of_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def started_pool() -> ThreadPoolExecutor:
+    pool = ThreadPoolExecutor(1)
+    pool.submit(int).result()
+    return pool
+
+
+def _with_one_more(table: Any) -> Any:
+    more = copy.copy(table)
+    more["made up"] = None
+    return more
+
+
+def found(row: process_globals.Treatment) -> Any:
+    if not row.module.startswith("sglang."):
+        return None
+    thing = importlib.import_module(row.module)
+    for part in row.name.split("."):
+        thing = getattr(thing, part, None)  # type: ignore[assignment]
+    return thing
+
+
+def test_what_others_make_of_it_changes_no_logits(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    switched = Switched(monkeypatch, tmp_path)
+    alone = [
+        solo(model(name), dtype, cache_dir=CACHE).logits
+        for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
+    ]
+    with two_runners(model) as runners:  # built before
+        switched.all()
+        for runner, expected in zip(runners, alone, strict=True):
+            made = generate(runner, activate=sglang_distguard.activate)
+            assert bit_equal(made.logits, expected)
+    with two_runners(model) as runners:  # built afterwards
+        for runner, expected in zip(runners, alone, strict=True):
+            made = generate(runner, activate=sglang_distguard.activate)
+            assert bit_equal(made.logits, expected)
+    caches_of = {(row.module, row.name) for row in HARMLESS if is_cache(found(row))}
+    assert switched.done | caches_of == {(row.module, row.name) for row in HARMLESS}
