@@ -1,10 +1,11 @@
-"""What agreeing costs as ranks are added: store round trips per runner and rank, and time.
+"""Measures the cost of agreeing as ranks are added: store round trips per runner and rank, time.
 
     .venv/bin/python benchmarks/agreement_scale.py [RUNNERS]
 
-No model is built: every rank asks, takes its turn and confirms, for RUNNERS runners one after the other,
-over a real TCPStore that rank 0 serves; first real processes, each with a gloo world, then ranks that are
-threads of one process with connections of their own. Times are ratios to two ranks of the same kind.
+No model is built. For RUNNERS runners one after the other, every rank asks, takes its turn and
+confirms, over a real TCPStore that rank 0 serves. The ranks are first real processes, each with a
+gloo world, and then threads of one process, each with its own connections. Times are ratios to two
+ranks of the same kind.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
-        if name == "has_extended_api":  # asks nobody
+        if name == "has_extended_api":  # sends no request
             return method
 
         def call(*args: Any) -> Any:
@@ -43,7 +44,7 @@ class Counted:
 
 
 def agree(ranks: Any, runners: int) -> dict[str, float]:
-    """Agree with the other ranks on ``runners`` runners; requests and seconds of each, on this rank."""
+    """Agree with the other ranks on ``runners`` runners; return requests and seconds of each."""
     from sglang_distguard import runner_scope
     from sglang_distguard.distributed.ranks import agreement
 
@@ -52,7 +53,7 @@ def agree(ranks: Any, runners: int) -> dict[str, float]:
     with runner_scope(agreement_timeout=300):
         begun = 0.0
         for number in range(-1, runners):
-            if number == 0:  # the one before warmed up
+            if number == 0:  # the one before was for warm-up
                 begun, store.requests, reading.requests = time.perf_counter(), 0, 0
             with agreement.building():
                 with agreement.turn(ranks, f"runner {number}", {"number": number}, keep=True):
@@ -66,7 +67,7 @@ def agree(ranks: Any, runners: int) -> dict[str, float]:
 
 
 def in_process(runners: int) -> dict[str, float]:
-    """``agree`` as one of several processes."""
+    """Run ``agree`` as one of several processes."""
     import torch.distributed as dist
     from sglang_distguard.distributed.ranks.log import open_ranks
 
@@ -77,7 +78,7 @@ def in_process(runners: int) -> dict[str, float]:
 
 
 def in_threads(size: int, runners: int) -> list[dict[str, float]]:
-    """``agree`` on ``size`` ranks that are threads of this process."""
+    """Run ``agree`` on ``size`` ranks that are threads of this process."""
     from sglang_distguard.testing.simulated import serve, simulated
 
     server = serve()

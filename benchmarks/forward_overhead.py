@@ -1,15 +1,19 @@
-"""What the guard costs a decode step: the same runner with and without the hooks, in turn.
+"""Measures what the guard costs a decode step: the same runner with and without hooks, in turn.
 
-    .venv/bin/python benchmarks/forward_overhead.py [--rounds N] [--calls N] [--model NAME] [--main-thread]
+    .venv/bin/python benchmarks/forward_overhead.py
+        [--rounds N] [--calls N] [--model NAME] [--main-thread]
 
-In a thread, as servers do, unless told: the context of the thread that imported torch._inductor holds a
-variable for each patch of its configuration (torch 2.14.1: 40), all of which CPython copies at each step.
-Ratios guarded / plain of the fastest tenth of all calls, and round by round (median and quartiles): of
-`forward` and `sample` on one batch, and of whole decode steps, which make the batch, too. Three cases: the only
-runner of the process; the same one while a second runner lives; and that second runner, which has a
-scope of its own, against the first without the guard (two runners of one architecture). On a GPU
-decode steps replay CUDA graphs. Then Python frames, bytecode instructions and native calls, counted,
-and what reading a scoped global takes.
+By default it runs in a thread, as servers do. The context of the thread that imported
+torch._inductor holds a variable for each patch of its configuration (torch 2.14.1: 40), and CPython
+copies all of them at each step.
+
+It prints ratios guarded / plain, of the fastest tenth of all calls and round by round (median and
+quartiles). They are of `forward` and `sample` on one batch, and of whole decode steps, which make
+the batch, too. There are three cases: the only runner of the process; the same runner while a
+second runner lives; and that second runner, which has its own scope, against the first without the
+guard (two runners of one architecture). On a GPU decode steps replay CUDA graphs. Then it counts
+Python frames, bytecode instructions and native calls, and measures the time of reading a scoped
+global.
 """
 
 from __future__ import annotations
@@ -72,9 +76,9 @@ class Decoding:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """With the hooks out; what is in the default scope is SGLang's own again.
+    """Undo the hooks in the with block; values of the default scope are SGLang's own again.
 
-    Not by `uninstall()`, which refuses while a runner has a scope of its own: here that one rests.
+    `uninstall()` refuses while a runner has its own scope; here that runner does not run.
     """
     hooks = installation._installation
     assert hooks is not None
@@ -97,13 +101,13 @@ def times_of(work: Work, calls: int) -> list[float]:
 
 
 def undisturbed(taken: Sequence[float]) -> float:
-    """The fastest tenth: what else the machine does meanwhile has no part in it."""
+    """The bound of the fastest tenth, which other work of the machine does not affect."""
     return statistics.quantiles(taken, n=10)[0]
 
 
 def report(what: str, guarded: Decoding, bare: Decoding, rounds: int, calls: int) -> None:
     """Compare and print."""
-    #: Kind of work -> (how often in a block, its forwards).
+    #: Kind of work -> (calls in a block, forwards of each).
     kinds = {"forward + sample": (calls, 1), "whole steps": (max(2, calls // 10), 32)}
     blocks: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in kinds}
 
@@ -176,11 +180,11 @@ def reads() -> dict[str, float]:
 
 
 def table(head: str, columns: dict[str, dict[str, float]]) -> None:
-    """Print one line per figure, one column per case, and each as a ratio to the first."""
+    """Print one line per figure and one column per case, each with its ratio to the first case."""
     print(f"\n{head:24}" + "".join(f"{name:>24}" for name in columns))
     bare = next(iter(columns.values()))
     for what, base in bare.items():
-        if base == 0:  # CPython 3.12 shows a trace function no bytecodes of frames that run already
+        if base == 0:  # CPython 3.12 does not trace bytecodes of frames that already run
             print(f"{what:24}   not counted")
             continue
         cells = [f"{it[what]:.0f} ({it[what] / base:.3f})" for it in columns.values()]
@@ -224,10 +228,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--calls", type=int, default=100, help="decode steps in a block")
     parser.add_argument("--model", default="llama", help="architecture of sglang_distguard.testing")
-    parser.add_argument("--main-thread", action="store_true", help="not in a thread of its own")
+    parser.add_argument("--main-thread", action="store_true", help="run in the main thread")
     given = parser.parse_args()
     prepare_environment()
-    import sglang.srt.model_executor.model_runner  # noqa: F401 - by the main thread, as a server would
+    import sglang.srt.model_executor.model_runner  # noqa: F401 - in the main thread, as servers do
 
     arguments = (given.rounds, given.calls, given.model)
     if given.main_thread:

@@ -1,4 +1,4 @@
-"""How long after SIGINT a wait ends, beside how long a plain ``Event.wait`` needs in the same run.
+"""Measures how long after SIGINT a wait ends, beside a plain ``Event.wait`` in the same run.
 
 .venv/bin/python benchmarks/interrupt_latency.py [TRIALS]
 """
@@ -35,8 +35,8 @@ def wait_for_an_event() -> None:
 
 
 @contextmanager
-def somebody_else_has_both():
-    """A thread leads the key and captures until the with block ends."""
+def another_thread_has_both():
+    """Another thread leads the key and is in the capture phase until the with block ends."""
     has, finish = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -62,7 +62,7 @@ def somebody_else_has_both():
 
 @contextmanager
 def busy(threads: int):
-    """So many threads that compute in Python all the time."""
+    """Run this many threads that compute in Python all the time."""
     stop = threading.Event()
 
     def compute() -> None:
@@ -105,7 +105,7 @@ def latency(wait: Callable[[], None], trials: int) -> list[float]:
 
 def main() -> None:
     trials = int(sys.argv[1]) if len(sys.argv) > 1 else 25
-    # A shell that started us in the background has it ignored.
+    # A shell makes the processes that it starts in the background ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"milliseconds from SIGINT to KeyboardInterrupt, {trials} trials each: median, maximum")
     waits = {
@@ -115,7 +115,7 @@ def main() -> None:
     }
     for threads in (0, 4):
         for name, wait in waits.items():
-            with somebody_else_has_both(), busy(threads):
+            with another_thread_has_both(), busy(threads):
                 found = latency(wait, trials)
             print(
                 f"{name:26} {threads} busy threads   "

@@ -1,9 +1,10 @@
-"""What a runner's own communicators cost: the same runners with groups="own" and groups="share".
+"""Measures the cost of a runner's own communicators: groups="own" beside groups="share".
 
     .venv/bin/python benchmarks/own_groups.py [RUNNERS] [RANKS]
 
-Builds RUNNERS runners (2-layer Llama, tp_size = RANKS) one after the other in RANKS processes, twice, and
-prints what each further runner adds on rank 0. CPU and gloo: NCCL communicators are not measured.
+It builds the same RUNNERS runners (2-layer Llama, tp_size = RANKS) one after the other in RANKS
+processes, twice, and prints what each further runner adds on rank 0. It runs on CPU and gloo; NCCL
+communicators are not measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
 def held() -> dict[str, float]:
-    """What this process holds now."""
+    """The resources that this process holds now."""
     import gc
 
     import torch.distributed as dist
@@ -34,7 +35,7 @@ def held() -> dict[str, float]:
 
 
 def build(runners: int, groups: Literal["own", "share"]) -> list[dict[str, float]]:
-    """Build on this rank; what it holds before the first runner and after each, and seconds of its build."""
+    """Build on this rank; return resources before the first runner and after each, and seconds."""
     import sglang_distguard
     import torch.distributed as dist
     from sglang_distguard.testing import create_model, server_args

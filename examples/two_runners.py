@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/two_runners.py [MODEL MODEL]
 
-On GPUs each rank takes the one numbered LOCAL_RANK, without GPUs one CPU core. Without arguments small
-models are made in .cache/. Ranks start their threads in different order: the guard makes them agree.
+Each rank uses the GPU numbered LOCAL_RANK, or one CPU core where there is no GPU. Without
+arguments, small models are made in .cache/. Ranks start their threads in different orders, and the
+guard makes them agree.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def main(models: list[str]) -> None:
         models = [str(create_model(name, Path(".cache/models"))) for name in ("llama", "mixtral")]
 
     sglang_distguard.install(agreement_timeout=60)
-    # The world is yours: of the size that tp_size times pp_size asks for, before the first runner.
+    # Your program makes the world, before the first runner; its size is tp_size times pp_size.
     dist.init_process_group("nccl" if on_gpu else "gloo")
 
     def build_and_run(number: int) -> str:
-        # The name is how ranks know which runners belong together, whichever comes first here or there.
+        # By name, ranks know which runners belong together, whichever is first on each rank.
         runner = sglang_distguard.build_runner(
             server_args(models[number], tp_size=SIZE), name=f"model {number}", gpu_id=LOCAL_RANK
         )
@@ -53,7 +54,7 @@ def main(models: list[str]) -> None:
         print("\n".join(lines))
         print(f"the same on {SIZE} ranks: {all(it == lines for it in all_lines)}", flush=True)
     sglang_distguard.teardown()
-    dist.destroy_process_group()  # made here, so it is ours to destroy
+    dist.destroy_process_group()  # this program made it, so it destroys it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Modules of SGLang's that tests of the audit make up."""
+"""Texts of made-up SGLang modules for the tests of the audit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def local():
     names.append(2)
 """
 
-#: Writes what is not SGLang's.
+#: A module that writes to objects outside SGLang.
 ELSEWHERE = """
 import os
 import torch.nn as nn

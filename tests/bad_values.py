@@ -1,6 +1,6 @@
-"""Random values that arguments refuse, and whether a call was refused without changing anything.
+"""Random invalid arguments, and a check that a refused call changes nothing.
 
-``DISTGUARD_EXAMPLES`` is how many random settings each property is tried with.
+``DISTGUARD_EXAMPLES`` is the number of random settings that each property is tried with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ tried = hypothesis.settings(
 
 
 class Unprintable:
-    """A wrong argument whose message is hard to write."""
+    """A wrong argument whose ``repr`` raises when an error message needs it."""
 
     tested = False  # hypothesis prints it too
 
@@ -43,9 +43,9 @@ class Unprintable:
         return "Unprintable()"
 
 
-#: With lone surrogates, which no encoding takes: what a file name of other bytes decodes to.
+#: Includes lone surrogates, which no encoding accepts: undecodable file names decode to them.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
-#: More than a float holds, and more than Python prints (4300 digits).
+#: Integers that a float cannot hold, or that Python does not print (over 4300 digits).
 HUGE = st.builds(pow, st.sampled_from([-10, 10]), st.sampled_from([401, 6001]))
 NUMBERS = st.integers() | st.floats() | HUGE
 ANYTHING: SearchStrategy[Any] = st.one_of(
@@ -57,7 +57,7 @@ ANYTHING: SearchStrategy[Any] = st.one_of(
 
 
 def is_seconds(value: object) -> bool:
-    """Whether ``value`` is a time that may be waited for."""
+    """Whether ``value`` is a valid number of seconds for a wait."""
     with contextlib.suppress(OverflowError):
         return type(value) in (int, float) and float(value) > 0  # type: ignore[arg-type]
     return False
@@ -76,7 +76,7 @@ def is_name(value: object) -> bool:
 def wrong(
     is_right: Callable[[Any], bool] = lambda value: False, *, none: bool = True
 ) -> SearchStrategy[Any]:
-    """Values that an argument refuses; ``none``: it takes None."""
+    """Values that an argument refuses; ``none``: the argument accepts None."""
     return ANYTHING.filter(lambda value: not is_right(value) and not (none and value is None))
 
 
@@ -108,7 +108,7 @@ def some(values: Mapping[str, SearchStrategy[Any]], *names: str) -> dict[str, Se
 def one_wrong(
     bad: Mapping[str, SearchStrategy[Any]], right: Mapping[str, SearchStrategy[Any]]
 ) -> SearchStrategy[Chosen]:
-    """The name of one argument that is wrong, and arguments of which the others are right."""
+    """The name of one wrong argument, and arguments in which only that one is wrong."""
 
     def build(name: str) -> SearchStrategy[Chosen]:
         others = {other: right[other] for other in bad if other != name and other in right}
@@ -119,7 +119,7 @@ def one_wrong(
 
 
 def state() -> dict[str, Any]:
-    """All that a refused call must leave as it was; without events and times."""
+    """All state that a refused call must not change, without events and times."""
     seen = {**dg.snapshot(), "at": None, "events": None, "dropped_events": None}
     return {
         "snapshot": repr(seen),  # NaN in a spec is not equal to itself
@@ -143,7 +143,7 @@ counted = Counted()
 
 
 def is_refused(call: Callable[[], Any], *named: str) -> bool:
-    """Whether ``call`` raises; if so a documented error that names one of ``named``."""
+    """Whether ``call`` raises; the error must be a documented one that names one of ``named``."""
     counted.calls += 1
     before = state()
     told: list[str] = []
@@ -163,7 +163,7 @@ def is_refused(call: Callable[[], Any], *named: str) -> bool:
 
 
 def report() -> Iterator[None]:
-    """A fixture that says how many calls a module made; `make verify` shows it."""
+    """A fixture that prints how many calls a module made; `make verify` shows it."""
     before = (counted.calls, counted.refused)
     yield
     calls, refused = counted.calls - before[0], counted.refused - before[1]

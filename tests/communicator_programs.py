@@ -1,4 +1,4 @@
-"""What ranks run in the tests of communicators: whose they are, and what two threads do with them."""
+"""Programs for ranks in the tests of communicators: each runner's own, and two threads' use."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rank_programs import (
 def forward_in_opposite_order(
     names: Sequence[str], rounds: int, groups: str = "own", unguarded: bool = False
 ) -> dict[str, list[str]]:
-    """Build all, then forward each from a thread of its own; every rank starts them differently.
+    """Build all, then forward each from its own thread; odd ranks start these in opposite order.
 
-    ``unguarded`` takes the fix away: shared groups, and nobody sees to the order.
+    ``unguarded`` takes the fix away: shared groups, and no code orders the forwards.
     """
     from sglang_distguard.runner import collective_steps, handle
 
@@ -35,7 +35,7 @@ def forward_in_opposite_order(
     if unguarded:
         for module in (collective_steps, handle):
             setattr(module, "may_overlap", lambda key: True)
-    # One after the other: it is the forwards that are looked at.
+    # Built one after the other, because the tests are about the forwards.
     built = {name: build(name) for name in sorted(names)}
     order = list(names) if rank() % 2 == 0 else list(reversed(names))
     together = threading.Barrier(len(order))
@@ -50,7 +50,7 @@ def forward_in_opposite_order(
 
 
 def draft_beside_target(step: str) -> dict[str, Any]:
-    """A draft over its target's groups: from one thread, and while another thread is in its target."""
+    """Use a draft over its target's groups: from one thread, and while another is in its target."""
     import sglang_distguard
 
     start()
@@ -94,7 +94,7 @@ def draft_beside_target(step: str) -> dict[str, Any]:
 
 
 def queue_behind_a_long_step() -> dict[str, Any]:
-    """A forward over shared groups waits for another's, and gives up; nobody else is the worse for it."""
+    """Let a forward over shared groups time out behind another runner's; the others still work."""
     import sglang_distguard
 
     start(groups="share")
@@ -121,7 +121,7 @@ def queue_behind_a_long_step() -> dict[str, Any]:
 
 
 def close_beside_a_build() -> dict[str, Any]:
-    """The first runner's groups are being destroyed while another thread builds."""
+    """Build in one thread while another is destroying the first runner's groups."""
     import sglang_distguard
     from sglang_distguard.distributed import owned_groups
 
@@ -147,7 +147,7 @@ def close_beside_a_build() -> dict[str, Any]:
 
 
 def build_after_a_refused_one() -> dict[str, Any]:
-    """The first build asks for a world that the user's is not; then from two threads, in opposite order."""
+    """Ask for a world unlike the user's; then build from two threads, in opposite order."""
     start()
     error = attempt(lambda: build("dense", tp_size=1))
     names = ["dense", "experts"] if rank() == 0 else ["experts", "dense"]
@@ -157,7 +157,7 @@ def build_after_a_refused_one() -> dict[str, Any]:
 
 
 def build_with_own_and_shared_groups(order: Sequence[str]) -> dict[str, Any]:
-    """A runner of each policy, one after the other; then both forward at once, in opposite order."""
+    """Build a runner of each policy in turn; then forward both at once, in opposite order."""
     import sglang_distguard
 
     start()
@@ -170,7 +170,7 @@ def build_with_own_and_shared_groups(order: Sequence[str]) -> dict[str, Any]:
 
 
 def forward_both(built: dict[str, Any]) -> dict[str, str]:
-    """What all generate at once, from a thread each, in opposite order on odd ranks."""
+    """Generate with all at once, from one thread each, in opposite order on odd ranks."""
     order = list(built) if rank() % 2 == 0 else list(reversed(built))
     results = in_threads([lambda n=n: generated(built[n]) for n in order])
     raise_errors(results)
@@ -178,7 +178,7 @@ def forward_both(built: dict[str, Any]) -> dict[str, str]:
 
 
 def tp_group(runner: Any) -> int:
-    """What tells the runner's tensor-parallel group from others."""
+    """The id of the runner's tensor-parallel group object."""
     import sglang_distguard
     from sglang_distguard.distributed import coordinators
 
@@ -187,7 +187,7 @@ def tp_group(runner: Any) -> int:
 
 
 def forward_two_of_one_name() -> dict[str, Any]:
-    """Two runners of one name over shared groups; each rank forwards another one first."""
+    """Build two runners of one name over shared groups; each rank forwards another one first."""
     import sglang_distguard
     import torch.distributed as dist
 
@@ -196,7 +196,7 @@ def forward_two_of_one_name() -> dict[str, Any]:
     made = [generated(it) for it in built]
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         error = attempt(lambda: generated(built[rank() % 2]))
-    # Or the first to give up would meet the other in the very forward that it still waits in.
+    # Without it, the first rank that times out would join the forward where the other still waits.
     dist.barrier()
     return {
         "made": made,
@@ -206,7 +206,7 @@ def forward_two_of_one_name() -> dict[str, Any]:
 
 
 def late(work: Callable[[], str]) -> str:
-    """Whoever did not wait when the others gave a round up learns of it when it comes, once."""
+    """Retry ``work`` once: a rank that was absent when the others timed out gets one late error."""
     from sglang_distguard import AgreementTimeout
 
     try:
@@ -216,7 +216,7 @@ def late(work: Callable[[], str]) -> str:
 
 
 def build_two_unnamed(delay: float = 0.5) -> list[Any]:
-    """Two runners without names over shared groups, in opposite order."""
+    """Build two runners without names over shared groups, in opposite order."""
     import sglang_distguard
 
     start(groups="share")
@@ -246,9 +246,10 @@ def be_idle_in_a_pipeline(pause: float) -> str:
 
 
 def refuse(policy: str, overrides: dict[str, Any], force: dict[str, Any]) -> dict[str, Any]:
-    """What a build with these settings raises; then the ranks build something else.
+    """Return what a build with these settings raises; then build another runner.
 
-    ``force``: set after SGLang has checked them, which needs packages that are not here.
+    ``force``: settings that are set after SGLang's checks, which need packages that are not
+    installed here.
     """
     import msgspec
     from sglang.srt.runtime_context import get_server_args
@@ -269,7 +270,7 @@ def refuse(policy: str, overrides: dict[str, Any], force: dict[str, Any]) -> dic
 
 
 def build_in_other_layouts(policy: str, closed: bool) -> list[str]:
-    """Runners of different widths one after the other, in the scope that the one before has left."""
+    """Build runners of different widths in turn, each in the scope that the previous one left."""
     import gc
 
     import sglang_distguard
@@ -291,7 +292,7 @@ def build_in_other_layouts(policy: str, closed: bool) -> list[str]:
 
 
 def raise_in_a_forward(policy: str, on: int) -> dict[str, Any]:
-    """One rank's forward raises, before its first collective; then a runner that shares is used."""
+    """Raise in one rank's forward, before its first collective; then use both runners."""
     start(groups=policy)
     built = {"dense": build("dense"), "experts": build("experts")}
     real = built["dense"].model.forward

@@ -1,4 +1,4 @@
-"""Real SGLang in this process, guarded, and the fleet's reference results."""
+"""Fixtures: real SGLang with the guard in this process, small models, and reference results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,50 @@ import pytest
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
-#: Against Hugging Face in float32, absolute; logits are of order 1.
+#: Largest absolute error against Hugging Face in float32; logits are of order 1.
 CLOSE = 1e-5
-#: How often the tests of several ranks do what they do.
+#: Number of repetitions in the tests of several ranks.
 TIMES = int(os.environ.get("DISTGUARD_TIMES", "1"))
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
-#: Ids of scopes that outlived their tests, each told of once.
+#: Files of tests that `make test` leaves out; `make test-KIND` runs them.
+KINDS = {
+    "audit": (
+        "test_audit",
+        "test_architectures",
+        "test_audit_machines",
+        "test_audit_sources",
+        "test_unmanaged_globals",
+    ),
+    "ranks": ("test_ranks", "test_ranks_communicators", "test_ranks_layouts", "test_agreement"),
+    "exhaustive": (
+        "test_default_dtype_operators",
+        "test_interrupts",
+        "test_bad_input",
+        "test_bad_native_input",
+        "test_good_input",
+    ),
+}
+#: Files that take longest begin first, so that no processor idles at the end.
+LONGEST = ("test_install", "test_failing_initialisation", "test_exit", "test_graphs")
+
+#: Ids of scopes that outlived their tests; each is reported once.
 _TOLD: set[int] = set()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by file, and put the longest files first."""
+    kind_of = {file: kind for kind, files in KINDS.items() for file in files}
+    order = {file: place for place, file in enumerate([*kind_of, *LONGEST])}
+    for item in items:
+        if item.path.stem in kind_of:
+            item.add_marker(kind_of[item.path.stem])
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
 def sglang() -> None:
-    """SGLang importable on this machine."""
+    """Make SGLang importable on this machine."""
     from sglang_distguard.testing import prepare_environment
 
     prepare_environment()
@@ -39,7 +70,7 @@ def cache() -> Path:
 
 @pytest.fixture
 def guard(sglang: None) -> Iterator[None]:
-    """The guard installed for one test; SGLang torn down and the guard out afterwards."""
+    """Install the guard for one test; afterwards tear SGLang down and uninstall the guard."""
     import gc
 
     import sglang_distguard
@@ -47,7 +78,7 @@ def guard(sglang: None) -> Iterator[None]:
 
     if _core.live_scopes():
         gc.collect()
-    # Of an earlier test: a scope that something holds on makes every read slower, for good.
+    # Left by an earlier test: a scope that stays referenced makes every read slower, permanently.
     left = {scope.id: scope.label for scope in _core.live_scopes() if scope.id not in _TOLD}
     _TOLD.update(left)
     assert not left
@@ -98,7 +129,7 @@ def ranks() -> Iterator[object]:
 
 @pytest.fixture(scope="session")
 def alone(ranks: Any) -> Any:
-    """``alone(name, size, steps)``: digest of the logits of that runner alone, built by plain SGLang."""
+    """``alone(name, size, steps)``: digest of that runner's logits, built alone by plain SGLang."""
     import rank_programs
 
     known: dict[Any, str] = {}
@@ -118,7 +149,7 @@ def alone(ranks: Any) -> Any:
 
 @pytest.fixture
 def repeated(ranks: Any) -> Any:
-    """``repeated(program, size, ...)``: per repetition what every rank returned (`make ranks`: 50)."""
+    """``repeated(program, size, ...)``: all ranks' results, per repetition (`make ranks`: 50)."""
 
     def run(program: Any, size: int, **arguments: Any) -> list[list[Any]]:
         import rank_programs

@@ -1,4 +1,4 @@
-"""Runs a function in a forked child of this very process, and says what it returned."""
+"""Run a function in a forked child of this process and return its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEADLINE = 60
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What ``work()`` returns in a forked child; the text of what it raised, as a ``str``."""
+    """The result of ``work()`` in a forked child, or the traceback of its error as a ``str``."""
     readable, writable = os.pipe()
     child = os.fork()
     if child == 0:
@@ -26,7 +26,7 @@ def in_child(work: Callable[[], Any]) -> Any:
             result = traceback.format_exc()
         with os.fdopen(writable, "wb") as pipe:
             pickle.dump(result, pipe)
-        os._exit(0)  # threads and buffers of the parent are not ours to end
+        os._exit(0)  # the child must not end the parent's threads and buffers
     os.close(writable)
     with os.fdopen(readable, "rb") as pipe:
         if not select.select([pipe], [], [], DEADLINE)[0]:
@@ -39,7 +39,7 @@ def in_child(work: Callable[[], Any]) -> Any:
 
 
 def fresh_registry() -> dict[str, Any]:
-    """What a new process sees; also the target of spawned processes."""
+    """The registry as a new process sees it; spawned processes run this, too."""
     import sglang_distguard
     from registry_calls import acquire
 

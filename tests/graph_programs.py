@@ -8,7 +8,7 @@ from typing import Any
 
 
 def main(model: str, output: str) -> None:
-    """As plain SGLang builds it; its logits to ``output``."""
+    """Build the runner with plain SGLang and save its logits to ``output``."""
     import torch
     from sglang_distguard.testing import build, generate, graphs, prepare_environment, server_args
 

@@ -1,4 +1,4 @@
-"""What the tests of layouts run on every rank: which groups SGLang makes, and whose they are."""
+"""Programs for ranks in the tests of layouts: which groups SGLang makes, and for which runner."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rank_programs import args_of, build, generated, in_threads, raise_errors, r
 
 
 def structure() -> dict[str, list[Any]]:
-    """Global of `parallel_state` -> the ranks of its group, and the first global that is the same one."""
+    """Global of `parallel_state` -> ranks of its group, and the first global with that group."""
     from sglang.srt.distributed import parallel_state
     from sglang_distguard.distributed import coordinators
 
     found: dict[str, list[Any]] = {}
     firsts: dict[int, str] = {}
     for name in coordinators.FIELDS:
-        # Read with the guard and without: then these are plain globals.
+        # This also runs without the guard, where these are plain globals.
         accessor = vars(parallel_state).get(f"_distguard_scoped_{name}")
         coordinator = vars(parallel_state)[name] if accessor is None else accessor.value
         if coordinator is not None:
@@ -39,7 +39,10 @@ def plain(name: str, overrides: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def owned(name: str, overrides: dict[str, Any], forwards: bool) -> dict[str, Any]:
-    """Two runners of one layout, built at once in opposite order; what each has, and what ``close`` leaves."""
+    """Build two runners of one layout at once, in opposite order.
+
+    Returns what each has, and what ``close`` leaves.
+    """
     import sglang_distguard
     import torch.distributed.distributed_c10d as c10d
 
@@ -60,7 +63,7 @@ def owned(name: str, overrides: dict[str, Any], forwards: bool) -> dict[str, Any
         raise_errors(made)
         found["digests"] = [dict(made)["a"], dict(made)["b"]]
     made_by_both = set(c10d._world.pg_names.values()) - before
-    found["nobody's"] = sorted(made_by_both - {it for both in found["members"] for it in both})
+    found["of no runner"] = sorted(made_by_both - {it for both in found["members"] for it in both})
     for runner in runners.values():
         sglang_distguard.close(runner)
     found["left"] = sorted(set(c10d._world.pg_names.values()) - before)
@@ -68,7 +71,7 @@ def owned(name: str, overrides: dict[str, Any], forwards: bool) -> dict[str, Any
 
 
 def process_groups() -> list[str]:
-    """Names of all process groups behind the coordinators of the current scope, its world's included."""
+    """Names of all process groups of the current scope's coordinators and of its world."""
     import torch.distributed.distributed_c10d as c10d
     from sglang.srt.runtime_context import get_parallel
     from sglang_distguard.distributed import coordinators

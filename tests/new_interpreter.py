@@ -1,4 +1,4 @@
-"""Programs in interpreters of their own."""
+"""Run programs in new interpreters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from conftest import CACHE
 
 TESTS = Path(__file__).parent
-#: Seconds for a program, which imports SGLang and builds a few small runners at most (20 s on two idle cores).
+#: Seconds for a program. It imports SGLang and builds at most a few small runners (20 s on two idle
+#: cores).
 DEADLINE = 240
 
 
 def run(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the parts of a program, each dedented, with ``CACHE``, the folder of checkpoints, defined.
+    """Run the dedented parts of a program; ``CACHE`` is defined as the folder of checkpoints.
 
     Args:
         *parts: Python text; the modules of this folder can be imported.
@@ -38,7 +39,7 @@ def _path() -> str:
 
 
 def run_well(*parts: str, **environment: str) -> str:
-    """As ``run``, for a program that must end well; what it printed."""
+    """Run a program as ``run`` does; it must exit with 0. Return what it printed."""
     done = run(*parts, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

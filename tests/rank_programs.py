@@ -1,4 +1,4 @@
-"""What the tests of several ranks run on every rank (``testing.ranks``): real SGLang, real gloo."""
+"""Programs that tests run on every rank (``testing.ranks``): real SGLang, real gloo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-#: Seconds in which ranks that cannot agree must have said so.
+#: Seconds within which ranks that cannot agree must raise.
 DEADLINE = 5.0
 
 #: Runners of the tests, by name: architecture and dtype.
@@ -46,7 +46,7 @@ def args_of(name: str, **overrides: Any) -> Any:
 
 
 def start(*, agreement_timeout: float = 30.0, **settings: Any) -> None:
-    """Install the guard, and bring a world as a user would who was started by torchrun."""
+    """Install the guard, and initialise a world as user code under torchrun does."""
     import sglang_distguard
     import torch.distributed as dist
 
@@ -55,7 +55,7 @@ def start(*, agreement_timeout: float = 30.0, **settings: Any) -> None:
         dist.init_process_group("gloo", init_method="env://")
 
 
-#: What the running repetition has built; its number.
+#: Runners that the current repetition has built, and the number of that repetition.
 _built: list[Any] = []
 _repetition = 0
 
@@ -72,7 +72,7 @@ def build(model: str, *, name: Optional[str] = None, **overrides: Any) -> Any:
 
 
 def repeat(module: str, program: str, times: int, arguments: dict[str, Any]) -> list[Any]:
-    """Run a program ``times`` times in this process, in one world; its runners are closed in between."""
+    """Run a program ``times`` times in this process and world; close its runners after each run."""
     global _repetition
     import sglang_distguard
 
@@ -86,7 +86,7 @@ def repeat(module: str, program: str, times: int, arguments: dict[str, Any]) -> 
 
 
 def generated(runner: Any, steps: int = 3) -> str:
-    """A digest of the logits' bits."""
+    """Generate, and return a digest of the logits' bits."""
     import sglang_distguard
     from sglang_distguard.testing import generate
 
@@ -103,7 +103,7 @@ def digest(generation: Any) -> str:
 
 
 def in_threads(works: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run all at once; what each returned, or the error it raised."""
+    """Run all at once; return each one's result, or the error it raised."""
     results: list[Any] = [None] * len(works)
 
     def run(index: int) -> None:
@@ -127,7 +127,7 @@ def raise_errors(results: Sequence[Any]) -> None:
 
 
 def error_facts(error: Any) -> Any:
-    """An error as the test that forked this rank can look at it."""
+    """An error as data for the test that forked this rank; None if it is no error."""
     from sglang_distguard import DistGuardError
 
     if not isinstance(error, BaseException):
@@ -142,7 +142,7 @@ def error_facts(error: Any) -> Any:
 
 
 def attempt(work: Callable[[], Any]) -> Any:
-    """What ``work`` raises, as facts; None when it raises nothing."""
+    """The facts of the error that ``work`` raises; None when it raises none."""
     try:
         work()
     except Exception as error:
@@ -151,17 +151,17 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 
 def shared_file(name: str) -> Path:
-    """A file that all ranks of this repetition, and of no other, know by ``name``."""
+    """The path of ``name`` that all ranks of this repetition share, and no other repetition."""
     return Path(os.environ["DISTGUARD_RUN_FOLDER"]) / f"{_repetition} {name}"
 
 
 def tell_others(event: str) -> None:
-    """Let ``wait_for_others`` of ``event`` go on in another rank; not over the world's store."""
+    """Let ``wait_for_others(event)`` return on other ranks; does not use the world's store."""
     shared_file(f"{event} {rank()}").touch()
 
 
 def wait_for_others(event: str, count: int) -> None:
-    """Until ``count`` other ranks have told of ``event``."""
+    """Wait until ``count`` other ranks have reported ``event``."""
     path = shared_file(event)
     while len(list(path.parent.glob(f"{path.name} *"))) < count:
         time.sleep(0.01)
@@ -171,7 +171,7 @@ def wait_for_others(event: str, count: int) -> None:
 
 
 def alone(name: str, overrides: Optional[dict[str, Any]] = None, steps: int = 3) -> dict[str, Any]:
-    """One runner as plain SGLang builds it, without the guard: the expected bits, and HF's error."""
+    """Build one runner with plain SGLang, without the guard: the expected bits, and error to HF."""
     from sglang_distguard.testing import PROMPTS, create_model, generate, huggingface, max_abs_error
     from sglang_distguard.testing import build as plain_build
 
@@ -189,7 +189,7 @@ def alone(name: str, overrides: Optional[dict[str, Any]] = None, steps: int = 3)
 
 
 def build_from_threads(names: Sequence[str], seed: int, delay: float = 0.3) -> dict[str, str]:
-    """Build all from one thread each, started in another order on every rank, and generate."""
+    """Build each from its own thread, started in a different order on every rank, and generate."""
     start()
     order = list(names)
     chance = random.Random(f"{seed} {_repetition} {rank()}")
@@ -209,12 +209,12 @@ def build_from_threads(names: Sequence[str], seed: int, delay: float = 0.3) -> d
 
 
 def again(names: Sequence[str]) -> dict[str, str]:
-    """What every test of a failure ends with: the ranks go on, and what they build is right."""
+    """The end of every test of a failure: build again, and return digests for comparison."""
     return {name: generated(build(name)) for name in names}
 
 
 def ask_for_different_things(overrides: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Every rank builds the same runner, with overrides of its own; then they agree again."""
+    """Build the same runner with different overrides on every rank; then with equal ones."""
     import sglang_distguard
 
     start()
@@ -235,7 +235,7 @@ def ask_under_different_names() -> dict[str, Any]:
 
 
 def never_come(absent: int) -> dict[str, Any]:
-    """One rank does not build; it comes when the others have given up."""
+    """One rank does not build until the others have timed out."""
     import sglang_distguard
 
     start()
@@ -251,7 +251,7 @@ def never_come(absent: int) -> dict[str, Any]:
     return {"error": error, "late": late, "after": again(["experts"])}
 
 
-#: Where a rank fails: module, class or "", function, and whether before or after it has run.
+#: Where a rank fails: module, class or "", and the function that fails.
 FAULTS: dict[str, tuple[str, str, str]] = {
     "creating a group": ("sglang.srt.distributed.parallel_state", "", "init_model_parallel_group"),
     "load": ("sglang.srt.model_loader.loader", "DefaultModelLoader", "load_model"),
@@ -265,7 +265,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
 
 
 def fail(point: str, on: int, die: bool = False) -> Callable[[], None]:
-    """Make ``FAULTS[point]`` raise on one rank, or end its process; returns what undoes that."""
+    """Make ``FAULTS[point]`` raise on one rank, or end its process; return what undoes it."""
     module_name, classname, function = FAULTS[point]
     module = importlib.import_module(module_name)
     owner = getattr(module, classname) if classname else module
@@ -301,7 +301,7 @@ def raise_on_one(point: str, on: int) -> dict[str, Any]:
 
 
 def die_on_one(point: str, on: int) -> dict[str, Any]:
-    """A rank whose process ends in a build; the others make a world of those that are left."""
+    """End one rank's process in a build; the others make a world of the remaining ranks."""
     import sglang_distguard
     import torch.distributed as dist
     from sglang.srt import runtime_context
@@ -324,7 +324,7 @@ def die_on_one(point: str, on: int) -> dict[str, Any]:
 
 
 def build_anonymously() -> list[Any]:
-    """Two threads build runners of equal settings, and neither says which is which."""
+    """Build runners of equal settings from two threads, both without a name."""
     import sglang_distguard
 
     start()
@@ -341,7 +341,7 @@ def build_anonymously() -> list[Any]:
 
 
 def interrupted() -> dict[str, Any]:
-    """Ctrl-C on rank 0 while it waits for the others; then all build what it was interrupted in."""
+    """Interrupt rank 0 while it waits for the others; then all build the same runner again."""
     import signal
 
     from sglang_distguard.distributed import world
@@ -372,7 +372,7 @@ def interrupted() -> dict[str, Any]:
 
 
 def one_rank() -> dict[str, Any]:
-    """Two runners in a world of one rank; what of ``ranks`` that has called."""
+    """Build two runners in a world of one rank; return which functions of ``ranks`` were called."""
     from sglang_distguard.distributed.ranks import agreement, log
 
     called: list[str] = []
@@ -388,7 +388,7 @@ def one_rank() -> dict[str, Any]:
 
 
 def update_weights(names: Sequence[str]) -> dict[str, str]:
-    """Two runners take other weights from disk at once, in opposite order; their logits afterwards."""
+    """Load new weights into two runners at once, in opposite order; digest their logits."""
     from sglang_distguard.testing import create_model
 
     start()
@@ -410,7 +410,7 @@ def update_weights(names: Sequence[str]) -> dict[str, str]:
 
 
 def create_a_model(folder: str) -> list[str]:
-    """What the checkpoint that this rank alone makes in an initialised world consists of."""
+    """The files of a checkpoint that this rank alone makes in an initialised world."""
     import torch.distributed as dist
     from sglang_distguard.testing import create_model
 
@@ -420,7 +420,7 @@ def create_a_model(folder: str) -> list[str]:
 
 
 def try_a_world_alone_first() -> dict[str, Any]:
-    """Rank 0 tries to make SGLang's world twice before rank 1 does; then both until it is there."""
+    """Rank 0 tries twice to make SGLang's world before rank 1; then both try until it exists."""
     import sglang_distguard
 
     start()

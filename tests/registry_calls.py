@@ -1,4 +1,4 @@
-"""Short ways for tests to ask the registry directly, without SGLang."""
+"""Helpers for tests that call the registry directly, without SGLang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_distguard.sync import waiting
 
 
 def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -> _core.Claim:
-    """One request for ``key``, of which nothing is there yet."""
+    """Request ``key``, for which no object exists yet."""
     arguments: dict[str, Any] = {
         "runner": None,
         "reuse": True,
@@ -25,13 +25,13 @@ def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -
 
 
 def state_of(key: str) -> dict[str, Any]:
-    """The slot of ``key`` in a snapshot; empty before it was asked for."""
+    """The slot of ``key`` in a snapshot; empty before its first request."""
     slots = _core.snapshot()["slots"]
     return next((slot for slot in slots if slot["key"] == key), {})
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Give other threads their turn until they have brought ``condition`` about."""
+    """Let other threads run until ``condition`` holds."""
     nothing = threading.Event()
     while not condition():
         nothing.wait(0.001)
@@ -43,7 +43,7 @@ def waits_for(key: str) -> Callable[[], bool]:
 
 
 def run_in_threads(*works: Callable[[], None]) -> None:
-    """Each in a thread of its own, T1 and so on, until all have ended."""
+    """Run each in its own thread (T1, T2, ...) until all have ended."""
     threads = [threading.Thread(target=work, name=f"T{n}") for n, work in enumerate(works, 1)]
     for thread in threads:
         thread.start()
@@ -53,7 +53,7 @@ def run_in_threads(*works: Callable[[], None]) -> None:
 
 
 def in_line(phase: str) -> Callable[[], bool]:
-    """Whether any thread stands in line for ``phase`` now."""
+    """Whether any thread waits for ``phase`` now."""
     return lambda: any(
         visit["phase"] == f"phase:{phase}" and not visit["inside"]
         for visit in _core.snapshot()["phases"]
@@ -61,7 +61,7 @@ def in_line(phase: str) -> Callable[[], bool]:
 
 
 def inside() -> list[str]:
-    """The phases that somebody is in now."""
+    """The phases that threads are in now."""
     return [visit["phase"] for visit in _core.snapshot()["phases"] if visit["inside"]]
 
 
@@ -88,5 +88,5 @@ def leader_of(key: str) -> Iterator[threading.Thread]:
 
 
 def wait_in_the_initialiser(finish: threading.Event) -> None:
-    """Where the leader is; tests look for the name in stacks."""
+    """Block the leader; tests look for this function's name in stacks."""
     assert finish.wait(60)

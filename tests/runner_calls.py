@@ -1,4 +1,4 @@
-"""Short ways for tests to call a runner from threads, and to stop them in the middle."""
+"""Helpers for tests that call a runner from threads and block it in the middle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_distguard.testing import steps
 
 
 class Blocked:
-    """A function that stops in the middle of what it stands for, once, until it may go on."""
+    """Wrapper of a function whose first call blocks until ``go_on`` is set."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -28,7 +28,7 @@ class Blocked:
 
 
 def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """A thread that has been started, and what it returned or raised, once it has ended."""
+    """A started thread, and a list that has its result or error once it has ended."""
     out: list[Any] = []
 
     def run() -> None:
@@ -43,7 +43,7 @@ def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
-    """What ``work`` returned in a thread of its own; raises what it raised."""
+    """Run ``work`` in a new thread; return its result or raise its error."""
     made, out = thread(work)
     made.join()
     if isinstance(out[0], BaseException):
@@ -62,5 +62,5 @@ def steps_inside() -> list[Optional[str]]:
 
 
 def logits(runner: Any) -> Any:
-    """Of a prefill."""
+    """The logits of a prefill."""
     return steps.generate(runner, steps=0).logits

@@ -1,4 +1,4 @@
-"""What ranks agree on before they create anything: ranks as threads, a real store, no SGLang."""
+"""Agreement of ranks before they create anything: ranks as threads, a real store, no SGLang."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.sync import waiting
 from sglang_distguard.testing.simulated import serve, simulated
 
-#: Seconds that no test needs unless something hangs, and seconds for those that must time out.
+#: Seconds that no wait takes unless it hangs, and seconds for waits that must time out.
 LONG, SHORT = 20.0, 0.5
 
 
 @pytest.fixture(autouse=True, params=range(TIMES))
 def repetition(request: pytest.FixtureRequest) -> None:
-    """All of these as often as `make ranks` says."""
+    """Repeat every test as often as `make ranks` requests."""
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def deadline(seconds: float) -> Iterator[None]:
 def world(size: int) -> Iterator[list[Ranks]]:
     server = serve()
     yield simulated(size, server)
-    del server  # until here it lives
+    del server  # keeps it alive until here
 
 
 def on_ranks(ranks: Sequence[Ranks], work: Callable[[Ranks], Any], seconds: float = LONG) -> Any:
@@ -126,13 +126,13 @@ def test_a_rank_that_fails_in_its_turn_is_named_on_the_others_and_the_next_goes_
         def fail_on_one(it: Ranks) -> None:
             with turn(it, "runner a", {}):
                 if it.rank == 1:
-                    raise MemoryError("no phase")
+                    raise MemoryError("no memory")
 
         errors = on_ranks(ranks, fail_on_one)
         assert isinstance(errors[1], MemoryError)
         for error in (errors[0], errors[2]):
             assert isinstance(error, RankFailed)
-            assert error.details["failures"] == {1: "MemoryError: no phase"}
+            assert error.details["failures"] == {1: "MemoryError: no memory"}
         assert on_ranks(ranks, lambda it: take(it, "runner b")) == [0, 0, 0]
         assert on_ranks(ranks, lambda it: take(it, "runner a")) == [1, 1, 1]
 
@@ -166,7 +166,7 @@ def test_an_interrupt_in_any_wait_ends_that_of_all_ranks(
 
         first, second = on_ranks(ranks, attempt)
         assert isinstance(first, KeyboardInterrupt)
-        if stage == "build":  # all had told that it is complete: rank 1 has it
+        if stage == "build":  # all ranks had reported completion, so rank 1 has it
             assert second == 0
         else:
             assert isinstance(second, RankFailed)
@@ -174,7 +174,7 @@ def test_an_interrupt_in_any_wait_ends_that_of_all_ranks(
         assert on_ranks(ranks, attempt) == [1, 1]
 
 
-def test_who_is_queued_behind_a_long_turn_gives_up_for_all_ranks_and_the_others_go_on() -> None:
+def test_a_wait_behind_a_long_turn_times_out_on_all_ranks_and_later_turns_work() -> None:
     with world(2) as ranks:
         inside, leave = threading.Semaphore(0), threading.Event()
 
@@ -195,7 +195,7 @@ def test_who_is_queued_behind_a_long_turn_gives_up_for_all_ranks_and_the_others_
         for error in on_ranks(ranks, queue):
             assert isinstance(error, AgreementTimeout)
             assert error.details["holder"] == "runner a"
-            assert "for runner a has it" in str(error)
+            assert "because runner a has it" in str(error)
         leave.set()
         first.join()
         assert on_ranks(ranks, lambda it: take(it, "runner c")) == [0, 0]
@@ -230,11 +230,11 @@ def test_a_context_copied_in_a_turn_is_not_in_it_when_it_is_over() -> None:
 def test_members_of_a_group_do_not_wait_longer_than_they_may_for_one_that_does_not_come() -> None:
     server = serve()
     creation = Creation(SHORT, "prefix ", server)
-    for _ in range(2):  # whoever comes again does not count twice
+    for _ in range(2):  # a member that comes again is not counted twice
         with pytest.raises(NotTogether, match="timed out"):
             creation.meet("prefix 0", 2, server)
     both = [Creation(LONG, "prefix ", it) for it in (server, server.clone())]
-    for _ in range(2):  # and a store may outlive a meeting that went well
+    for _ in range(2):  # the store may outlive a successful meeting
         assert (
             in_threads([lambda it=it: it.meet("prefix 0", 2, it.store) for it in both])
             == [None] * 2
@@ -266,7 +266,7 @@ def test_a_member_that_is_interrupted_on_its_way_to_a_group_is_not_waited_for() 
 
     assert [type(it) for it in in_threads([come, wait])] == [type(None), NotTogether]
     late = Creation(SHORT, "p", server)
-    with pytest.raises(NotTogether):  # is not taken for the one that has left
+    with pytest.raises(NotTogether):  # it is not counted as the one that has left
         late.meet("p 0", 3, server)
 
 
@@ -328,7 +328,7 @@ def test_two_threads_of_one_rank_under_one_name_are_refused_at_once() -> None:
         assert on_ranks(ranks, lambda it: take(it, "runner a")) == [1, 1]
 
 
-def test_a_store_that_is_gone_is_said_to_be_so() -> None:
+def test_a_store_that_is_gone_raises_store_lost() -> None:
     server = serve()
     ranks = simulated(2, server)
     assert on_ranks(ranks, lambda it: take(it, "runner a")) == [0, 0]
@@ -339,7 +339,7 @@ def test_a_store_that_is_gone_is_said_to_be_so() -> None:
         assert "rank 0's process" in str(error)
 
 
-def test_nobody_reads_the_log_when_nobody_waits() -> None:
+def test_no_thread_reads_the_log_when_no_rank_waits() -> None:
     with world(2) as ranks:
         assert on_ranks(ranks, lambda it: take(it, "runner a")) == [0, 0]
         for thread in readers():
@@ -379,7 +379,7 @@ class Delayed:
 
 def test_an_entry_that_comes_where_others_were_read_and_deleted_is_written_again() -> None:
     with world(2) as made:
-        # Whichever rank tells last writes; all entries go through this.
+        # The rank that reports last writes the entry; all entries go through these stores.
         delays = [Delayed(it.store, "slow") for it in made]
         ranks = [replace(it, store=delay) for it, delay in zip(made, delays, strict=True)]
         slow = threading.Thread(
@@ -392,7 +392,7 @@ def test_an_entry_that_comes_where_others_were_read_and_deleted_is_written_again
         store = ranks[0].store
         for _ in range(50):
             assert None not in on_ranks(ranks, lambda it: take(it, "quick"))
-            if not store.check(["log/0"]):  # the rank that wrote it has told last of a later stage
+            if not store.check(["log/0"]):  # the rank that wrote it reported last in a later stage
                 break
         assert not store.check(["log/0"])
         for delay in delays:
@@ -410,8 +410,9 @@ def test_the_store_does_not_grow_with_turns() -> None:
                 on_ranks(ranks, lambda it: take(it, "runner a"))
             return ranks[0].store.num_keys()
 
-        # A turn writes six entries or more. Which rank deletes one, in a turn of its own, differs: those of
-        # a turn or two may stand at any moment, and less than one stays of each.
+        # A turn writes six entries or more. Which rank deletes an entry differs; it does so in its
+        # own turn. Entries of one or two turns may exist at any moment, but fewer than one per
+        # turn remain.
         first = after(5)
         assert after(20) - first < 20
 

@@ -1,4 +1,4 @@
-"""The sweep over architectures says what it ran: its table is whole, and it can tell right from wrong."""
+"""The sweep over architectures: its table is complete, and it tells right from wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_table_has_every_architecture_and_none_failed_with_the_guard() -> No
 
 def test_every_kind_of_model_is_among_those_that_are_right() -> None:
     kinds = {row[1] for row in rows().values() if row[4] == "right"}
-    # Of those with latent attention or a state SGLang 0.5.23 runs none on a CPU without AMX.
+    # SGLang 0.5.23 runs no model with latent attention or a state on a CPU without AMX.
     assert {entry.kind for entry in CATALOG.values()} - kinds <= {"MLA", "hybrid"}
 
 
@@ -70,7 +70,7 @@ def test_every_kind_of_model_is_among_those_that_are_right() -> None:
         (NOTHING, None, None, None, "does not run alone"),
     ],
 )
-def test_an_outcome_is_right_only_when_everything_was_run_and_was(
+def test_an_outcome_is_right_only_when_everything_was_run_and_was_right(
     monkeypatch: pytest.MonkeyPatch,
     alone: dict[str, Any],
     disturbed: Any,
@@ -89,9 +89,10 @@ def test_an_outcome_is_right_only_when_everything_was_run_and_was(
 def test_experts_in_transformers_own_code_and_a_model_that_does_not_generate_are_right(
     sglang: None,
 ) -> None:
-    """The sweep itself, shortened to what no other test builds.
+    """Run the sweep itself, limited to models that no other test builds.
 
-    Two models of dots1 computed with the last one's experts when `_TRANSFORMERS_MOE_LAYERS` was shared.
+    When `_TRANSFORMERS_MOE_LAYERS` was shared, two models of dots1 both computed with the last
+    one's experts.
     """
     command = [sys.executable, "verify/architectures.py", "--only", "dots1", "xlm_roberta_scores"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)

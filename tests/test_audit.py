@@ -1,4 +1,4 @@
-"""The audit: what it sees change, what SGLang's text tells it, and that the ledger is what it finds."""
+"""The audit: the changes it sees, the writes it reads in SGLang's text, and the ledger it gives."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_settings_of_the_process_are_seen_to_change(monkeypatch: pytest.MonkeyPa
     assert any(module == "threading" for module, _ in by_name)
 
 
-def test_what_comes_with_an_import_is_no_change_but_for_a_cache_that_was_asked(module: Any) -> None:
+def test_globals_of_a_new_import_are_no_change_except_caches_that_were_called(module: Any) -> None:
     before = {key: value for key, value in observe.observe().items() if key[0] != "sglang.made_up"}
     assert changed(before) == set()
     module.once()
@@ -199,7 +199,7 @@ def test_a_cache_is_listed_once_also_one_of_a_partial(module: Any) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module of SGLang's that writes what is not SGLang's."""
+    """A module of SGLang's that writes to objects outside SGLang."""
     file = tmp_path / "elsewhere.py"
     file.write_text(ELSEWHERE)
     made = types.ModuleType("sglang.elsewhere")
@@ -209,7 +209,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleTy
     return made
 
 
-def test_what_is_written_and_put_back_is_uncovered_though_nobody_saw_it_change(
+def test_a_write_that_is_undone_is_uncovered_although_no_change_was_seen(
     elsewhere: Any,
 ) -> None:
     watch = Watch()
@@ -234,7 +234,7 @@ def test_what_is_written_and_put_back_is_uncovered_though_nobody_saw_it_change(
     assert f"torch.nn.Module.extra_repr\n    UNCOVERED\n{told}    written at" in report.text(found)
 
 
-def test_what_is_not_sglangs_and_its_text_writes_is_seen_to_change(
+def test_changes_outside_sglang_that_its_text_can_make_are_seen(
     elsewhere: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch import nn
@@ -254,7 +254,7 @@ def test_what_is_not_sglangs_and_its_text_writes_is_seen_to_change(
         (["import", "load"], Open.UNCOVERED),
     ],
 )
-def test_what_ran_only_while_sglang_was_imported_is_told_from_what_ran_later(
+def test_writes_that_ran_only_during_an_import_are_told_from_later_ones(
     elsewhere: Any, phases: list[str], verdict: Open
 ) -> None:
     files = {"sglang.elsewhere": elsewhere.__file__}
@@ -271,7 +271,7 @@ def finding(name: str, verdict: str, phase: str = "load") -> Finding:
     return Finding("sglang.m", name, "container", verdict, "", (), (change,), (), verdict)
 
 
-def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_called_safe(
+def test_an_untreated_change_is_uncovered_and_a_write_that_never_ran_is_not_called_safe(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "made_up.py"
@@ -292,7 +292,7 @@ def test_what_changes_and_nobody_treats_is_uncovered_and_what_nobody_ran_is_not_
     assert verdicts[here, "state"] == Open.UNSEEN
     assert verdicts[here, "fixed"] == Open.UNWRITTEN
     assert verdicts[here, "thing"] == Open.UNWRITTEN
-    assert verdicts[here, "once"] == Open.UNSEEN  # whoever calls it writes it
+    assert verdicts[here, "once"] == Open.UNSEEN  # every call writes it
     assert verdicts[row.module, row.name] == row.how.value
     told = report.text(findings.find([run]))
     assert "sglang.made_up.cache\n    UNCOVERED\n    load (first): dict of 0 -> dict of 1" in told
@@ -351,7 +351,7 @@ def test_a_run_that_fails_ends_with_2_and_its_error(
     assert "the audit's run of" in capsys.readouterr().err
 
 
-def test_an_import_that_takes_too_long_is_ended_and_said_to(tmp_path: Path) -> None:
+def test_an_import_that_takes_too_long_is_ended_with_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the audit did not end within 0\.1 s"):
         processes.run_all([Case("nothing", str(tmp_path))], seconds=0.1)
 
@@ -415,7 +415,7 @@ def test_settings_are_given_to_every_runner_as_json_or_text() -> None:
         program.parsed(["page_size"])
 
 
-def test_unless_told_an_audit_runs_every_small_model_and_graphs_switches_and_new_weights() -> None:
+def test_by_default_an_audit_runs_every_small_model_graphs_switches_and_new_weights() -> None:
     chosen = list(cases.everything(lambda name: Path(name)))
     assert [it.name for it in chosen if not (it.graphs or it.settings)] == list(ARCHITECTURES)
     assert any(it.graphs for it in chosen)

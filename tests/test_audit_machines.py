@@ -1,4 +1,4 @@
-"""What the ledger says does not depend on the machine that an audit runs on."""
+"""The ledger does not depend on the machine that an audit runs on."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def reads_environment(): return os.getenv("X")
         ("not_there", False),
     ],
 )
-def test_a_cache_is_of_the_machine_if_nothing_that_a_runner_changes_is_read(
+def test_a_cache_is_of_the_machine_if_it_reads_nothing_that_a_runner_changes(
     tmp_path: Path, name: str, expected: bool
 ) -> None:
     files = {}
@@ -152,7 +152,7 @@ def rows(found: list[Finding]) -> ledger.Rows:
 
 
 @pytest.mark.parametrize("phase", ["import", "load"])
-def test_a_processor_on_which_a_probe_is_asked_gives_the_ledger_of_one_on_which_it_is_not(
+def test_processors_on_which_a_probe_is_called_or_not_give_the_same_ledger(
     tmp_path: Path, phase: str
 ) -> None:
     file = tmp_path / "m.py"
@@ -175,7 +175,7 @@ def test_what_import_does_on_one_machine_only_is_not_in_the_ledger(tmp_path: Pat
     loaded = Ran(here, line, "load", "alone")
     quiet = findings.find([run(file, changes=[], ran=[])])
     assert rows(findings.find([run(file, changes=[], ran=[imported])])) == rows(quiet)
-    # What a runner does is, wherever.
+    # Writes of a runner are in the ledger on any machine.
     later = findings.find([run(file, changes=[], ran=[loaded])])
     assert rows(later) != rows(quiet)
     verdicts = {it.name: it.verdict for it in later if it.module == here}

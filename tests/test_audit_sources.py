@@ -1,4 +1,4 @@
-"""What the audit reads in SGLang's text: which process-globals its functions write."""
+"""The audit's reading of SGLang's text: the process-globals that its functions write."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_write_is_found_however_it_is_written(where: str, line: str, name: str
     assert found == ({name} if name else set())
 
 
-def test_writes_of_what_is_not_sglangs_are_found_in_its_text() -> None:
+def test_writes_to_objects_outside_sglang_are_found_in_its_text() -> None:
     found = {(it.module, it.name) for it in sources.read("sglang.made_up", ELSEWHERE).writes}
     assert found == {
         ("torch.nn", "Module.extra_repr"),

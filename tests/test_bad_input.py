@@ -1,4 +1,4 @@
-"""Bad input: what cannot be used is refused with a documented error, and nothing is changed."""
+"""Bad input is refused with a documented error, and a refused call changes nothing."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ COMMANDS = ("demo", "status", "version")
 @tried
 @given(st.lists(TEXT | st.sampled_from([*COMMANDS, "--json", "--cache"]), max_size=3))
 def test_a_command_line_that_cannot_be_used_ends_with_2(argv: list[str]) -> None:
-    # Whatever the rest is: `--js` is `--json`, and `--` nothing at all.
+    # `--js` is `--json` and `--` is no argument, whatever the other parts are.
     usable = all(part in COMMANDS or "--json".startswith(part) for part in argv) and argv
     assume(not usable and not any(part.startswith(("-h", "--h")) for part in argv))
     before, printed = state(), io.StringIO()

@@ -1,4 +1,4 @@
-"""As test_bad_input, for the native module."""
+"""Bad input to the native module, tested as in test_bad_input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sglang_distguard import _core
 count = pytest.fixture(scope="module", autouse=True)(report)
 
 
-# The native module. What it takes is of the right type already when our own code calls it.
+# Our own code calls the native module with arguments that have the right type already.
 
 GOOD_KEY = "groups:bad input 走"
 
@@ -42,7 +42,7 @@ def is_key(value: object) -> bool:
 
 WRONG_KEY = wrong(is_key, none=False) | TEXT.map(lambda text: f"world:{text}")
 NO_LIST = wrong(lambda value: isinstance(value, (list, bytes)), none=False)
-#: What a spec may hold: whatever is not plain is compared by what it prints.
+#: Values that a spec may hold; a value that is not plain is compared by its ``str``.
 SPEC_VALUES = st.recursive(
     wrong(lambda value: isinstance(value, (list, dict))),
     lambda values: st.lists(values, max_size=3) | st.tuples(values, values),
@@ -73,7 +73,7 @@ def ask(
     use: Optional[Callable[[_core.Claim], Any]] = None,
     **options: Any,
 ) -> None:
-    """One request; whatever is decided, and also when ``use`` raises, it leads no more."""
+    """Make one request; afterwards it leads no longer, even when ``use`` raises."""
     usual = {"runner": None, "reuse": True, "reentrant": False, "slow_after": 30.0}
     arguments: dict[str, Any] = {**usual, **options}
     claim = _core.Request(key, {} if spec is None else spec, **arguments).try_acquire(identity)
@@ -112,7 +112,7 @@ def test_a_list_that_holds_itself_is_refused_and_named() -> None:
 
 @tried
 @given(one_wrong(some(WRONG_REQUEST, "identity", "spec"), {}), WRONG_TEXT)
-def test_a_leader_that_gives_nonsense_leads_on(chosen: Chosen, reason: Any) -> None:
+def test_a_leader_that_passes_wrong_arguments_still_leads(chosen: Chosen, reason: Any) -> None:
     name, result = chosen[0], {"identity": 1, **chosen[1]}
 
     def use(claim: _core.Claim) -> None:
@@ -126,7 +126,7 @@ def test_a_leader_that_gives_nonsense_leads_on(chosen: Chosen, reason: Any) -> N
 
 @tried
 @given(one_wrong({"key": WRONG_KEY, "runner": WRONG_TEXT, "force": WRONG_FLAG | st.none()}, {}))
-def test_functions_of_a_key_refuse_others(chosen: Chosen) -> None:
+def test_functions_of_a_key_refuse_wrong_arguments(chosen: Chosen) -> None:
     name, arguments = chosen
     call: dict[str, Any] = {"key": GOOD_KEY, "runner": None, "force": False, **arguments}
     assert is_refused(lambda: _core.begin_teardown(**call), name)
@@ -161,7 +161,7 @@ def test_a_handle_refuses_wrong_arguments_and_leaves_nothing(chosen: Chosen, key
 
 @tried
 @given(WRONG_TEXT | st.none(), WRONG_KEY)
-def test_scopes_and_visits_are_not_made_from_nonsense(label: Any, phase: Any) -> None:
+def test_scopes_and_visits_refuse_wrong_arguments(label: Any, phase: Any) -> None:
     assert is_refused(lambda: _core.Scope(), "Scope")
     assert is_refused(lambda: _core.new_scope(label), "label")
     assert is_refused(lambda: _core.Publishing(label, is_other=True, may_put_aside=True), "label")

@@ -1,4 +1,4 @@
-"""build_runner and build_runners: ready to forward, in order, one failure does not lose others."""
+"""build_runner and build_runners: runners ready to forward, in order, despite single failures."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_unknown_option_is_refused_with_the_one_that_may_be_meant(
         sglang_distguard.build_runner(server_args(model("gpt2")), draft_model_index=1)
 
 
-def test_several_ranks_are_refused_where_nobody_would_start_the_others(
+def test_several_ranks_are_refused_where_no_process_would_start_the_others(
     guard: None, model: Model
 ) -> None:
     with pytest.raises(NotSupported, match="Use tp_size=1") as caught:
@@ -79,7 +79,7 @@ def test_several_ranks_are_refused_where_nobody_would_start_the_others(
         {
             "enable_deterministic_inference": True,
             "attention_backend": "triton",
-        },  # it wants a kernel
+        },  # it needs a kernel
         {"enable_p2p_check": True},
     ],
     ids=lambda asked: next(iter(asked)),
@@ -103,22 +103,23 @@ def test_what_sglang_never_takes_back_is_not_taken_for_undone(guard: None, model
     path = model("gpt2")
     sglang_distguard.close(sglang_distguard.build_runner(server_args(path)))
     with pytest.raises(sglang_distguard.SpecMismatch, match="enable_p2p_check"):
-        sglang_distguard.build_runner(server_args(path, enable_p2p_check=True))  # it is taken out
+        # SGLang has removed the check.
+        sglang_distguard.build_runner(server_args(path, enable_p2p_check=True))
     sglang_distguard.close(
         sglang_distguard.build_runner(server_args(path, enable_tf32_matmul=True))
     )
     try:
         with pytest.raises(sglang_distguard.SpecMismatch, match="enable_tf32_matmul"):
-            sglang_distguard.build_runner(server_args(path))  # it was never switched off
+            sglang_distguard.build_runner(server_args(path))  # SGLang never switches it off
     finally:
         torch.set_float32_matmul_precision("highest")
         assert _core.forget("process")
 
 
-def test_who_agreed_and_holds_nothing_yet_is_asked_again_when_another_wants_more(
+def test_a_runner_that_agreed_and_holds_nothing_yet_agrees_again_when_another_wants_more(
     guard: None, model: Model
 ) -> None:
-    """Before the hook asked again: "process cannot be held: it is not initialised, or was rebuilt"."""
+    """Before the fix: "process cannot be held: it is not initialised, or was rebuilt"."""
     import torch
 
     path, beside = model("gpt2"), []
@@ -165,7 +166,7 @@ def test_what_sglang_refuses_leaves_no_runner_scope_or_lease(guard: None, model:
     path = model("gpt2")
 
     def refused(gpu_id: int = 0, **overrides: Any) -> None:
-        with pytest.raises(Exception, match=r"\w"):  # SGLang's own, of any kind
+        with pytest.raises(Exception, match=r"\w"):  # any error of SGLang's own
             sglang_distguard.build_runner(server_args(path, **overrides), gpu_id=gpu_id)
         assert (sglang_distguard.snapshot()["scopes"], _core.live_runners(None)) == ([], 0)
         assert _core.current_scope() is None
@@ -181,7 +182,7 @@ def test_what_sglang_refuses_leaves_no_runner_scope_or_lease(guard: None, model:
     assert now["_server_args"] is context["_server_args"]
     # reported: a `publish` that fails half-way (ep_size=3) leaves a part of its stamp
     assert now["__parallel__"]["_stamp"] == stamp
-    # After the world and the groups were made: they are good, and stay for others.
+    # This fails after the world and the groups were made; they are valid and stay for others.
     refused(load_format="nonsense")
     slots = {slot["key"]: slot for slot in sglang_distguard.snapshot()["slots"]}
     for key in ("world", "groups"):
@@ -190,8 +191,8 @@ def test_what_sglang_refuses_leaves_no_runner_scope_or_lease(guard: None, model:
 
 
 @contextmanager
-def somebody_makes_the_world() -> Iterator[None]:
-    """Another thread leads the world, for the values of a runner on the CPU, until the end."""
+def another_thread_makes_the_world() -> Iterator[None]:
+    """Let another thread lead the world, with the spec of a runner on the CPU, in a with block."""
     leading, finish = threading.Event(), threading.Event()
     spec = {"world_size": 1, "rank": 0, "local_rank": 0, "backend": "gloo"}
 
@@ -219,7 +220,7 @@ def test_the_deadline_can_be_set_per_build_request_and_around_them(
     guard: None, model: Model
 ) -> None:
     path = model("gpt2")
-    with somebody_makes_the_world():
+    with another_thread_makes_the_world():
         with pytest.raises(sglang_distguard.AcquireTimeout, match="'slow'"):
             sglang_distguard.build_runner(server_args(path), timeout=0.1)
         requests = [BuildRequest(server_args(path), timeout=0.1)]

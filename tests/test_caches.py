@@ -1,4 +1,4 @@
-"""What SGLang remembers of one runner's configuration is not remembered for another's."""
+"""SGLang's caches that depend on one runner's configuration do not serve another runner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tuned(sglang: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def ask(configs: Any, model: Path, *, deterministic: bool) -> Any:
-    """What a runner of this configuration is told, twice."""
+    """Ask twice as a runner of this configuration; return the result."""
     from sglang.srt.runtime_context import SpawnRanks, get_context, publish
 
     publish(server_args(model), role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
@@ -42,7 +42,7 @@ def ask(configs: Any, model: Path, *, deterministic: bool) -> Any:
     return first
 
 
-def test_plain_sglang_gives_one_runner_what_it_remembers_of_another(
+def test_plain_sglang_gives_one_runner_the_cached_value_of_another(
     tuned: Any, model: Model
 ) -> None:
     from sglang.srt.runtime_context import reset_context

@@ -1,4 +1,4 @@
-"""What captures a graph past the runner's methods is alone, too."""
+"""Captures outside the runner's methods are alone in the process, too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Model = Callable[[str], Path]
 
 @pytest.fixture
 def cuda(sglang: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much of CUDA as the context managers of captures ask for."""
+    """Replace the parts of CUDA that the context managers of captures call."""
     import torch
     from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
         breakable_cuda_graph as breakable,
@@ -71,7 +71,7 @@ def group_capture() -> Any:
 
 
 def draft_graph_runner(runner: Any, captures: Callable[[], None]) -> Any:
-    """A graph runner of a draft worker, as far as its `capture` looks at it."""
+    """A draft worker's graph runner with only the attributes that its `capture` reads."""
     from sglang.srt.speculative.eagle_draft_cuda_graph_runner import EAGLEDraftCudaGraphRunner
 
     draft: Any = object.__new__(EAGLEDraftCudaGraphRunner)
@@ -82,7 +82,7 @@ def draft_graph_runner(runner: Any, captures: Callable[[], None]) -> Any:
 
 
 def capture_beside_a_forward(draft_of: Any, forwards: Any) -> list[str]:
-    """In which order a draft's capture ends and a forward that began meanwhile does."""
+    """The order in which a draft's capture and a forward that began meanwhile end."""
     order: list[str] = []
     capturing, forwarded = threading.Event(), threading.Event()
 
@@ -113,7 +113,7 @@ def two(guard: None, model: Model) -> Iterator[list[Any]]:
 def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
     two: list[Any], model: Model
 ) -> None:
-    """0.5.23: `EAGLEDraftCudaGraphRunner` and its like, made by the worker, not by a ModelRunner."""
+    """0.5.23: the worker, not a ModelRunner, makes `EAGLEDraftCudaGraphRunner` and similar ones."""
     assert capture_beside_a_forward(*two) == ["capture", "forward"]
     expected = solo(model("gpt2"), "float32", cache_dir=CACHE).logits
     for runner in two:
@@ -148,7 +148,7 @@ def test_a_capture_in_the_middle_of_a_forward_is_alone(
             with graph():
                 captures.set()
                 until(in_line("forward"))
-                with graph():  # who is in the phase enters it again
+                with graph():  # a thread in the phase may enter it again
                     assert inside() == ["phase:forward", "phase:capture", "phase:capture"]
                 order.append("capture")
             assert inside() == ["phase:forward"]
@@ -182,7 +182,7 @@ def test_two_forwards_that_capture_at_the_same_moment_do_not_hang(guard: None, c
 
 
 def test_a_capture_that_lets_other_threads_use_cuda_is_in_no_phase(guard: None, cuda: None) -> None:
-    """0.5.23: `MetadataGlueGraph` captures while it serves, and says so by the error mode."""
+    """0.5.23: `MetadataGlueGraph` captures while it serves; its error mode declares this."""
     with cuda_graph(capture_error_mode="thread_local"):
         assert inside() == []
 
@@ -229,11 +229,11 @@ def test_with_several_ranks_a_capture_in_no_turn_is_refused_while_others_live(
         never.capture()
     sglang_distguard.close(two[1])
     with sglang_distguard.activate(two[0]), cuda_graph():
-        assert inside() == []  # nobody is here to be kept out
+        assert inside() == []  # no other runner lives
 
 
 def test_every_text_of_sglang_that_captures_goes_through_what_is_hooked(sglang: None) -> None:
-    """Fails when a release captures in a new way: then `hooks/graph_captures.py` needs it."""
+    """Fails when a release captures in a new way: then `hooks/graph_captures.py` must cover it."""
     from sglang.srt import runtime_context
 
     root = Path(runtime_context.__file__).parent

@@ -1,4 +1,4 @@
-"""What changes a runner and a forward of the same runner exclude each other; other runners stay free."""
+"""Changes of a runner and its own forwards exclude each other; other runners stay free."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_forward_waits_for_new_weights_of_its_runner_and_no_other_runners_does
     blocked = Blocked(runner.model.load_weights)
 
     def half(given: Any) -> Any:
-        # The first tensors are the new ones already when the forward comes.
+        # The first tensors are already new when the forward comes.
         given = list(given)
         first = runner.model.__class__.load_weights(runner.model, given[: len(given) // 2])
         blocked()
@@ -113,8 +113,8 @@ def test_forwards_under_updates_are_all_old_or_all_new(runner: Any, model: Model
 
 
 EVERYTHING = SimpleNamespace(tags=None)
-#: Each calls a method of SGLang's as SGLang does. What a CPU or this configuration cannot do (LoRA, IPC)
-#: fails, but not before it is its turn.
+#: Each calls a method of SGLang's as SGLang does. Methods that a CPU or this configuration does not
+#: support (LoRA, IPC) fail, but only after they have waited.
 CHANGES: dict[str, Callable[[Any, Path], object]] = {
     "update_weights_from_tensor": from_tensor,
     "update_weights_from_disk": from_disk,
@@ -141,7 +141,7 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
-#: Those that a CPU or this configuration cannot do, after all. IPC says so in what it returns.
+#: Those of them that raise because they are not supported here. IPC reports it in its result.
 FAIL = {
     "load_lora_adapter",
     "load_lora_adapter_from_tensors",

@@ -40,7 +40,7 @@ def test_a_variable_that_cannot_be_used_ends_with_2(
     assert "SGLANG_DISTGUARD_TIMEOUT='soon'" in capsys.readouterr().err
 
 
-def test_version_names_the_three_that_matter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_names_the_guard_sglang_and_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()] == [

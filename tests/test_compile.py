@@ -1,4 +1,4 @@
-"""torch.compile through SGLang's context accessors: one graph without breaks, and each runner's own values."""
+"""torch.compile through SGLang's context accessors: no graph breaks, each runner's own values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = Callable[..., Path]
 
 
 class Reads(torch.nn.Module):
-    """Computes with what SGLang's layers read: widths, a setting of the runner, a flag of the forward."""
+    """Computes with values that SGLang's layers read: a width, a runner's setting, a flag."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from sglang.srt.runtime_context import get_exec, get_forward, get_parallel
@@ -27,7 +27,7 @@ class Reads(torch.nn.Module):
 
 @pytest.fixture
 def compiled() -> Iterator[tuple[Any, Any]]:
-    """A compiled module without graph breaks, and what counts how often it was compiled."""
+    """A compiled module without graph breaks, and a counter of its compilations."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -46,7 +46,7 @@ def published(model: Path, setting: int) -> None:
 def test_without_the_guard_it_is_compiled_again_for_another_configuration(
     sglang: None, model: Model, compiled: tuple[Any, Any]
 ) -> None:
-    """What the tests below are compared with."""
+    """The baseline for the tests below."""
     from sglang.srt.runtime_context import get_forward, reset_context
 
     run, counter = compiled
@@ -85,7 +85,7 @@ def test_with_the_guard_it_is_compiled_once_for_each_runner_and_flag(
     assert counter.frame_count == 2
     with sglang_distguard.activate(runners[5]), get_forward().scoped(mlp_reduce_scatter=True):
         assert run(x).tolist() == [-6.0] * 3
-        with sglang_distguard.activate(runners[2]):  # the flag is the other runner's
+        with sglang_distguard.activate(runners[2]):  # the flag belongs to the other runner
             assert run(x).tolist() == [3.0] * 3
     assert counter.frame_count == 3
     for runner in runners.values():
@@ -126,7 +126,7 @@ def test_what_was_compiled_for_one_runner_is_not_used_for_another_on_another_thr
 
 
 def compiling_as_another_thread_sees_it() -> tuple[bool, bool, bool]:
-    """(on the thread that compiles, on another meanwhile, on both afterwards)"""
+    """Return `is_compiling()` on the compiling thread, on another meanwhile, and afterwards."""
     inside, looked = threading.Event(), threading.Event()
     seen: list[bool] = []
 
@@ -149,7 +149,7 @@ def compiling_as_another_thread_sees_it() -> tuple[bool, bool, bool]:
 
 
 def test_without_the_guard_every_thread_is_told_that_it_is_compiled(sglang: None) -> None:
-    """What the test below is compared with."""
+    """The baseline for the test below."""
     assert compiling_as_another_thread_sees_it() == (True, True, False)
 
 
@@ -157,7 +157,7 @@ def test_with_the_guard_only_the_thread_that_compiles_is_told_so(guard: None) ->
     assert compiling_as_another_thread_sees_it() == (True, False, False)
 
 
-def test_compiled_code_is_told_so(guard: None) -> None:
+def test_compiled_code_is_told_that_it_is_compiled(guard: None) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if torch.compiler.is_compiling() else x
 

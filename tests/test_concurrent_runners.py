@@ -21,7 +21,7 @@ from sglang_distguard.testing import fleet, server_args, steps
 
 @pytest.fixture(scope="module")
 def eight(sglang: None, cache: Path) -> Iterator[tuple[list[fleet.Outcome], list[str]]]:
-    """The eight runners, built by SGLang's own code from eight threads, and what a bystander saw."""
+    """Eight runners, built by SGLang's own code from eight threads, and what a bystander saw."""
     members = fleet.members(cache)
     sglang_distguard.install()
     with fleet.bystander() as seen:
@@ -37,7 +37,7 @@ def eight(sglang: None, cache: Path) -> Iterator[tuple[list[fleet.Outcome], list
 
 
 def build_named(args: ServerArgs, name: str) -> ModelRunner:
-    """SGLang's own steps, with a name for events and errors."""
+    """Build by SGLang's own steps, with a name for events and errors."""
     with sglang_distguard.runner_scope(name):
         return steps.build(args)
 

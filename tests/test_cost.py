@@ -1,4 +1,4 @@
-"""What a forward costs in frames of the guard's: counted, not timed."""
+"""The cost of the guard in a forward, as its Python frames: counted, not timed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_forward_and_a_sample_run_no_python_frame_of_ours(
     with torch.no_grad():
         batch = steps._prefill_batch(steps.PROMPTS, runner)
         forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
-        runner.forward(forward_batch)  # what is made once is made
+        runner.forward(forward_batch)  # creates everything that is made once
         sys.setprofile(count)
         try:
             output: Any = runner.forward(forward_batch).logits_output

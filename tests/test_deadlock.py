@@ -1,4 +1,4 @@
-"""Waits that would never end are refused at once, over slots and phases; SGLang's own nesting is not."""
+"""Waits for slots and phases that would never end are refused; SGLang's own nesting is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_distguard.sync.phases import in_phase
 
 def test_a_thread_that_asks_again_for_what_it_initialises_is_told_at_once() -> None:
     claim = acquire("groups:again")
-    with pytest.raises(DeadlockError, match="waits for groups:again, had by the first") as caught:
+    with pytest.raises(DeadlockError, match=r"waits for groups:again \(held by") as caught:
         acquire("groups:again")
     assert caught.value.details["cycle"] == [(threading.get_ident(), "groups:again")]
     assert acquire("groups:again", reentrant=True).decision == "nested"
@@ -114,7 +114,8 @@ def test_a_capture_waits_for_forwards_keeps_later_ones_out_and_runs_its_own() ->
     def late() -> None:
         until(in_line("capture"))
         later = _core.Visit("forward", runner=None)
-        assert not later.try_enter()  # it could overlap with the forward inside, but came later
+        # It could overlap the running forward, but comes after the capture.
+        assert not later.try_enter()
         done.set()
         with in_phase("forward"):
             order.append("late forward")
@@ -125,7 +126,7 @@ def test_a_capture_waits_for_forwards_keeps_later_ones_out_and_runs_its_own() ->
     assert _core.snapshot()["phases"] == []
 
 
-def test_whoever_the_first_in_line_waits_for_may_overtake_it() -> None:
+def test_a_thread_that_the_first_in_line_waits_for_may_overtake_it() -> None:
     """T1 forwards and asks for a load; a capture in line before that load waits for T1."""
     inside = threading.Event()
     order: list[str] = []
@@ -189,7 +190,7 @@ def test_a_visit_ends_once_and_cannot_be_used_again() -> None:
 
 
 def test_sglangs_own_nesting_is_no_deadlock(guard: None, model: Any) -> None:
-    """`init_parallel_runtime` initialises the groups inside what leads the world's caller."""
+    """`init_parallel_runtime` initialises the groups in the same call that leads the world."""
     from sglang_distguard.testing import server_args
 
     before = max((event["seq"] for event in sglang_distguard.snapshot()["events"]), default=-1)

@@ -1,4 +1,4 @@
-"""A thread's own default dtype gives the bits that torch's process-wide one gives."""
+"""A thread's own default dtype gives the same bits as torch's process-wide default."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_other_threads_keep_the_process_wide_default() -> None:
 
 
 def test_a_thread_keeps_its_default_while_another_one_compiles(guard: None) -> None:
-    # Dynamo holds torch's flag of the process while it compiles (2.14.1, `compile_inner`).
+    # Dynamo sets torch's process-wide flag while it compiles (2.14.1, `compile_inner`).
     found = []
 
     def load() -> None:

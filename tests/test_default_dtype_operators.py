@@ -1,7 +1,8 @@
-"""Every function of torch gives with an execution's default dtype what it gives with the process's own.
+"""Every torch function gives the same with an execution's default dtype as with the process's.
 
-Over torch's own tables: what its namespaces have, called with patterns of arguments, and the samples of
-its operator database. What cannot be intercepted is listed here, and nothing else may differ.
+The tests use torch's own tables: the functions of its namespaces, called with patterns of
+arguments, and the samples of its operator database. Functions that cannot be intercepted are
+listed here; no other may differ.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ DTYPES = (
     pytest.param(torch.float64, marks=pytest.mark.slow),
 )
 
-#: Why they may differ (torch 2.14.1).
+#: Functions that may differ, with the reason (torch 2.14.1).
 NOT_INTERCEPTED = {
     "Tensor": "the legacy constructor makes a tensor of torch's default type; new code uses torch.tensor",
     "block_diag": "without arguments it makes an empty tensor, and takes no dtype",
-    "finfo": "without arguments it is about the process's default; torch.finfo(torch.get_default_dtype())",
-    "has_torch_function": "says that there is a function mode",
-    "has_torch_function_unary": "says that there is a function mode",
-    "has_torch_function_variadic": "says that there is a function mode",
-    "handle_torch_function": "is what asks function modes",
-    "nn.functional.local_response_norm": "Python that pools whole numbers before the default has a part",
-    "native_dropout_backward": "multiplies whole gradients, which there are none of, before the default has a part",
-    "range": "deprecated in favour of arange; its binding asks no function mode",
+    "finfo": "without arguments it describes the process's default; pass torch.get_default_dtype()",
+    "has_torch_function": "returns True because a function mode is active",
+    "has_torch_function_unary": "returns True because a function mode is active",
+    "has_torch_function_variadic": "returns True because a function mode is active",
+    "handle_torch_function": "itself calls the function modes",
+    "nn.functional.local_response_norm": "pools integers in Python before the default applies",
+    "native_dropout_backward": "multiplies integer gradients (none exist) before the default applies",
+    "range": "deprecated in favour of arange; its binding calls no function mode",
 }
-#: They change the process, the file system or what torch is, or do not return.
+#: Not called: they change the process, the file system or torch itself, or do not return.
 _LEFT_OUT_TEXT = """
     set_default_dtype set_default_tensor_type set_default_device manual_seed seed set_num_threads
     set_num_interop_threads set_rng_state compile load save hub set_flush_denormal import_ir_module
@@ -87,11 +88,12 @@ def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _outcome(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Dtypes and bits of what is returned; the kind of error of what is raised; random numbers drawn."""
+    """The result's dtypes and bits, and the random numbers drawn; or the class of the error."""
     torch.manual_seed(7)
     try:
         result = function(*_copied(args), **kwargs)
-    except RuntimeError:  # NotImplementedError is one: no kernel for that dtype is found out sooner
+    except RuntimeError:
+        # Includes NotImplementedError: one way may find earlier that a kernel is missing.
         return RuntimeError
     except Exception as error:
         return type(error)
@@ -113,7 +115,7 @@ def _seen(value: Any) -> Any:
         return value if isinstance(value, (torch.dtype, bool, int, str)) else repr(type(value))
     bits: Optional[bytes] = None
     if value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu":
-        # Not a clone: of one element it may keep a stride of 0, which has no bytes to look at.
+        # Not a clone: one of a single element may keep a stride of 0; its bytes cannot be viewed.
         plain = torch.empty(value.numel(), dtype=value.dtype)
         plain.copy_(value.detach().resolve_conj().resolve_neg().flatten())
         bits = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
@@ -132,7 +134,7 @@ def _with_process_default(dtype: torch.dtype, call: Callable[[], Any]) -> Any:
 def _differing(
     calls: Iterator[tuple[str, Callable[..., Any], Any, Any]], dtype: torch.dtype
 ) -> tuple[int, dict[str, list[Any]]]:
-    """How many calls depend on the default, and which of them differ with the execution's."""
+    """The number of calls that depend on the default, and those that differ in an execution."""
     count, differing = 0, dict[str, list[Any]]()
     for name, function, args, kwargs in calls:
 
@@ -150,7 +152,7 @@ def _differing(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As under ``install()``: `torch.get_default_dtype` is replaced."""
+    """Replace `torch.get_default_dtype`, as ``install()`` does."""
     replaced = torch_dtype._get_default_dtype(torch.get_default_dtype)
     monkeypatch.setattr(torch, "get_default_dtype", replaced)
     state = torch.get_rng_state()
@@ -184,7 +186,7 @@ def _samples() -> Iterator[tuple[str, Callable[..., Any], Any, Any]]:
                 continue
             try:
                 samples = list(op.sample_inputs("cpu", integral, requires_grad=False))
-            except Exception:  # the database's own; not what is tested here
+            except Exception:  # an error of the database itself, which is not tested here
                 continue
             for sample in samples[:6]:
                 yield op.full_name, op.op, (sample.input, *sample.args), sample.kwargs

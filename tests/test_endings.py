@@ -1,4 +1,4 @@
-"""What ends while something runs: weights that change, runners that are closed, a guard that is taken out."""
+"""Endings while code runs: runners are closed, the guard is uninstalled, builds fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_distguard.testing import server_args, steps
 Model = Callable[..., Path]
 
 
-def test_close_waits_for_a_forward_and_says_who_is_in_what(runner: Any) -> None:
+def test_close_waits_for_a_forward_and_names_the_step_and_its_thread(runner: Any) -> None:
     blocked = Blocked(runner.model.forward)
     runner.model.forward = blocked
     reader, read = thread(lambda: logits(runner))
@@ -31,13 +31,13 @@ def test_close_waits_for_a_forward_and_says_who_is_in_what(runner: Any) -> None:
     reader.join()
     closer.join()
     assert closed == [True]
-    assert blocked.finished  # what came after it, `sample`, may have been too late
+    assert blocked.finished  # the `sample` after it may have come too late
     assert read
     with pytest.raises(dg.DistGuardError, match="is closed"):
         logits(runner)
 
 
-def test_close_by_force_waits_for_nobody(runner: Any) -> None:
+def test_close_by_force_does_not_wait(runner: Any) -> None:
     blocked = Blocked(runner.model.forward)
     runner.model.forward = blocked
     reader, read = thread(lambda: logits(runner))

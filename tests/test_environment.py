@@ -1,4 +1,4 @@
-"""What a configuration or a runner writes into the environment through SGLang's envs is its own."""
+"""Environment variables that a runner writes through SGLang's envs are private to its scope."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLE = "SGLANG_MAMBA_SSM_DTYPE"
 
 
 def mamba_dtype() -> Any:
-    """What the running code sees."""
+    """The value that the running code sees."""
     from sglang.srt.environ import envs
 
     return envs.SGLANG_MAMBA_SSM_DTYPE.get()
@@ -37,7 +37,7 @@ def dtype_seen_by(runner: Any) -> Any:
 def test_without_the_guard_a_configuration_reaches_the_next_runner(
     sglang: None, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the tests below are compared with."""
+    """The baseline for the tests below."""
     from sglang.srt.environ import envs
     from sglang.srt.runtime_context import SpawnRanks, publish, reset_context
 
@@ -47,7 +47,7 @@ def test_without_the_guard_a_configuration_reaches_the_next_runner(
         server_args(model("gpt2")),
     ):
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
-    assert mamba_dtype() == "bfloat16"  # of a configuration that leaves it alone
+    assert mamba_dtype() == "bfloat16"  # although the second configuration does not set it
     envs.SGLANG_MAMBA_SSM_DTYPE.clear()
     reset_context()
 

@@ -1,7 +1,9 @@
-"""The examples do what the README says of them."""
+"""The examples do what the README says."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +30,18 @@ def test_two_runners_over_two_ranks_started_by_torchrun() -> None:
         "the same on 2 ranks",
     ]
     assert lines[-1] == "the same on 2 ranks: True"
+
+
+def test_the_program_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    found = re.search(
+        r"<!-- program -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert found is not None
+    program = tmp_path / "program.py"
+    program.write_text(found[1])
+    ran = subprocess.run(
+        [sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    made = [ast.literal_eval(line) for line in ran.stdout.splitlines()]
+    assert [[len(tokens) for tokens in prompts] for prompts in made] == [[4, 4], [4, 4]]

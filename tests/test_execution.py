@@ -1,4 +1,4 @@
-"""Whose code is running is carried by one execution: over tasks, threads and pools, and by what is given."""
+"""The execution carries whose code is running: over tasks, threads, pools and given runners."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLEET = [("llama", "float32"), ("qwen3_moe", "bfloat16"), ("gpt2", "float32")]
 
 
 class Worker:
-    """A worker of a serving framework: its stages are calls of their own, from wherever."""
+    """A worker of a serving framework: its stages are separate calls, from any thread or task."""
 
     STAGES = ("publish", "init", "load_model", "init_pools", "forward")
 
@@ -64,7 +64,8 @@ class Worker:
         self.runner.init_cuda_graphs()
 
     def forward(self) -> steps.Generation:
-        return steps.generate(self.runner)  # no activate: what is given the runner is its
+        # No activate: functions that are given a runner work for it.
+        return steps.generate(self.runner)
 
 
 def in_tasks(worker: Worker) -> Any:
@@ -160,7 +161,7 @@ def publish_model(model: Model, name: str) -> None:
     publish(server_args(model(name)), role="scheduler", ranks=ranks)
 
 
-def test_the_last_publish_wins_for_everybody_as_long_as_no_runner_lives(
+def test_the_last_publish_wins_for_all_threads_as_long_as_no_runner_lives(
     guard: None, model: Model
 ) -> None:
     with _core.run_as(None):
@@ -189,7 +190,7 @@ def test_a_publish_that_is_put_aside_is_built_later(guard: None, cache: Path) ->
         worker.runner = None
 
 
-def test_one_args_object_that_was_published_twice_is_refused_where_neither_is_meant(
+def test_one_args_object_that_was_published_twice_is_refused_where_it_is_ambiguous(
     guard: None, model: Model
 ) -> None:
     from sglang.srt.configs.model_config import ModelConfig
@@ -259,7 +260,7 @@ def test_a_batchs_configuration_is_of_the_runner_that_is_given(guard: None, mode
 
 def seen_model() -> str:
     execution = _core.current_execution()
-    return "nobody's" if execution is None or execution.runner is None else execution.runner.name
+    return "no runner" if execution is None or execution.runner is None else execution.runner.name
 
 
 def by_thread_pool(pool: Any) -> str:
@@ -274,6 +275,14 @@ def by_imap(pool: Any) -> str:
     return str(next(pool.imap(lambda _: seen_model(), [0])))
 
 
+def by_keyword(pool: Any) -> str:
+    return str(pool.apply_async(func=seen_model).get())
+
+
+def by_imap_with_keywords(pool: Any) -> str:
+    return str(next(pool.imap_unordered(iterable=[0], func=lambda _: seen_model())))
+
+
 def by_executor(pool: Any) -> str:
     return str(pool.submit(seen_model).result())
 
@@ -284,10 +293,12 @@ def by_executor(pool: Any) -> str:
         (lambda: ThreadPool(1), by_thread_pool),
         (lambda: ThreadPool(1), by_map),
         (lambda: ThreadPool(1), by_imap),
+        (lambda: ThreadPool(1), by_keyword),
+        (lambda: ThreadPool(1), by_imap_with_keywords),
         (lambda: ThreadPoolExecutor(1), by_executor),
     ],
 )
-def test_work_in_a_pool_belongs_to_what_handed_it_over(
+def test_work_in_a_pool_belongs_to_the_code_that_submitted_it(
     two: Any, make: Callable[[], Any], ask: Callable[[Any], str]
 ) -> None:
     (first, second), _ = two
@@ -297,11 +308,13 @@ def test_work_in_a_pool_belongs_to_what_handed_it_over(
     with dg.activate(second):
         names.append(ask(pool))
     names.append(ask(pool))
-    assert names == ["llama-0", "qwen3_moe-0", "nobody's"]
+    assert names == ["llama-0", "qwen3_moe-0", "no runner"]
     (pool.terminate if isinstance(pool, ThreadPool) else pool.shutdown)()
 
 
-def test_a_coroutine_given_to_a_loop_of_another_thread_belongs_to_what_gave_it(two: Any) -> None:
+def test_a_coroutine_given_to_a_loop_of_another_thread_belongs_to_the_code_that_gave_it(
+    two: Any,
+) -> None:
     (first, second), _ = two
     loop = asyncio.new_event_loop()
     with dg.activate(first):
@@ -326,7 +339,7 @@ def test_torchs_data_loading_threads_belong_to_the_code_that_started_them(two: A
         data: Any = list(range(4))
         loader = DataLoader(data, batch_size=2, collate_fn=lambda _: seen_model())
         assert list(loader) == ["qwen3_moe-0"] * 2
-    assert list(loader) == ["nobody's"] * 2
+    assert list(loader) == ["no runner"] * 2
     assert first is not second
 
 
@@ -389,7 +402,7 @@ def test_a_default_dtype_set_in_a_task_is_seen_by_no_other_task(two: Any) -> Non
     assert torch.empty(1).dtype is torch.float32
 
 
-def test_a_default_dtype_is_held_in_threads_and_whatever_the_processs_is(guard: None) -> None:
+def test_a_default_dtype_holds_in_threads_and_whatever_the_processs_default_is(guard: None) -> None:
     import torch
     from sglang_distguard.context.default_dtype import holding
 
@@ -402,7 +415,7 @@ def test_a_default_dtype_is_held_in_threads_and_whatever_the_processs_is(guard: 
     with _core.run_as(None):
         torch.set_default_dtype(torch.bfloat16)
         with holding(torch.bfloat16):
-            # A trainer sets the process's back in the middle of the load.
+            # A trainer resets the process's default in the middle of the load.
             thread = threading.Thread(target=torch._C._set_default_dtype, args=(torch.float32,))
             thread.start()
             thread.join()

@@ -1,4 +1,4 @@
-"""The interpreter exits at once and without a word, whatever threads and runners are left."""
+"""The interpreter exits at once and without output, whatever threads and runners are left."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from new_interpreter import run
 
-# Waits in these programs have 300 seconds, more than a program: one that is waited out fails.
+# Waits in these programs have 300 seconds, more than a program: one that waits to the end fails.
 
 WAITING = """
     import sys, threading
     import sglang_distguard
     from registry_calls import acquire, until, state_of
     from sglang_distguard import _core
-    from sglang_distguard.phases import phase
+    from sglang_distguard.sync.phases import in_phase
 
     claim = acquire("groups:never")
     captor = _core.Visit("capture", runner=None)
@@ -24,7 +24,7 @@ WAITING = """
         acquire("groups:never", timeout=300)
 
     def wait_for_phase():
-        with sglang_distguard.runner_scope(timeout=300), phase("forward"):
+        with sglang_distguard.runner_scope(timeout=300), in_phase("forward"):
             pass
 
     works = [wait_for_key, wait_for_phase] * 4
@@ -93,7 +93,7 @@ def test_control_c_ends_a_process_that_waits() -> None:
         WAITING,
         """
             import os, signal
-            # A shell that started us in the background has it ignored.
+            # A shell that starts a process in the background makes it ignore SIGINT.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             def interrupt():
                 until(lambda: state_of("groups:never")["waiters"] == 1)
@@ -115,7 +115,7 @@ def test_control_c_ends_a_process_that_waits() -> None:
     assert "KeyboardInterrupt" in result.stderr
 
 
-def test_runners_that_were_never_closed_leave_without_a_word(cache: Path) -> None:
+def test_runners_that_were_never_closed_exit_without_output(cache: Path) -> None:
     result = run(RUNNERS, "print('built', len(runners))\n")
     assert (result.returncode, result.stdout) == (0, "built 2\n"), result.stderr
     assert own_messages(result.stderr) == []
@@ -145,7 +145,7 @@ def test_daemon_threads_in_the_middle_of_forwards_do_not_crash_the_exit(cache: P
 
 
 def own_messages(stderr: str) -> list[str]:
-    """What is said on stderr, without SGLang's progress bars and torch's warnings."""
+    """The lines on stderr, without SGLang's progress bars and torch's warnings."""
     noise = ("Multi-thread loading shards", "Warning", "warn(", "[W")
     lines = (line.strip() for line in stderr.replace("\r", "\n").splitlines())
     return [line for line in lines if line and not any(word in line for word in noise)]
@@ -166,7 +166,7 @@ def test_a_subinterpreter_is_refused_with_the_reason() -> None:
         except interpreters.RunFailedError as error:
             failed = error
         print(failed)
-        import sglang_distguard  # and the main one still can
+        import sglang_distguard  # the main interpreter still can
         """)
     assert result.returncode == 0, result.stderr
     assert "SubinterpreterError" in result.stdout

@@ -1,4 +1,4 @@
-"""A failing initialiser reaches its caller as raised, leaves nothing half-made, and hands over."""
+"""An initialiser's error reaches its caller, leaves nothing half-made, and lets a waiter lead."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _points() -> list[Any]:
         (parallel_state, "init_world_group", 1, True),
         *[(parallel_state, "init_model_parallel_group", call, False) for call in (1, 2, 3)],
         *[(parallel_state, "init_model_parallel_group", call, True) for call in (1, 2, 3)],
-        # Device and CPU group of world, tp, pp and self_pp: also between the two of a pair.
+        # Device and CPU group of world, tp, pp and self_pp; this also fails between the two.
         *[("torch.distributed", "new_group", call, False) for call in range(1, 9)],
         (bootstrap, "_resolve_backend", 1, False),
         (bootstrap, "_set_all_reduce_flags", 1, True),
@@ -109,7 +109,7 @@ def test_a_failure_at_any_step_leaves_nothing_half_made(
 
 
 def assert_nothing_half_made() -> None:
-    """Every slot is idle or wholly ready, and torch knows only groups that belong to ready ones."""
+    """Check that slots are idle or ready, and that torch's groups all belong to ready slots."""
     slots = {slot["key"]: slot for slot in sglang_distguard.snapshot()["slots"]}
     assert {slot["state"] for slot in slots.values()} <= {"idle", "ready"}
     assert all(slot["holders"] == [] for slot in slots.values())
@@ -177,7 +177,7 @@ def test_when_the_leader_fails_a_waiter_leads_and_the_others_join(
 
 
 def groups_slot() -> dict[str, Any]:
-    """The slot of the shared groups in ``snapshot()``; empty before it was ever asked for."""
+    """The slot of the shared groups in ``snapshot()``; empty before its first request."""
     slots: dict[str, Any] = {slot["key"]: slot for slot in sglang_distguard.snapshot()["slots"]}
     return slots.get("groups", {})
 

@@ -1,4 +1,4 @@
-"""After a fork the child starts without history, what it inherited says so, the parent goes on."""
+"""A forked child has an empty registry and refuses inherited objects; the parent goes on."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_a_child_forked_while_others_lead_and_wait_has_a_fresh_registry() -> Non
         assert in_child(lambda: in_child(fresh_registry)) == FRESH
         assert state_of("groups:led in the parent")["state"] == "running"
     waiter.join()
-    assert decisions == ["lead"]  # the parent went on as if nothing had happened
+    assert decisions == ["lead"]  # the fork changed nothing in the parent
     assert state_of("groups:of the child") == {}
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing_starts_without_history_by_every_method(method: str) -> None:
+def test_multiprocessing_starts_with_an_empty_registry_by_every_method(method: str) -> None:
     context: Any = multiprocessing.get_context(method)
     with leader_of("groups:led in the parent"):
         queue = context.Queue()
@@ -51,7 +51,7 @@ def test_multiprocessing_starts_without_history_by_every_method(method: str) -> 
 
 
 def test_no_lock_that_other_threads_hold_at_the_fork_blocks_the_child() -> None:
-    """Threads change the registry all the time, so that some fork finds its lock taken.
+    """Threads change the registry all the time, so that at some fork its lock is held.
 
     Without `start_afresh` the 89th of 300 such children hung (once, two cores).
     """
@@ -84,7 +84,7 @@ def test_no_lock_that_other_threads_hold_at_the_fork_blocks_the_child() -> None:
             thread.join()
 
 
-def test_what_the_forking_thread_leads_belongs_to_the_parent_alone() -> None:
+def test_a_claim_of_the_forking_thread_is_refused_in_the_child() -> None:
     claim = acquire("groups:mine")
 
     def use_it() -> tuple[str, bool]:
@@ -101,7 +101,7 @@ def test_what_the_forking_thread_leads_belongs_to_the_parent_alone() -> None:
     claim.fail("done")
 
 
-def test_a_fork_waits_for_an_install_that_another_thread_is_at() -> None:
+def test_a_fork_waits_for_an_install_in_another_thread() -> None:
     held, go_on = threading.Event(), threading.Event()
 
     def install() -> None:

@@ -1,4 +1,4 @@
-"""Seen from outside SGLang, what the guard scopes and hooks is what it is without the guard."""
+"""User code sees scoped globals and hooked functions as it would without the guard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def two(guard: None, model: Model) -> Iterator[tuple[Any, Any]]:
         dg.close(runner)
 
 
-def test_a_global_that_is_read_is_what_sglangs_functions_read(two: tuple[Any, Any]) -> None:
+def test_a_global_read_from_outside_equals_what_sglangs_functions_read(
+    two: tuple[Any, Any],
+) -> None:
     from sglang.srt import runtime_context
     from sglang.srt.distributed import parallel_state
 
@@ -43,11 +45,11 @@ def test_a_global_that_is_read_is_what_sglangs_functions_read(two: tuple[Any, An
             assert runtime_context._PARALLEL is runtime_context.get_parallel()
             seen.append(runtime_context._CONTEXT)
     assert seen[0] is not seen[1]
-    assert runtime_context._CONTEXT is seen[0]  # outside, the default scope's: the first runner's
+    assert runtime_context._CONTEXT is seen[0]  # the default scope is the first runner's
 
 
 @pytest.mark.parametrize("way", ["assignment", "setattr", "mock.patch.object", "mock.patch"])
-def test_what_is_written_reaches_the_scope_it_is_written_in_and_no_other(
+def test_a_write_reaches_the_scope_it_is_made_in_and_no_other(
     two: tuple[Any, Any], way: str
 ) -> None:
     from sglang.srt.distributed import parallel_state
@@ -75,7 +77,7 @@ def test_what_is_written_reaches_the_scope_it_is_written_in_and_no_other(
 
 
 class Assigned:
-    """Sets `parallel_state._TP` and puts it back, as in-tree code does."""
+    """Context manager that sets and restores `parallel_state._TP`, as in-tree code does."""
 
     def __init__(self, module: Any, value: Any, *, by_name: bool) -> None:
         self._module, self._value, self._by_name = module, value, by_name
@@ -94,7 +96,7 @@ class Assigned:
             self._module._TP = value
 
 
-def test_none_that_is_assigned_outside_is_what_sglang_sees_there_and_the_second_runner_does_not(
+def test_none_assigned_outside_is_seen_by_the_first_runner_and_not_by_the_second(
     two: tuple[Any, Any],
 ) -> None:
     from sglang.srt.distributed import parallel_state
@@ -129,7 +131,7 @@ def test_a_global_that_is_deleted_is_missing_in_that_scope_only(two: tuple[Any, 
 
 
 def hooked() -> dict[str, Any]:
-    """The functions of SGLang that callers know and that the guard changes, by name."""
+    """The functions of the SGLang modules and classes that the guard changes, by name."""
     from sglang.srt import runtime_context
     from sglang.srt.distributed import bootstrap, parallel_state
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -212,7 +214,7 @@ def test_a_traceback_through_a_hooked_function_shows_sglangs_own_lines(
 
 
 class TestSGLangsSourcePatcher:
-    """`sglang.srt.debug_utils.source_patcher`: edits the text of a function, and puts it back."""
+    """`sglang.srt.debug_utils.source_patcher` edits the text of a function and restores it."""
 
     @pytest.fixture
     def edit(self, guard: None) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Graphs captured while other runners work: nothing else does meanwhile, and all are right, then and later."""
+"""A capture of graphs excludes all other work; all logits are right during it and afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_
 from sglang_distguard.testing.graphs import CPU_GRAPHS, allow_cpu_graphs
 
 Model = Callable[[str], Path]
-#: How often all runners compute at once.
+#: Number of times that all runners compute at once.
 ROUNDS = 10
 
 
@@ -35,7 +35,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def all_at_once(runners: list[Any], rounds: int) -> list[list[Any]]:
-    """Per runner the logits of ``rounds`` generations, each begun by all threads together."""
+    """Per runner, the logits of ``rounds`` generations; all threads begin each one together."""
     together = threading.Barrier(len(runners))
     made: list[list[Any]] = [[] for _ in runners]
 
@@ -133,10 +133,10 @@ def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_
         sglang_distguard.close(runner)
 
 
-def test_updates_of_weights_that_capture_graphs_anew_are_alone_from_the_start(
+def test_weight_updates_that_capture_graphs_anew_begin_in_the_capture_phase(
     guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SGLang captures anew on GPUs only (0.5.23); here it is told that this machine can, too."""
+    """SGLang 0.5.23 captures anew on GPUs only; the test simulates a platform that can."""
     from sglang.srt.model_executor.model_runner_components import weight_updater
     from sglang_distguard.hooks import model_runner
 

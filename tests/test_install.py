@@ -1,4 +1,4 @@
-"""install and uninstall in every order with imports, twice, from several threads, and undone."""
+"""install and uninstall: in every order with imports, twice, and from several threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sglang_distguard.patching.code_swap import functions_of
 
 
 def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
-    """Identity, and identity of the code, of everything in sglang's and the other hooked modules."""
+    """Identity of each object in sglang's and the other hooked modules, and of its code."""
     found = {}
     hooked = {change.module for changes in versions.GENERATIONS.values() for change in changes()}
     for name, module in list(sys.modules.items()):
@@ -40,12 +40,12 @@ def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
                     elif isinstance(inner, (staticmethod, classmethod)):
                         inner = inner.__func__
                     found[name, f"{attribute}.{member}"] = (id(inner), code_of(inner))
-    # Accessors stay, inert, for what is suspended in a function that reads through one.
+    # Inert accessors stay, because a suspended function may still read through one.
     return {key: it for key, it in found.items() if "_distguard_scoped" not in key[1]}
 
 
 def code_of(value: object) -> int:
-    """Identity of the code of a function, below what wraps it; 0 for anything else."""
+    """Identity of the code of a function without its wrappers; 0 for any other object."""
     while type(value) is types.FunctionType and "__wrapped__" in vars(value):
         value = vars(value)["__wrapped__"]
     return id(value.__code__) if type(value) is types.FunctionType else 0
@@ -224,7 +224,7 @@ def program_of(order: tuple[str, ...]) -> str:
 
 
 def run_programs(programs: Mapping[str, str]) -> dict[str, str]:
-    """Each in a process of its own, two at a time; what those that failed say."""
+    """Run each program in its own process, two at a time; return the errors of failed ones."""
 
     def errors_of(program: str) -> str:
         done = new_interpreter.run(program)
@@ -240,15 +240,15 @@ def test_any_order_of_import_install_and_uninstall() -> None:
     assert run_programs({"-".join(order): program_of(order) for order in ORDERS}) == {}
 
 
-def test_functions_of_a_module_that_is_imported_later_are_born_changed() -> None:
-    """Nobody looks for them: that took 50 ms for each module, three seconds in every process of SGLang's."""
+def test_functions_of_a_module_that_is_imported_later_are_changed_without_a_search() -> None:
+    """A search for them took 50 ms per module: three seconds in every process of SGLang."""
     program = """
         import sglang_distguard as d
-        from sglang_distguard.patching import live
-        live.functions_of = lambda module: 1 / 0
+        from sglang_distguard.patching import code_swap
+        code_swap.functions_of = lambda module: 1 / 0
         d.install()
         import sglang.srt.runtime_context as rc
-        assert live.is_changed(rc.get_context.__code__)
+        assert code_swap.is_changed(rc.get_context.__code__)
     """
     new_interpreter.run_well(program)
 
@@ -281,8 +281,8 @@ def test_a_reload_that_fails_leaves_the_module_guarded(
     assert forward_context.get_forward_context.__code__ == before
 
 
-def test_what_a_module_sets_while_it_is_imported_is_the_processs(clean: None) -> None:
-    """Whose runner happens to be the first to need it does not matter."""
+def test_values_set_during_an_import_go_to_the_default_scope(clean: None) -> None:
+    """The scope of the runner that causes the import makes no difference."""
     import importlib
 
     from sglang.srt.model_executor import forward_context
@@ -311,7 +311,7 @@ def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
     assert state_of_modules() == before
 
 
-def test_code_that_is_not_what_the_source_says_is_refused_and_nothing_is_patched(
+def test_code_that_differs_from_its_source_is_refused_and_nothing_is_patched(
     clean: None,
 ) -> None:
     from sglang.srt.model_executor import forward_context
@@ -327,7 +327,7 @@ def test_code_that_is_not_what_the_source_says_is_refused_and_nothing_is_patched
     assert state_of_modules() == before
 
 
-def test_without_sglang_it_says_so(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_without_sglang_is_refused(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "find_source", lambda module: None)
     with pytest.raises(sglang_distguard.NotSupported, match="sglang is not installed"):
         sglang_distguard.install()
@@ -349,8 +349,8 @@ def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
     assert len(versions.choose()) == len({plan.module for plan in versions.choose()})
 
 
-def test_who_reads_another_modules_scoped_global_reads_the_scopes() -> None:
-    """These three read past the accessors of 0.5.23's own modules; a release may add others."""
+def test_only_three_modules_read_scoped_globals_of_other_modules() -> None:
+    """In 0.5.23 these three bypass the accessors; another release may add more."""
     found = readers(process_globals.scoped(), "sglang.srt")
     assert {(it.module.removeprefix("sglang.srt."), it.name) for it in found} == {
         ("eplb.expert_distribution", "is_capture_mode"),
@@ -359,7 +359,7 @@ def test_who_reads_another_modules_scoped_global_reads_the_scopes() -> None:
     }
 
 
-def test_expert_distribution_is_told_of_the_capture_of_its_own_runner(clean: None) -> None:
+def test_expert_distribution_sees_the_capture_of_its_own_runner_only(clean: None) -> None:
     from sglang.srt.eplb.expert_distribution import _is_model_capture_mode
     from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
 

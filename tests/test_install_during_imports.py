@@ -1,11 +1,11 @@
-"""install() in the middle of an import of a module that it is to patch."""
+"""install() during the import of a module that it patches."""
 
 from __future__ import annotations
 
 import new_interpreter
 import pytest
 
-#: A module to be patched whose import calls ``meanwhile``, while it is looked for or before its first line.
+#: The import of a module calls ``meanwhile`` in its finder, and before the module's first line.
 _HALF_IMPORTED = """
     import sys, threading
     from importlib.machinery import PathFinder, SourceFileLoader
@@ -60,7 +60,7 @@ def test_install_waits_for_an_import_that_another_thread_had_begun_before(where:
         inside.wait()
         installer = threading.Thread(target=dg.install)
         installer.start()
-        # It ends at once where it does not wait.
+        # The installer ends at once if it does not wait.
         while installer.is_alive() and f"import of {NAME}" not in [it.name for it in threading.enumerate()]:
             pass
         go_on.set()

@@ -1,8 +1,9 @@
 """Ctrl-C at any bytecode of any hook leaves nothing entered, held or bound.
 
-KeyboardInterrupt is raised before each bytecode of the package's own functions, and of the functions of
-SGLang whose bodies the guard has put into a with block, while a runner is published, built, run, updated
-and closed. `make interrupts` raises at every one of them; by default a build has a share.
+A runner is published, built, run, updated and closed. KeyboardInterrupt is raised before each
+bytecode of the package's own functions, and of SGLang's functions whose bodies the guard has put
+into a with block. `make interrupts` raises at all of them; by default tests of builds raise at a
+share of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.overrides import _get_current_function_mode_stack
 Model = Callable[..., Path]
 Place = tuple[CodeType, int]
 PACKAGE = str(Path(dg.__file__).parent)
-#: Raise at one place of this many; 1 for all. Default: what a scenario says.
+#: Raise at one of this many places; 1 means all. By default each test chooses.
 EVERY = int(os.environ.get("DISTGUARD_EVERY", "0"))
 
 
@@ -38,7 +39,7 @@ def is_ours(code: CodeType) -> bool:
 
 
 class Tracer:
-    """Notes each place once, and raises at one of them when it is told."""
+    """Records each place once, and raises at ``raise_at`` if that is given."""
 
     def __init__(self, raise_at: Optional[Place] = None) -> None:
         self.places: dict[Place, None] = {}
@@ -70,8 +71,8 @@ class Tracer:
 
 
 def state() -> dict[str, Any]:
-    """What must be as it was: depth, scope, dtype, leases, phases."""
-    gc.collect()  # of what was made since `gc.freeze`: the whole process takes half a second
+    """The state that an interrupt must leave unchanged: depth, scope, dtype, leases, phases."""
+    gc.collect()  # only objects made since `gc.freeze`: all objects take half a second
     facts = dg.snapshot()
     return {
         "execution": _core.current_execution(),
@@ -92,8 +93,8 @@ def state() -> dict[str, Any]:
 def interrupted_everywhere(
     work: Callable[[], Any], every: int, after: Callable[[], Any] = lambda: None
 ) -> int:
-    """Run ``work`` once for each place; what is left is compared with before. Returns how many."""
-    work()  # what is made once is made
+    """Interrupt ``work`` once at each place, compare the state, and return the number of places."""
+    work()  # makes the objects that are made only once
     seen = Tracer()
     seen.run(work)
     places = list(seen.places)[:: EVERY or every]
@@ -137,7 +138,7 @@ def test_in_a_forward_and_a_sample(runner: Any) -> None:
         thread = threading.Thread(target=lambda: out.append(steps.generate(runner, steps=1)))
         thread.start()
         thread.join()
-        assert bit_equal(out[0].logits, wanted)  # the runner is nobody's
+        assert bit_equal(out[0].logits, wanted)  # no thread still holds the runner
 
     count = interrupted_everywhere(
         lambda: steps.generate(runner, steps=0), every=1, after=in_another_thread
@@ -165,7 +166,7 @@ def test_in_an_update_of_weights(runner: Any, model: Model) -> None:
     assert bit_equal(steps.generate(runner, steps=0).logits, wanted)
 
 
-# A socket that was made and is not yet in its with block is closed when it is collected, which Python says.
+# A socket that has not yet entered its with block is closed when collected, with a warning.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_in_a_build_and_a_close(runner: Any, model: Model) -> None:
     path = model("llama", seed=1)

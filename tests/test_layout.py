@@ -1,4 +1,4 @@
-"""What `make lint` cannot see of the layers: import-linter takes the native module for the package."""
+"""A check of layers that `make lint` cannot do: import-linter takes `_core` for the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import sglang_distguard
 
 PACKAGE = Path(sglang_distguard.__file__).parent
-#: What uses the package as its users do.
+#: Parts that use the package as its users do.
 ABOVE = {"__main__", "demo", "audit", "testing"}
 
 

@@ -1,4 +1,4 @@
-"""Building, using, closing and tearing down again and again leaves nothing behind."""
+"""Repeated cycles of building, using, closing and tearing down leave nothing behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Model = Callable[..., Path]
 
 @dataclass(frozen=True)
 class Left:
-    """What is in the process between two cycles; memory in MiB."""
+    """Resources of the process between two cycles; memory in MiB."""
 
     process_groups: int
     threads: int
@@ -37,7 +37,7 @@ class Left:
         from torch.distributed import distributed_c10d
 
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free counts as free
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return Left(
             process_groups=len(distributed_c10d._world.pg_map),
@@ -50,7 +50,7 @@ class Left:
 
 
 def cycle(model: Path) -> None:
-    """Two runners, the second with a scope of its own, built, used, closed, all torn down.
+    """Build, use and close two runners, the second in its own scope; then tear everything down.
 
     Weights are read without mmap: safetensors 0.8.0 leaks two small objects per `get_tensor`,
     with SGLang or without (measured: 4400 in 100 loads of 22 tensors; 0.5 MiB in 200 cycles).
@@ -73,7 +73,7 @@ def cycle(model: Path) -> None:
 def run_cycles(model: Path, *, warm_up: int, cycles: int) -> tuple[Left, Left]:
     for _ in range(warm_up):
         cycle(model)
-    # The registry remembers its last 1024 events: until it forgets the first, memory grows.
+    # The event log keeps the last 1024 events: until it drops the first, memory grows.
     while warm_up > 10 and not sglang_distguard.snapshot()["dropped_events"]:
         cycle(model)
     before, generation = Left.now(), state_of("world")["generation"]
@@ -94,7 +94,7 @@ def assert_nothing_left(before: Left, after: Left) -> None:
 
 def test_a_few_cycles_leave_nothing_behind(guard: None, model: Model) -> None:
     before, after = run_cycles(model("llama"), warm_up=3, cycles=5)
-    # Memory is the slow test's: a few cycles among other tests say nothing about it.
+    # Only the slow test checks memory: a few cycles among other tests show nothing about it.
     assert_nothing_left(before, Left(**{**vars(after), "memory": before.memory}))
 
 

@@ -1,4 +1,4 @@
-"""What runners hold, until they are closed or collected, and what is refused meanwhile."""
+"""Leases of runners: held until a runner is closed or collected, and respected by teardowns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_closed_runner_raises_and_closing_twice_is_harmless(guard: None, model
         runner.forward(forward_batch=None)  # type: ignore[arg-type]
 
 
-def test_of_many_threads_that_close_a_runner_one_gives_its_leases_back(
+def test_of_many_threads_that_close_a_runner_one_releases_its_leases(
     guard: None, model: Model
 ) -> None:
     runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="closed by many")
@@ -40,7 +40,7 @@ def test_of_many_threads_that_close_a_runner_one_gives_its_leases_back(
     assert all(slot["holders"] == [] for slot in sglang_distguard.snapshot()["slots"])
 
 
-def test_a_collected_runner_gives_its_leases_back(guard: None, model: Model) -> None:
+def test_a_collected_runner_releases_its_leases(guard: None, model: Model) -> None:
     import gc
 
     runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="forgotten")
@@ -94,7 +94,7 @@ def test_uninstall_is_refused_while_a_runner_needs_its_own_scope(guard: None, mo
         sglang_distguard.close(runner)
 
 
-def test_a_caller_that_may_not_reuse_is_refused_and_told_who_holds_the_state(
+def test_a_caller_that_may_not_reuse_is_refused_and_the_error_names_the_holder(
     guard: None, model: Model
 ) -> None:
     runner = sglang_distguard.build_runner(server_args(model("gpt2")), name="first")
@@ -126,7 +126,7 @@ def test_groups_made_before_install_are_adopted_and_shared(sglang: None, model: 
     parallel_state.destroy_distributed_environment()
     import torch
 
-    assert torch.distributed.is_initialized()  # what was adopted is not ours to destroy
+    assert torch.distributed.is_initialized()  # an adopted world is never destroyed
     sglang_distguard.uninstall()
     del plain
     torch.distributed.destroy_process_group()

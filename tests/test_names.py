@@ -1,4 +1,4 @@
-"""Which names of a function mean a scoped global: what Python's own symbol tables say."""
+"""Python's own symbol tables decide which names of a function mean a scoped global."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_names_that_a_function_binds_stay_its_own(load: Any) -> None:
     assert module._value == "global"
 
 
-def test_names_that_mean_the_global_mean_the_scopes(load: Any) -> None:
+def test_names_that_mean_the_global_read_and_write_the_scopes_value(load: Any) -> None:
     module, _ = load(GLOBALS)
     scope = _core.new_scope("other")
     with scope_active(scope):
@@ -233,7 +233,7 @@ def test_a_module_whose_frame_a_traceback_keeps_alive_is_rewritten(
     with scope_active(_core.new_scope("other")):
         assert module.f() == 1
     assert module._value is None
-    holder.frames.clear()  # they refer to this test's frame, too
+    holder.frames.clear()  # they also refer to this test's frame
 
 
 WRAPPED = """

@@ -1,4 +1,4 @@
-"""The one list of process-globals: each row names what does it, and what does it is there."""
+"""The one table of process-globals: the implementation that each row names exists."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sglang_distguard.distributed import coordinators
 from sglang_distguard.hooks import generation_0_5_23, process_globals
 from sglang_distguard.hooks.process_globals import TREATMENTS, How
 
-#: torch keeps these for each thread itself.
+#: torch itself keeps these per thread.
 TORCHS = ("torch._inductor.config", "torch._inductor.config.triton", "torch._dynamo.config")
 
 
-def test_every_row_that_is_not_harmless_is_done_by_something() -> None:
+def test_every_managed_row_has_an_implementation() -> None:
     scoped = {
         (module, name) for module, names in process_globals.scoped().items() for name in names
     }
@@ -33,7 +33,7 @@ def test_no_global_has_two_rows() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_whatever_is_scoped_of_the_groups_module_is_stamped_or_compared() -> None:
-    """A handle that a release adds needs its field in ``coordinators.FIELDS``, too: rows are made from it."""
+def test_every_scoped_global_of_the_groups_module_is_stamped_or_compared() -> None:
+    """A group that a release adds needs a field in ``coordinators.FIELDS``, the source of rows."""
     rows = set(process_globals.scoped()[coordinators.MODULE])
     assert rows == {*coordinators.FIELDS, *coordinators.FLAGS, *coordinators.PATCHED}

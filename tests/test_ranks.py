@@ -1,4 +1,4 @@
-"""Builds and forwards of several ranks, real SGLang on each: right, or refused on all of them."""
+"""Builds and forwards of several ranks with real SGLang: right, or refused on all ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_builds_of_fewer_runners_and_on_more_ranks(
         assert built == [{name: alone(name, size) for name in names}] * size
 
 
-#: What rank 1 asks for instead, and the fields that all ranks are told of.
+#: The overrides of rank 1, and the fields that the errors on all ranks name.
 DIFFERENT: dict[str, tuple[dict[str, Any], set[str]]] = {
     "widths": ({"tp_size": 1, "pp_size": 2}, {"tp_size", "pp_size"}),
     "dtype": ({"dtype": "bfloat16"}, {"dtype"}),
@@ -60,7 +60,7 @@ def test_ranks_that_ask_for_different_things_are_told_which(
             assert told["after"] == {name: alone(name) for name in ("dense", "experts")}
 
 
-def test_ranks_that_ask_under_different_names_are_told_who_is_missing(
+def test_ranks_that_ask_under_different_names_are_told_which_rank_is_missing(
     repeated: Any, alone: Any
 ) -> None:
     for told in repeated(programs.ask_under_different_names, 2):
@@ -71,7 +71,7 @@ def test_ranks_that_ask_under_different_names_are_told_who_is_missing(
             assert it["after"] == {"experts": alone("experts")}
 
 
-def test_a_rank_that_never_comes_is_named_and_learns_of_it_when_it_comes(
+def test_an_absent_rank_is_named_and_gets_the_error_when_it_arrives(
     repeated: Any, alone: Any
 ) -> None:
     for told in repeated(programs.never_come, 2, absent=1):
@@ -83,7 +83,9 @@ def test_a_rank_that_never_comes_is_named_and_learns_of_it_when_it_comes(
             assert it["after"] == {"experts": alone("experts")}
 
 
-def test_ctrl_c_while_waiting_for_the_others_is_theirs_too(repeated: Any, alone: Any) -> None:
+def test_ctrl_c_while_waiting_for_other_ranks_fails_the_build_on_them_too(
+    repeated: Any, alone: Any
+) -> None:
     for told in repeated(programs.interrupted, 2):
         assert told[0]["error"]["type"] == "KeyboardInterrupt"
         assert told[1]["error"]["type"] == "RankFailed"
@@ -107,7 +109,7 @@ def test_a_rank_whose_build_raises_is_named_on_the_others(
 
 
 @pytest.mark.parametrize("point", ["creating a group", "load"])
-def test_a_rank_that_dies_is_missed_by_the_others_which_make_a_world_of_their_own(
+def test_a_rank_that_dies_is_named_as_missing_and_the_others_make_a_new_world(
     ranks: RankRunner, alone: Any, point: str
 ) -> None:
     for _ in range(TIMES):
@@ -136,7 +138,7 @@ def test_weights_updated_at_once_in_opposite_order_are_those_of_each_runner_alon
         assert updated == [{name: alone(name, seed=1) for name in names}] * 2
 
 
-def test_one_rank_asks_nobody(ranks: RankRunner, alone: Any) -> None:
+def test_a_single_rank_asks_no_other_rank(ranks: RankRunner, alone: Any) -> None:
     (told,) = ranks.run(programs.one_rank, 1)
     assert told["called"] == []
     assert told["made"] == {name: alone(name, 1) for name in ("dense", "half")}

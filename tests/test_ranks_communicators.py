@@ -1,4 +1,4 @@
-"""Whose communicators a runner of several ranks computes over, and that nobody else's collectives meet there."""
+"""Each runner of several ranks uses its own communicators, or takes turns on shared ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_forwards_over_shared_groups_are_put_in_one_order(repeated: Any, alone: 
 def test_forwards_over_shared_groups_in_no_order_are_wrong_or_fail(
     ranks: RankRunner, alone: Any
 ) -> None:
-    """Why the two above are needed: gloo either mixes the messages up or notices their lengths."""
+    """The reason for the two tests above: gloo mixes messages up, or notices unequal lengths."""
     unguarded = {"groups": "share", "unguarded": True}
     made, failure = None, ""
     try:
@@ -45,7 +45,7 @@ def test_forwards_over_shared_groups_in_no_order_are_wrong_or_fail(
 def test_a_second_thread_over_a_draft_and_its_target_is_refused_and_neither_is_used_again(
     repeated: Any, alone: Any, step: str
 ) -> None:
-    """Each rank refuses for itself: another may have let the step in, and be one ahead ever after."""
+    """Each rank refuses alone: another rank may have admitted the step and stay one step ahead."""
     expected = {name: alone(name) for name in ("experts", "dense")}
     for results in repeated(programs.draft_beside_target, 2, step=step):
         for it in results:
@@ -57,7 +57,7 @@ def test_a_second_thread_over_a_draft_and_its_target_is_refused_and_neither_is_u
             assert it["after"] == {"half": alone("half")}
 
 
-def test_who_gives_up_in_line_for_a_turn_leaves_the_communicators_as_they_are(
+def test_a_timeout_in_line_for_a_turn_leaves_the_communicators_as_they_are(
     repeated: Any, alone: Any
 ) -> None:
     for results in repeated(programs.queue_behind_a_long_step, 2):
@@ -68,21 +68,21 @@ def test_who_gives_up_in_line_for_a_turn_leaves_the_communicators_as_they_are(
             assert it["after"] == alone("dense")
 
 
-def test_a_scope_that_is_being_left_is_nobody_elses_yet(repeated: Any, alone: Any) -> None:
+def test_a_scope_is_not_reused_while_its_groups_are_being_destroyed(
+    repeated: Any, alone: Any
+) -> None:
     for results in repeated(programs.close_beside_a_build, 2):
         assert results == [{name: alone(name) for name in ("experts", "half")}] * 2
 
 
-def test_a_refused_world_is_not_remembered_as_one_that_nobody_agrees_in(
-    ranks: RankRunner, alone: Any
-) -> None:
+def test_ranks_still_agree_after_a_refused_world(ranks: RankRunner, alone: Any) -> None:
     for it in ranks.run(programs.build_after_a_refused_one, 2):
         assert it["error"] is not None
         assert it["made"] == {name: alone(name) for name in ("dense", "experts")}
 
 
 @pytest.mark.parametrize("order", [["own", "share"], ["share", "own"]])
-def test_a_runner_that_shares_does_not_take_what_another_owns(
+def test_a_runner_with_shared_groups_does_not_use_groups_that_another_owns(
     repeated: Any, alone: Any, order: list[str]
 ) -> None:
     expected = {"own": alone("dense"), "share": alone("experts")}
@@ -99,7 +99,7 @@ def test_runners_of_one_name_are_told_apart_over_shared_groups(repeated: Any, al
             assert it["after"] == expected  # no rank had begun
 
 
-def test_runners_without_names_are_told_apart_by_what_they_are(repeated: Any, alone: Any) -> None:
+def test_runners_without_names_are_told_apart_by_their_settings(repeated: Any, alone: Any) -> None:
     for results in repeated(programs.build_two_unnamed, 2):
         assert results == [[alone("dense"), alone("dense", seed=1)]] * 2
 
@@ -118,7 +118,7 @@ def test_a_stage_may_wait_longer_for_another_than_groups_may_take_to_be_created(
         ("own", {}, {"elastic_ep_backend": "mooncake"}, "elastic_ep_backend='mooncake'"),
     ],
 )
-def test_what_could_not_be_right_is_refused_on_all_ranks(
+def test_unsupported_settings_are_refused_on_all_ranks(
     ranks: RankRunner,
     alone: Any,
     policy: str,
@@ -143,7 +143,7 @@ def test_a_scope_that_was_left_takes_a_runner_of_other_widths(
 
 
 @pytest.mark.parametrize("policy", ["own", "share"])
-def test_a_forward_that_one_rank_leaves_half_done_ends_what_used_its_communicators(
+def test_a_forward_that_fails_on_one_rank_breaks_the_runners_over_its_communicators(
     repeated: Any, alone: Any, policy: str
 ) -> None:
     for results in repeated(programs.raise_in_a_forward, 2, policy=policy, on=1):

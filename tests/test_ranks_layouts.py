@@ -1,4 +1,4 @@
-"""Every layout that SGLang makes groups for: each runner owns all of them, and they are SGLang's own."""
+"""For every layout, each runner owns all of its groups, and they equal those of plain SGLang."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def test_each_runner_owns_every_group_that_sglang_makes_and_no_other(
         for rank, found in enumerate(owned):
             assert found["structures"] == [expected[rank]] * 2
             assert not set(found["members"][0]) & set(found["members"][1])
-            assert found["nobody's"] == []
+            assert found["of no runner"] == []
             assert found["left"] == []
             assert found["digests"] == right

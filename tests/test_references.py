@@ -1,4 +1,4 @@
-"""What runners are compared with is what a truly fresh process computes."""
+"""The reference results of runners equal those that a fresh process computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES = (("llama", "float32"), ("qwen3_moe", "bfloat16"))
 
 
 def check(cache: Path, empty: Path, member: tuple[str, str]) -> None:
-    """Run one member in a fresh process of its own, and compare."""
+    """Run one member in a fresh process, and compare its results with the reference."""
     (forked,) = fleet.members(cache, [member])
     fresh = solo(forked.model, forked.dtype, cache_dir=empty)
     assert bit_equal(fresh.logits, forked.alone.logits)

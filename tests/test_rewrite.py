@@ -211,7 +211,7 @@ def test_functions_keep_identity_file_and_line(load: Load) -> None:
     assert function.__code__.co_filename == ours.co_filename == module.__file__
 
 
-def test_undo_gives_functions_their_own_code_object_back(load: Load) -> None:
+def test_undo_restores_the_original_code_objects_of_functions(load: Load) -> None:
     module, _ = load(SOURCE)
     functions = [module.read, module.earlier, module.Holder.read, module.registry[0]]
     before = [id(function.__code__) for function in functions]
@@ -256,7 +256,7 @@ def test_threads_and_their_scopes_do_not_mix(load: Load) -> None:
     assert module._value == []
 
 
-def test_a_scope_that_nobody_holds_frees_its_values(load: Load) -> None:
+def test_a_scope_without_references_frees_its_values(load: Load) -> None:
     import weakref
 
     module, _ = load(SOURCE, "_value")

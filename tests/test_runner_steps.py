@@ -1,4 +1,4 @@
-"""What each public method of a runner is to other runners: one table, as long as SGLang's class."""
+"""One table has the phase of each public method of SGLang's runner class."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_public_method_of_a_runner_is_in_a_phase_or_in_none_for_a_reason(
         assert (steps.phase is None) == bool(steps.why_in_no_phase), steps
 
 
-def test_adapters_are_loaded_and_weights_checked_in_the_phase_for_loads(
+def test_adapters_are_loaded_and_weights_checked_in_the_load_phase(
     guard: None, model: Callable[[str], Path]
 ) -> None:
     runner: Any = sglang_distguard.build_runner(server_args(model("gpt2")))
@@ -58,7 +58,7 @@ def test_adapters_are_loaded_and_weights_checked_in_the_phase_for_loads(
     sglang_distguard.close(runner)
 
 
-#: Reads of what is scoped: the accessors of sglang.srt.runtime_context, and environment variables.
+#: Reads of scoped values: the accessors of sglang.srt.runtime_context, and environment variables.
 READS = re.compile(
     r"\bget_(context|parallel|server_args|flags|resources|forward|device|model|exec|schedule|memory|spec"
     r"|lora|mm|disagg|serving|observability)\(\)|\benvs\."
@@ -85,14 +85,14 @@ def functions_given_a_runner(module: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("module", sorted({module for module, _ in given_runners.GIVEN}))
-def test_what_is_given_a_runner_and_reads_what_is_scoped_works_for_that_runner(module: str) -> None:
+def test_functions_given_a_runner_that_read_scoped_values_work_for_that_runner(module: str) -> None:
     hooked = {name for it, names in given_runners.GIVEN if it == module for name in names.split()}
     functions = functions_given_a_runner(module)
     assert hooked <= functions.keys()
     assert {name for name, text in functions.items() if READS.search(text)} <= hooked
 
 
-def test_methods_without_a_hook_read_nothing_that_is_scoped() -> None:
+def test_methods_without_a_hook_read_no_scoped_values() -> None:
     source = find_source(model_runner.MODULE)
     assert source is not None
     plain = {name for it in model_runner.TABLE if it.is_plain for name in it.names.split()}

@@ -1,4 +1,4 @@
-"""A scoped global is read as it is now, however it was changed: the accessor remembers and never guesses."""
+"""An accessor caches, and still returns the present value after every kind of change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], object], object]] = {
 }
 
 
-def test_what_the_default_scope_has_is_read_as_it_is_after_every_change() -> None:
+def test_the_default_scopes_present_value_is_read_after_every_change() -> None:
     choose = random.Random(0)
     namespace = vars(MODULE)
     accessor = ScopedGlobal(namespace, "X", lambda: "initial")
@@ -70,7 +70,7 @@ def test_a_value_is_not_kept_alive_by_having_been_read() -> None:
     assert read(accessor) == "missing"
 
 
-def test_reading_and_writing_change_sides_with_the_scope() -> None:
+def test_reads_and_writes_follow_the_current_scope() -> None:
     namespace: dict[str, Any] = {"__name__": "scoped_reads", "X": "default"}
     accessor = ScopedGlobal(namespace, "X", lambda: "initial")
     assert accessor.value == "default"
@@ -89,7 +89,7 @@ def test_reading_and_writing_change_sides_with_the_scope() -> None:
 
 def test_attributes_other_than_the_value_are_as_in_any_object() -> None:
     accessor = ScopedGlobal({"__name__": "scoped_reads", "X": 0}, "X", lambda: None)
-    assert getattr(accessor, "".join(["val", "ue"])) == 0  # a string of its own
+    assert getattr(accessor, "".join(["val", "ue"])) == 0  # not the interned string
     assert repr(accessor) == "<ScopedGlobal X>"
     with pytest.raises(AttributeError, match="values"):
         _ = accessor.values  # type: ignore[attr-defined]
@@ -97,7 +97,7 @@ def test_attributes_other_than_the_value_are_as_in_any_object() -> None:
         _ = getattr(accessor, 0)  # type: ignore[arg-type]
 
 
-def test_a_flag_is_raised_here_or_in_the_process() -> None:
+def test_an_own_flag_is_true_when_set_here_or_in_the_process() -> None:
     namespace: dict[str, Any] = {"FLAG": False}
     here: list[bool] = []
     flag = OwnFlag(namespace, "FLAG", lambda: bool(here))

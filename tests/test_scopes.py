@@ -1,4 +1,4 @@
-"""Whose context code sees: threads, pools, asyncio, activate, use_context, publish, drafts."""
+"""The context that code sees: threads, pools, asyncio, activate, use_context, publish, drafts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_thread_subclass_that_overrides_run_inherits_too(two: Two) -> None:
     assert "run" not in vars(worker)
 
 
-def test_a_pools_tasks_run_in_the_scope_of_who_submits_them(two: Two) -> None:
+def test_a_pools_tasks_run_in_the_scope_of_the_submitting_code(two: Two) -> None:
     gpt2, qwen = two
     with ThreadPoolExecutor(1) as pool:
         for runner, name in ((qwen, "qwen3_moe"), (gpt2, "gpt2"), (qwen, "qwen3_moe")):
@@ -182,9 +182,7 @@ def test_use_context_of_a_runners_context_is_the_runners_scope(two: Two) -> None
         assert _core.current_scope() is scope
 
 
-def test_a_publish_beside_a_living_runner_changes_nobody_elses_context(
-    two: Two, model: Model
-) -> None:
+def test_a_publish_beside_a_living_runner_changes_no_other_context(two: Two, model: Model) -> None:
     from sglang.srt.runtime_context import publish
 
     def publish_opt() -> str:
@@ -221,7 +219,7 @@ def test_a_draft_runner_initialises_nothing_and_lives_in_its_targets_scope(
         return sglang_distguard.build_runner(server_args(llama.model), name="draft", target=qwen)
 
     draft = in_thread(build)
-    # By number, not by list: the ring of events forgets the oldest.
+    # Compared by number, because the event log drops its oldest events.
     since = [event for event in sglang_distguard.snapshot()["events"] if event["seq"] > last]
     assert {event["decision"] for event in since} <= {"lease", "release"}
     with sglang_distguard.activate(draft):

@@ -1,4 +1,4 @@
-"""The main test many times over, and with 32 runners. Minutes long: `make stress`."""
+"""The main test repeated many times, and with 32 runners; takes minutes (`make stress`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 50
 
 
 def one_round(members: list[fleet.Member], repetitions: int) -> list[str]:
-    """Build all, let all generate at once, close all, tear down; return what was wrong."""
+    """Build all, let all generate at once, close all, tear down; return the problems."""
     with fleet.bystander() as seen:
         outcomes = fleet.build_all(members)
         problems = [f"{o.member.name}: {o.error!r}" for o in outcomes if o.error is not None]

@@ -1,4 +1,4 @@
-"""Taking shared state down: refused while held, forced on request, and noticed when done elsewhere."""
+"""Teardown of shared state: refused while held, forced on request, noticed when out-of-band."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(model: Model, name: str, architecture: str = "gpt2") -> Any:
 
 
 def unhooked(name: str) -> Callable[..., Any]:
-    """torch's own function, as code that goes round the hooks would reach it."""
+    """torch's own function, as code that bypasses the hooks would call it."""
     c10d = torch.distributed.distributed_c10d
     return vars(c10d)[f"_distguard_hook_{name}"].__wrapped__
 
@@ -71,7 +71,7 @@ def test_every_way_to_destroy_what_a_runner_holds_is_refused_and_changes_nothing
     sglang_distguard.close(runner)
 
 
-def test_a_group_of_somebody_else_may_be_destroyed_while_runners_live(
+def test_a_group_of_user_code_may_be_destroyed_while_runners_live(
     guard: None, model: Model
 ) -> None:
     runner = build(model, "holder")
@@ -96,7 +96,7 @@ def test_a_forced_teardown_tells_the_holders_at_their_next_use(guard: None, mode
             use()
         assert caught.value.details["by"] == "thread MainThread"
     after = build(model, "second")
-    with pytest.raises(LeaseBroken):  # what was made anew is not what it was built on
+    with pytest.raises(LeaseBroken):  # it was built on the destroyed world, not the new one
         uses[0]()
     assert sglang_distguard.close(runner) is True
     (gpt2,) = fleet.members(Path(__file__).parent.parent / ".cache", [("gpt2", "float32")])
@@ -112,7 +112,7 @@ def test_a_teardown_that_is_refused_for_one_part_leaves_the_other(
 
     sglang_distguard.close(build(model, "gone"))
     handle = _core.RunnerHandle("holds the world", None, ["world"])
-    # The scope that built joined both, so both are leased; give one back to have them differ.
+    # The closed runner released both leases; the handle leases only the world.
     with pytest.raises(StateInUse):
         sglang_distguard.teardown()
     for key in ("world", "groups"):
@@ -123,7 +123,7 @@ def test_a_teardown_that_is_refused_for_one_part_leaves_the_other(
     assert {slot(key)["state"] for key in ("world", "groups")} == {"idle"}
 
 
-def test_leaving_a_closing_block_gives_the_leases_back_also_on_an_error(
+def test_leaving_a_closing_block_releases_the_leases_also_on_an_error(
     guard: None, model: Model
 ) -> None:
     runner = build(model, "in a block")
@@ -162,7 +162,7 @@ def test_after_a_teardown_another_world_is_adopted_and_never_destroyed(
     (gpt2,) = fleet.members(Path(__file__).parent.parent / ".cache", [("gpt2", "float32")])
     result = steps.generate(runner, activate=sglang_distguard.activate)
     assert bit_equal(result.logits, gpt2.alone.logits)
-    with pytest.raises(StateInUse):  # theirs, but in use
+    with pytest.raises(StateInUse):  # made by user code, but in use
         torch.distributed.destroy_process_group()
     sglang_distguard.close(runner)
     for let_go in (sglang_distguard.teardown, parallel_state.cleanup_dist_env_and_memory):
@@ -188,7 +188,7 @@ def test_a_world_that_does_not_match_is_refused_and_left_alone(guard: None, mode
         _core.reset(force=False)
 
 
-def test_a_world_destroyed_behind_our_back_is_reported_and_made_anew(
+def test_a_world_destroyed_out_of_band_is_reported_and_made_anew(
     guard: None, model: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = build(model, "robbed")
@@ -209,7 +209,7 @@ def test_a_world_destroyed_behind_our_back_is_reported_and_made_anew(
     sglang_distguard.close(after)
 
 
-def test_one_group_destroyed_behind_our_back_is_noticed(guard: None, model: Model) -> None:
+def test_one_group_destroyed_out_of_band_is_noticed(guard: None, model: Model) -> None:
     sglang_distguard.close(build(model, "first"))
     generation = slot("groups")["generation"]
     unhooked("destroy_process_group")(_core.resource("groups")["_PP"].cpu_group)
@@ -232,7 +232,7 @@ def test_a_swapped_group_is_reported_and_not_used(
             second = build(model, "second")
         assert "out-of-band" in caplog.text
         assert slot("groups")["generation"] == generation + 1
-        assert slot("groups")["origin"] == "adopted"  # somebody else's now, and theirs to destroy
+        assert slot("groups")["origin"] == "adopted"  # user code made it, so user code destroys it
         with pytest.raises(LeaseBroken):
             steps.generate(first, steps=1, activate=sglang_distguard.activate)
         sglang_distguard.close(second)
@@ -242,10 +242,10 @@ def test_a_swapped_group_is_reported_and_not_used(
         coordinators.destroy_and_unset(coordinators.find())
 
 
-def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
+def test_a_scope_does_not_build_a_runner_on_state_torn_down_since_it_joined(
     guard: None, model: Model
 ) -> None:
-    """Joined at one generation, constructed later: the groups it refers to are dead."""
+    """The scope joined at one generation and constructs later: its groups are destroyed."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang_distguard.api import building as steps_of_build
@@ -266,7 +266,7 @@ def test_a_scope_does_not_build_a_runner_on_what_was_torn_down_since(
     with pytest.raises(DistGuardError, match="world cannot be held: it is not initialised"):
         construct()
     others: list[Any] = []
-    thread = threading.Thread(target=lambda: others.append(build(model, "somebody else's")))
+    thread = threading.Thread(target=lambda: others.append(build(model, "another")))
     thread.start()
     thread.join()
     assert slot("groups")["generation"] > 0
@@ -289,3 +289,13 @@ def test_torchs_excepthooks_do_not_pile_up(guard: None, model: Model) -> None:
 def test_teardown_without_the_guard_is_refused(sglang: None) -> None:
     with pytest.raises(DistGuardError, match="install"):
         sglang_distguard.teardown()
+
+
+def test_closing_refuses_wrong_arguments_before_its_block_begins(runner: Any) -> None:
+    wrong: list[dict[str, Any]] = [{"force": "no"}, {"timeout": 0}, {"timeout": "soon"}]
+    for arguments in wrong:
+        with (
+            pytest.raises((TypeError, ValueError), match=next(iter(arguments))),
+            sglang_distguard.closing(runner, **arguments),
+        ):
+            pytest.fail("the block began")

@@ -1,4 +1,4 @@
-"""What is called harmless in treatments.py is: what is remembered is true of every runner, what is set changes no logits."""
+"""Unmanaged globals: caches hold results valid for every runner; changes alter no logits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def caches() -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def two_runners(model: Model) -> Iterator[list[Any]]:
-    """Of different architectures and dtypes."""
+    """Two runners of different architectures and dtypes."""
     built = [
         sglang_distguard.build_runner(server_args(model("gpt2")), name="first"),
         sglang_distguard.build_runner(server_args(model("qwen3_moe"), dtype="bfloat16")),
@@ -47,7 +47,7 @@ def two_runners(model: Model) -> Iterator[list[Any]]:
 
 
 def arguments_of(name: str) -> list[Any]:
-    """What a cache that asks for something is asked for here; what it is given is all it may depend on."""
+    """Arguments for a cache that takes some; its result may depend on nothing else."""
     from sglang.kernels.spec import KernelBackend
     from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
     from sglang.srt.server_args import ServerArgs
@@ -62,7 +62,7 @@ def arguments_of(name: str) -> list[Any]:
     }.get(name.rpartition(".")[2], [])
 
 
-def test_what_is_remembered_would_be_found_again_by_every_runner(
+def test_every_runner_would_compute_the_cached_result_again(
     guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.kernels.ops.lora.dense import lora_tuning_config
@@ -75,7 +75,7 @@ def test_what_is_remembered_would_be_found_again_by_every_runner(
             try:
                 remembered = cache(*arguments)
             except TypeError:
-                told_apart.append(name)  # asks for more; its results are told apart by that
+                told_apart.append(name)  # needs arguments, which distinguish its results
                 continue
             for runner in runners:
                 with sglang_distguard.activate(runner):
@@ -86,7 +86,7 @@ def test_what_is_remembered_would_be_found_again_by_every_runner(
 
 
 class Switched:
-    """Whatever another runner, or what it uses, could have made of each other harmless row."""
+    """Changes each unmanaged global that is no cache, as another runner or its libraries could."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self._monkeypatch, self._folder = monkeypatch, folder
@@ -103,7 +103,7 @@ class Switched:
                 self.done.add((row.module, row.name))
 
     def _are_as_many_threads_as_before(self) -> None:
-        """They are part of the bits on a CPU: a runner there must leave them alone."""
+        """On a CPU the number of threads affects the bits, so a runner must not change it."""
         assert number_of_threads() == self._threads
 
     def _of_process(self, module: str, name: str) -> Callable[[], Any] | None:
@@ -191,7 +191,7 @@ def found(row: process_globals.Treatment) -> Any:
     return thing
 
 
-def test_what_others_make_of_it_changes_no_logits(
+def test_changes_of_unmanaged_globals_change_no_logits(
     guard: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)

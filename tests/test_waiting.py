@@ -1,4 +1,4 @@
-"""Waiting for another thread's initialisation: deadline, facts, interruption, deadlock."""
+"""Waits for another thread's initialisation: deadline, error facts, interrupts, failed leaders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang_distguard.errors import AcquireTimeout, PoisonedState, SpecMismatch
 from sglang_distguard.sync import event_log, waiting
 
 
-def test_a_deadline_that_passes_tells_who_leads_where_and_since_when() -> None:
+def test_a_timeout_error_names_the_leader_its_stack_and_the_seconds_waited() -> None:
     with leader_of("groups:timeout") as thread, pytest.raises(AcquireTimeout) as caught:
         acquire("groups:timeout", timeout=0.1)
     error = caught.value
@@ -39,14 +39,14 @@ def test_a_waiter_leads_when_the_leader_failed() -> None:
     assert decisions == ["lead"]
 
 
-def test_an_unequal_request_is_refused_while_the_leader_is_still_at_it() -> None:
+def test_an_unequal_request_is_refused_while_the_leader_is_still_running() -> None:
     with leader_of("groups:unequal"), pytest.raises(SpecMismatch, match="'slow one'"):
         acquire("groups:unequal", size=2)
 
 
 @pytest.fixture
 def control_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also when a shell started the tests in the background."""
+    """Make SIGINT raise KeyboardInterrupt, even if a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -67,7 +67,7 @@ def test_control_c_ends_a_wait_and_leaves_nothing_behind(control_c: None) -> Non
 
 
 class _Counting:
-    """Waits for nothing, and notes for how long it was to."""
+    """Returns from each wait at once, and records its seconds."""
 
     patience = 30.0
 
@@ -128,7 +128,7 @@ def test_an_interrupt_in_the_initialiser_undoes_it_and_one_after_the_publish_doe
         calls.append(generation)
         raise KeyboardInterrupt
 
-    _core.note_joined = interrupted  # what comes right after the publish
+    _core.note_joined = interrupted  # called right after the publish
     try:
         with pytest.raises(KeyboardInterrupt):
             attempt(lambda: None)
@@ -202,6 +202,6 @@ def test_a_teardown_that_is_dropped_before_it_starts_leaves_the_state_and_after_
     _core.reset(force=False)
 
 
-def test_a_key_that_is_none_is_refused() -> None:
+def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(ValueError, match="known: "):
         acquire("nonsense")

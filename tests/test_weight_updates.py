@@ -1,4 +1,4 @@
-"""Two runners that are given tensors at once patch torch once."""
+"""Two runners whose weights are updated from tensors at once patch torch only once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sglang_distguard.hooks.patch_torch import REDUCTIONS
 
 
 def reduce_tensor() -> None:
-    """What torch does."""
+    """Stand-in for torch's function."""
 
 
 def rebuild_cuda_tensor() -> None:
-    """What torch does."""
+    """Stand-in for torch's function."""
 
 
 class Reductions(SimpleNamespace):
-    """torch's module; whoever looks first whether it was patched stops there until ``go_on`` is set."""
+    """torch's module; the first check whether it is patched blocks until ``go_on`` is set."""
 
     def __init__(self) -> None:
         super().__init__(reduce_tensor=reduce_tensor, rebuild_cuda_tensor=rebuild_cuda_tensor)
@@ -60,7 +60,7 @@ def test_plain_sglang_keeps_its_own_replacement_as_the_original_of_torch(
     sglang: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = patch_from_two_threads(monkeypatch, guarded=False)
-    assert made._reduce_tensor_original is made.reduce_tensor  # calls itself without end
+    assert made._reduce_tensor_original is made.reduce_tensor  # it calls itself endlessly
 
 
 def test_the_second_runner_waits_for_the_first_and_finds_torch_patched(
@@ -72,7 +72,7 @@ def test_the_second_runner_waits_for_the_first_and_finds_torch_patched(
     assert made._rebuild_cuda_tensor_original is rebuild_cuda_tensor
 
 
-def test_a_patch_that_fails_half_way_is_taken_back_and_tried_again(
+def test_a_patch_that_fails_half_way_is_undone_and_tried_again(
     guard: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.utils import patch_torch

@@ -1,4 +1,4 @@
-"""The main test fails when any one of the four treatments is switched off: it can tell."""
+"""The main test detects that any one of the four treatments is switched off."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def switch_off(treatment: str) -> None:
     left_out: tuple[object, ...] = ()
     if treatment == "registry":
 
-        def everybody_leads(*_args: object, **callbacks: object) -> object:
+        def every_caller_leads(*_args: object, **callbacks: object) -> object:
             return callbacks["initialise"]()  # type: ignore[operator]
 
         for module in (single_flight, parallel_state, expert_location):
-            module.run_once = everybody_leads  # type: ignore[attr-defined]
+            module.run_once = every_caller_leads  # type: ignore[attr-defined]
     elif treatment == "scope":
         _core.Publishing = Replacing  # type: ignore[assignment, misc]
     elif treatment == "dtype":
@@ -62,7 +62,7 @@ def switch_off(treatment: str) -> None:
 
 
 class Replacing:
-    """A publish as SGLang's: whoever is last replaces the one context."""
+    """A publish like SGLang's own: the last one replaces the one context."""
 
     is_fresh = False
 
@@ -80,7 +80,7 @@ class Replacing:
 
 
 def main(cache: Path, treatment: str) -> None:
-    """Print RIGHT or WRONG and why."""
+    """Print RIGHT, or WRONG with the first problem."""
     import os
 
     import sglang_distguard
@@ -108,7 +108,7 @@ def main(cache: Path, treatment: str) -> None:
     problems += seen[:1]
     verdict = "RIGHT" if not problems else f"WRONG ({len(problems)} problems, first: {problems[0]})"
     print(f"without {treatment}: {verdict}", flush=True)
-    os._exit(0)  # runners left half-built need no tidy end
+    os._exit(0)  # half-built runners need no orderly exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the steps of the sweep over architectures mean, and the document that says so."""
+"""Judges the results of the sweep over architectures, and writes its document."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ CANNOT = "does not run alone"
 FAILED = "FAILED with the guard"
 #: Category -> what it means.
 CATEGORIES: Mapping[str, str] = {
-    RIGHT: "alone within the tolerance of Hugging Face; with the guard, three at once, bit for bit "
-    "what each computes alone",
-    OFF: "SGLang alone, without the guard, computes something else than Hugging Face; with the guard "
-    "it is bit for bit that",
-    UNDEFINED: "SGLang alone, without the guard, computes something that its checkpoint does not "
-    "decide: other bits with other random numbers, or with other leavings in memory",
-    CANNOT: "SGLang alone, without the guard, does not build or run it on a CPU from the checkpoint "
-    "that transformers writes",
-    FAILED: "alone it runs; with the guard it is refused, raises, has other bits or changes "
-    "process-globals that nobody treats",
+    RIGHT: "alone, within the tolerance of Hugging Face; with the guard, three at once, bit for "
+    "bit the same as each alone",
+    OFF: "SGLang alone, without the guard, differs from Hugging Face; with the guard it computes "
+    "the same as alone, bit for bit",
+    UNDEFINED: "SGLang alone, without the guard, computes what its checkpoint does not determine: "
+    "the bits differ with other random numbers, or with different uninitialised memory",
+    CANNOT: "SGLang alone, without the guard, does not build or run it on a CPU from the "
+    "checkpoint that transformers writes",
+    FAILED: "it runs alone; with the guard it is refused, raises, has other bits or changes "
+    "process-globals that have no treatment",
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one architecture.
+    """The outcome of one architecture.
 
     Attributes:
         category: a key of ``CATEGORIES``.
         served: name of the SGLang class that ran, "" if none did.
         error: largest error to Hugging Face relative to the largest value, of both seeds.
-        guarded: what the guarded part showed, for the table.
-        note: why, if not right.
+        guarded: result with the guard, for the table.
+        note: the reason, if not right.
     """
 
     name: str
@@ -86,7 +86,8 @@ def judge(
     problems = _problems(guarded) + _uncovered(audited) + _unsettled(disturbed)
     other_bits = [] if guarded is None else list(guarded.get("other_bits", ()))
     told = "; ".join([*problems, *other_bits]) or "bit-equal"
-    # What a checkpoint does not decide has other bits with the guard, too, and no other fault.
+    # If the checkpoint does not determine the bits, they may differ with the guard too; no other
+    # fault is accepted.
     undefined = None
     if not all(result["repeatable"] for result in alone):
         undefined = "the same runner has other bits each time"
@@ -112,9 +113,11 @@ def _problems(guarded: Mapping[str, Any] | None) -> list[str]:
 
 def _unsettled(disturbed: Mapping[str, Any] | None) -> list[str]:
     if disturbed is None:
-        return ["not run again with other leavings in memory"]
+        return ["not run again with different uninitialised memory"]
     if "failed" in disturbed:
-        return [f"with other leavings in memory: {disturbed['failed']} ({disturbed['where']})"]
+        return [
+            f"with different uninitialised memory: {disturbed['failed']} ({disturbed['where']})"
+        ]
     return []
 
 
@@ -144,12 +147,12 @@ def table(outcomes: Mapping[str, Outcome], notes: Mapping[str, str]) -> str:
 
 
 def versions() -> str:
-    """What decides an outcome besides our code."""
+    """The versions that decide an outcome, besides our code."""
     return ", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers"))
 
 
 def document(outcomes: Mapping[str, Outcome], notes: Mapping[str, str], head: str) -> str:
-    """docs/ARCHITECTURES.md."""
+    """The text of docs/ARCHITECTURES.md."""
     counts = {
         category: sum(it.category == category for it in outcomes.values())
         for category in CATEGORIES

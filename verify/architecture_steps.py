@@ -1,6 +1,6 @@
-"""What each process of the sweep over architectures does, and how it reports a failure.
+"""The steps that the processes of the sweep over architectures run, and their failure reports.
 
-Nothing here decides what a result means: see architecture_outcomes.py.
+architecture_outcomes.py decides what a result means.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from sglang_distguard.testing.reference import bit_equal, max_abs_error
 if TYPE_CHECKING:
     import torch
 
-#: Decode steps after the prefill, and how often each runner does all of it.
+#: Decode steps after the prefill, and how often each runner repeats all of it.
 STEPS = 3
 ROUNDS = 3
 SEEDS = (0, 1)
 #: Runs beside every architecture, in a thread of its own.
 COMPANION = "llama"
-_M_PERTURB = -6  # glibc: what malloc returns and free takes is filled
+_M_PERTURB = -6  # glibc: malloc and free fill the memory
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a sweep keeps what it makes.
+    """The folders of a sweep.
 
     Attributes:
-        models: checkpoints, and what Hugging Face computes with them, kept between sweeps.
+        models: checkpoints and Hugging Face's results with them, kept between sweeps.
         work: results of the steps and their output, of this sweep.
     """
 
@@ -50,7 +50,7 @@ class Folders:
     work: Path
 
     def reference(self, name: str, seed: int) -> Path:
-        """File of what Hugging Face computes."""
+        """File of Hugging Face's results."""
         return self.models / f"{name}-{seed}.pt"
 
     def tensors(self, name: str, what: str, seed: int) -> Path:
@@ -61,8 +61,8 @@ class Folders:
 def in_child(folders: Folders, label: str, seconds: float, work: Callable[[], Any]) -> Any:
     """Run ``work`` in a forked child and return what it returned (a JSON value).
 
-    A child that raises, dies or takes longer than ``seconds`` gives ``{"failed": …}``; its output
-    is in ``<label>.log`` of ``folders.work``.
+    If the child raises, dies or takes longer than ``seconds``, this returns ``{"failed": …}``. Its
+    output is in ``<label>.log`` of ``folders.work``.
     """
     result = folders.work / f"{label}.json"
     log = folders.work / f"{label}.log"
@@ -88,7 +88,7 @@ def in_child(folders: Folders, label: str, seconds: float, work: Callable[[], An
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """What was raised, in one line, and the line of SGLang's source that it came through last."""
+    """Describe an error in one line, with the last line of SGLang's source in its traceback."""
     said = re.sub(r"\s+", " ", str(error)).strip()
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     trace = "".join(traceback.format_exception(error))
@@ -105,7 +105,7 @@ def last_sglang_line(trace: str) -> str:
 
 
 def reference(name: str, folders: Folders) -> dict[str, Any]:
-    """Make the checkpoints; compute and keep what Hugging Face's model does in float32."""
+    """Make the checkpoints; compute and save the results of Hugging Face's model in float32."""
     import torch
 
     entry = CATALOG[name]
@@ -124,15 +124,15 @@ def reference(name: str, folders: Folders) -> dict[str, Any]:
 
 
 def alone(name: str, seed: int, folders: Folders, beside: str = "") -> dict[str, Any]:
-    """Build and run one runner with plain SGLang; compare with Hugging Face, keep the bits.
+    """Build and run one runner with plain SGLang; compare with Hugging Face and save the bits.
 
-    ``beside``: the architecture beside which it is to run later, if that needs settings of its own.
+    ``beside``: the architecture beside which it will run later, if that needs its own settings.
     """
     import sglang_distguard
     import torch
 
     if sglang_distguard.is_installed():
-        raise RuntimeError("what runs alone must run without the guard")
+        raise RuntimeError("the guard is installed; a runner alone must run without it")
     entry = CATALOG[name]
     expected = torch.load(folders.reference(name, seed), weights_only=True)
     runner = build(entry, seed, folders, **CATALOG[beside or name].beside)
@@ -147,9 +147,9 @@ def alone(name: str, seed: int, folders: Folders, beside: str = "") -> dict[str,
 
 
 def disturbed(name: str, seed: int, folders: Folders) -> dict[str, Any]:
-    """Whether the bits are the same with other leavings in memory and other random numbers.
+    """Whether the bits are the same with different uninitialised memory and other random numbers.
 
-    They are those of the checkpoint alone unless SGLang forgets to load or to compute something.
+    They depend on the checkpoint only, unless SGLang fails to load or to compute something.
     """
     import torch
 
@@ -163,7 +163,7 @@ def disturbed(name: str, seed: int, folders: Folders) -> dict[str, Any]:
 
 
 def guarded(name: str, folders: Folders) -> dict[str, Any]:
-    """Two runners of one architecture and a Llama from three threads; compare with each alone."""
+    """Run two runners of one architecture and a Llama in three threads; compare each with alone."""
     import sglang_distguard
     import torch
 
@@ -182,7 +182,7 @@ def guarded(name: str, folders: Folders) -> dict[str, Any]:
                     off = max_abs_error(actual, expected[key])
                     other_bits.append(f"{key}: round {number} differs from alone by {off:.3g}")
         except threading.BrokenBarrierError:
-            pass  # another thread says why
+            pass  # another thread reports the reason
         except BaseException as error:
             traceback.print_exc()
             told = failure(error)
@@ -216,12 +216,12 @@ def guarded(name: str, folders: Folders) -> dict[str, Any]:
 
 
 def _alone(beside: str) -> str:
-    """Name of what ``alone`` keeps."""
+    """Name under which ``alone`` saves its tensors."""
     return f"alone-{beside}" if beside and CATALOG[beside].beside else "alone"
 
 
 def audited(name: str, folders: Folders) -> dict[str, Any]:
-    """The process-globals that change, or whose writers run, with the guard, and nobody treats."""
+    """Find untreated process-globals that change, or whose writers run, with the guard."""
     import sglang_distguard
     from sglang_distguard.audit import findings, report, runs
 
@@ -230,7 +230,7 @@ def audited(name: str, folders: Folders) -> dict[str, Any]:
     def computed(runner: Any, number: int, *, activate: Any, after: Any = None) -> None:
         compute(entry, runner, None, activate=activate)
 
-    # In which phase it happens is asked of `sglang_distguard audit`: looking is most of the time.
+    # Only `sglang_distguard audit` tells the phase of a change: observing takes most of the time.
     subject = runs.Subject(lambda number, after: build(entry, SEEDS[number], folders), computed)
     sglang_distguard.install()
     found = report.uncovered(findings.find([runs.together(subject)]))
@@ -258,7 +258,7 @@ def compute(
 
 
 def wait_for_one(children: dict[int, str]) -> str:
-    """Wait for any of these children; take it out and return its name."""
+    """Wait for any of these children; remove it and return its name."""
     while True:
         for child in list(children):
             done, _ = os.waitpid(child, os.WNOHANG)

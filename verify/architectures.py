@@ -1,9 +1,9 @@
 """Runs every architecture of the catalog alone and guarded, and writes docs/ARCHITECTURES.md.
 
-For each one, each step in a process of its own with a deadline: two small checkpoints and what
-Hugging Face's model computes with them; the same by plain SGLang, alone; with the guard, two
-runners and a Llama built and run at once from three threads, compared with each alone bit for bit;
-and an audit of two runners with the guard.
+Each step of an architecture runs in its own process with a deadline. The first step makes two
+small checkpoints and computes with Hugging Face's model. Then plain SGLang computes the same,
+alone. With the guard, two runners and a Llama are built and run at once from three threads, and
+each is compared with itself alone, bit for bit. The last step audits two runners with the guard.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from tqdm import tqdm
 def digest() -> str:
     """Name of everything that decides a checkpoint."""
     here = Path(catalog.__file__).parent
-    sources = [file.read_bytes() for file in sorted(here.glob("catalog*.py"))]
-    sources += [(here / name).read_bytes() for name in ("models.py", "readouts.py")]
+    sources = [file.read_bytes() for file in sorted(here.glob("*.py"))]
+    sources += [(here.parent / name).read_bytes() for name in ("models.py", "readouts.py")]
     sources.append(versions().encode())
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
@@ -56,7 +56,7 @@ DOCUMENT = ROOT / "docs" / "ARCHITECTURES.md"
 
 
 def references(name: str, seconds: float) -> None:
-    """First step of one architecture; the process has not imported sglang."""
+    """Run the first step of one architecture, in a process that has not imported sglang."""
     if all(FOLDERS.reference(name, seed).is_file() for seed in SEEDS):
         (FOLDERS.work / f"{name}-reference.json").write_text("{}")
         return
@@ -64,7 +64,7 @@ def references(name: str, seconds: float) -> None:
 
 
 def compare(name: str, seconds: float) -> None:
-    """The other steps of one architecture, and its outcome, which is kept."""
+    """Run the other steps of one architecture and save its outcome."""
     made = json.loads((FOLDERS.work / f"{name}-reference.json").read_text())
     results, again, together, audit = [], None, None, None
     if "failed" not in made:
@@ -80,7 +80,7 @@ def compare(name: str, seconds: float) -> None:
 
 
 def one_alone(name: str, seed: int, seconds: float, beside: str = "") -> Any:
-    """One runner alone, without the guard."""
+    """Build and run one runner alone, without the guard."""
     label = f"{name}-alone-{seed}" if not beside else f"{name}-beside-{beside}"
     result = step(label, seconds, lambda: alone(name, seed, FOLDERS, beside))
     if "forked subprocess" in result.get("failed", ""):
@@ -89,13 +89,13 @@ def one_alone(name: str, seed: int, seconds: float, beside: str = "") -> Any:
 
 
 def step(label: str, seconds: float, work: Callable[[], Any]) -> Any:
-    """As ``in_child``; once more when somebody else took the port that was free a moment ago."""
+    """Like ``in_child``; repeat once if another process has taken the free port meanwhile."""
     result = in_child(FOLDERS, label, seconds, work)
     return in_child(FOLDERS, label, seconds, work) if "EADDRINUSE" in str(result) else result
 
 
 def fresh(label: str, member: str, seconds: float) -> Any:
-    """One runner alone in a process that is no fork: torch says another thing of a missing GPU."""
+    """Run one runner alone, not in a fork, where torch reports a missing GPU differently."""
     command = [sys.executable, str(Path(__file__)), "--alone", member, "--seconds", str(seconds)]
     with (FOLDERS.work / f"{label}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -103,7 +103,7 @@ def fresh(label: str, member: str, seconds: float) -> Any:
 
 
 def in_this_process(member: str, seconds: float) -> int:
-    """What ``fresh`` starts."""
+    """Run one runner alone in this process, which ``fresh`` started."""
     name, seed = member.split(":")
     signal.alarm(int(seconds))
     prepare()
@@ -131,7 +131,7 @@ def in_parallel(title: str, names: Sequence[str], jobs: int, work: Callable[[str
 
 
 def fork(name: str, work: Callable[[str], None]) -> int:
-    """The process that runs the steps of one architecture one after the other."""
+    """Fork a process that runs the steps of one architecture one after the other."""
     child = os.fork()
     if child != 0:
         return child
@@ -146,13 +146,13 @@ def fork(name: str, work: Callable[[str], None]) -> int:
 
 
 def outcome_of(name: str) -> Outcome | None:
-    """The outcome that is kept, if there is one."""
+    """The saved outcome, or None."""
     file = FOLDERS.work / f"{name}.outcome.json"
     return Outcome(**json.loads(file.read_text())) if file.is_file() else None
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 when any failed with the guard."""
+    """Run what the command line asks for; return 1 if any architecture failed with the guard."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these architectures (see --list)"
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument(
         "--resume", action="store_true", help="keep the outcomes of a sweep that was interrupted"
     )
-    parser.add_argument("--list", action="store_true", help="list the architectures and leave")
+    parser.add_argument("--list", action="store_true", help="list the architectures and exit")
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time (default 1)")
     parser.add_argument(
         "--seconds", type=float, default=300, help="deadline of a step (default 300)"
@@ -213,7 +213,7 @@ def prepare() -> None:
 
 
 def report(names: Sequence[str], *, whole: bool) -> int:
-    """Print what became of ``names``; write the document of a ``whole`` sweep."""
+    """Print the outcomes of ``names``; write the document of a ``whole`` sweep."""
     outcomes = {name: found for name in CATALOG if (found := outcome_of(name)) is not None}
     for name in names:
         it = outcomes.get(name) or Outcome(name, FAILED, note="the sweep itself failed")

@@ -1,7 +1,8 @@
-"""Runners with CUDA graphs on one GPU: built and run at once, compared with each alone, bit for bit.
+"""Compares runners with CUDA graphs, run at once on one GPU, with each alone, bit for bit.
 
-``python verify/gpu.py MODELS``; small checkpoints are made in the folder MODELS. Everything runs in processes of its own: each runner alone with plain SGLang, twice; all of them with the
-guard; and with the guard but without one treatment, to see that it is needed.
+``python verify/gpu.py MODELS`` makes small checkpoints in the folder MODELS. Each part has its own
+process. The parts are each runner alone with plain SGLang, twice; all runners with the guard; and
+all runners with the guard but without one treatment, to show that it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Architectures whose kernels need no compiler of flashinfer's; of one vocabulary.
+#: Architectures with one vocabulary, whose kernels do not need flashinfer's compiler.
 MEMBERS = ("gpt2-0", "gpt2-1", "opt-0", "opt-1")
 ROUNDS = 50
 STEPS = 8
@@ -36,7 +37,7 @@ def logits_of(runner: Any, **how: Any) -> Any:
 
 
 def alone(models: Path, name: str, output: Path) -> None:
-    """One runner, plain SGLang."""
+    """Build and run one runner with plain SGLang."""
     import torch
 
     runner = build(models, name)
@@ -45,7 +46,10 @@ def alone(models: Path, name: str, output: Path) -> None:
 
 
 def leave_out_what_torch_lacks() -> None:
-    """For an older torch than SGLang 0.5.23 asks for (2.14.1), where nothing is compiled."""
+    """Leave out a hook for a torch older than SGLang 0.5.23 requires (2.14.1).
+
+    Nothing is compiled here.
+    """
     import torch
     from sglang_distguard.hooks import generation_0_5_23
 
@@ -55,7 +59,7 @@ def leave_out_what_torch_lacks() -> None:
 
 
 def together(models: Path, references: Path, without: str) -> None:
-    """All runners from a thread each; prints how many of the generations had other bits."""
+    """Build and run each runner in its own thread; print how many generations had other bits."""
     import sglang_distguard
     import torch
     from sglang_distguard.hooks import process_globals
@@ -94,7 +98,7 @@ def together(models: Path, references: Path, without: str) -> None:
 
 
 def parts(models: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(what it is, arguments) of every process, in order."""
+    """Yield (label, arguments) of every process, in order."""
     for name in MEMBERS:
         yield f"{name} alone", ["--alone", name, "--output", str(folder / f"{name}.pt")]
         yield f"{name} again", ["--alone", name, "--output", str(folder / f"{name}.again")]
@@ -140,7 +144,7 @@ def main() -> int:
             )
             if done.returncode:
                 print(done.stderr[-3000:])
-        for name in MEMBERS:  # or nothing could be compared
+        for name in MEMBERS:  # otherwise nothing could be compared
             one, two = (torch.load(folder / f"{name}.{it}") for it in ("pt", "again"))
             print(f"{name}: the same bits twice alone: {torch.equal(one, two)}")
     return 0

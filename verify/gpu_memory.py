@@ -1,8 +1,9 @@
-"""Two runners on one GPU whose memory is released and resumed, one after the other, as SGLang's Scheduler does it.
+"""Releases and resumes the memory of two runners on one GPU in turn, as SGLang's Scheduler does.
 
-``python verify/gpu_memory.py MODELS``; small checkpoints are made in the folder MODELS. While one runner's memory is
-released the other computes, bit for bit what it did before; resumed and given its weights again, so does the first.
-Then the same with SGLang's own tags, by which releasing one runner's memory takes the other's away: that must fail.
+``python verify/gpu_memory.py MODELS`` makes small checkpoints in the folder MODELS. While the
+memory of one runner is released, the other must compute the same bits as before. When the memory is
+resumed and the weights are loaded again, the first must do so too. The same is then run with
+SGLang's own tags, where releasing one runner's memory also takes the other's. That run must fail.
 """
 
 from __future__ import annotations

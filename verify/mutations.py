@@ -1,9 +1,9 @@
-"""Plants the bugs of rust/core/mutations.toml one at a time and demands that the checkers find them.
+"""Plants the bugs of rust/core/mutations.toml one at a time; the checkers must find each.
 
     .venv/bin/python verify/mutations.py [--checker CHECKER] [--only NAME] [--short]
 
-Works on a copy in target/mutants/src; each checker has a target folder of its own beside it, so that
-only the core crate is built anew. 1 when a bug survives or cannot be planted.
+It works on a copy in target/mutants/src. Each checker has its own target folder beside it, so that
+only the core crate is rebuilt. The exit status is 1 when a bug survives or cannot be planted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MUTANTS = ROOT / "target" / "mutants"
 COPY = MUTANTS / "src"
 COPIED = ("Cargo.toml", "Cargo.lock", "rust")
 LIMIT_S = 120
-# Small enough to build fast, fast enough to run.
+# A profile that builds fast and still runs fast enough.
 PROFILE = {
     "CARGO_PROFILE_RELEASE_LTO": "off",
     "CARGO_PROFILE_RELEASE_OPT_LEVEL": "1",
@@ -42,7 +42,7 @@ PROFILE = {
 
 
 class SetupError(Exception):
-    """Nothing can be said about a mutation: it does not fit, does not compile, or hangs."""
+    """A mutation could not be tested: it does not fit, does not compile, or hangs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Checker:
     Attributes:
         name: as in mutations.toml.
         targets: which tests cargo builds.
-        environment: while building and running.
+        environment: extra variables while building and running.
     """
 
     name: str
@@ -75,7 +75,7 @@ CHECKERS = (
             "SHUTTLE_RANDOM_SEED": "1",
         },
     ),
-    # A failing case is not shrunk: nobody looks at it.
+    # A failing case is not shrunk, because only the failure counts.
     Checker(
         "proptest",
         ("--test", "model_registry", "--test", "agreement"),
@@ -97,7 +97,7 @@ class Mutation:
     missed_by: Sequence[str] = ()
 
     def check(self) -> None:
-        """Raise SetupError unless the text is there, once, and the checkers are known."""
+        """Raise SetupError unless the text occurs exactly once and the checkers are known."""
         found = (ROOT / self.file).read_text().count(self.find)
         if found != 1:
             raise SetupError(f"{self.name}: its text occurs {found} times in {self.file}, not once")
@@ -108,11 +108,11 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker said.
+    """The result of a checker.
 
     Attributes:
         failed: the first test that failed; None when all passed.
-        seconds: how long that took, without building.
+        seconds: duration, without building.
     """
 
     failed: str | None
@@ -129,7 +129,7 @@ def read_mutations() -> list[Mutation]:
 
 
 def copy_sources() -> None:
-    """Bring the copy up to date; what is equal keeps its time, so that cargo does not rebuild it."""
+    """Update the copy; equal files keep their times, so that cargo does not rebuild them."""
     wanted: set[Path] = set()
     for name in COPIED:
         top = ROOT / name
@@ -148,7 +148,7 @@ def copy_sources() -> None:
 
 @contextmanager
 def planted(mutation: Mutation | None) -> Iterator[None]:
-    """Change the copy for the duration of a block."""
+    """Plant the mutation in the copy for the duration of the with block."""
     if mutation is None:
         yield
         return
@@ -162,7 +162,7 @@ def planted(mutation: Mutation | None) -> Iterator[None]:
 
 
 def build(checker: Checker, environment: Mapping[str, str]) -> list[Path]:
-    """Build the checker's tests in the copy; return the programs. SetupError if they do not compile."""
+    """Build the checker's tests in the copy and return the programs; SetupError if that fails."""
     command = ["cargo", "test", "-q", "--release", "--locked", "-p", "distguard-core", "--no-run"]
     command += ["--message-format=json", "--target-dir", str(MUTANTS / checker.name)]
     built = subprocess.run(
@@ -184,7 +184,7 @@ def build(checker: Checker, environment: Mapping[str, str]) -> list[Path]:
 
 
 def first_failure(program: Path, environment: Mapping[str, str]) -> str | None:
-    """Run a test program until its first failure; return that test's name. SetupError if it hangs."""
+    """Run a test program to its first failure; return that test's name. SetupError if it hangs."""
     process = subprocess.Popen(
         [str(program), "--test-threads=1"],
         env=environment,
@@ -223,7 +223,7 @@ def first_failure(program: Path, environment: Mapping[str, str]) -> str | None:
 
 
 def judge(checker: Checker, mutation: Mutation | None) -> Verdict:
-    """Let a checker look at the copy with the bug in it, or as it is."""
+    """Run a checker on the copy, with the bug or unmutated."""
     environment = {**os.environ, **PROFILE, **checker.environment}
     with planted(mutation):
         programs = build(checker, environment)
@@ -246,7 +246,7 @@ def chosen(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 when anything is not as mutations.toml says."""
+    """Run what the command line asks for; return 1 if any result differs from mutations.toml."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checker", choices=[it.name for it in CHECKERS], help="only this one")
     parser.add_argument("--only", metavar="NAME", help="only this mutation")
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(work: Sequence[tuple[Checker, Mutation | None, bool]]) -> int:
-    """Do the work, print a line for each; 1 when anything is not as it has to be."""
+    """Run the work and print a line for each run; return 1 if any result is wrong."""
     begun = time.perf_counter()
     caught_by: dict[str, int] = {}
     wrong = 0

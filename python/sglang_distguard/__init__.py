@@ -7,7 +7,7 @@
 See README.md; the design is in ARCHITECTURE.md.
 """
 
-# ruff: noqa: E402 - what follows loads the native module
+# ruff: noqa: E402 - the imports below load the native module
 
 from sglang_distguard.subinterpreters import require_main
 

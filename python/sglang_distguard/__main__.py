@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+#: Modules that ``demo`` and ``audit`` need, and on which this package does not depend.
+_BROUGHT_BY_SGLANG = frozenset({"sglang", "torch", "transformers", "safetensors", "tqdm"})
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one subcommand; returns the exit status."""
@@ -29,11 +32,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     demo.add_argument("--unguarded", action="store_true", help=argparse.SUPPRESS)
     _add_audit(commands)
     status = commands.add_parser(
-        "status", help="whether this environment is supported, and the settings in force"
+        "status", help="show whether this environment is supported, and the settings in force"
     )
-    status.add_argument("--json", action="store_true", help="as JSON")
-    commands.add_parser("version", help="versions of distguard, sglang and torch")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("version", help="show the versions of distguard, sglang and torch")
     arguments = parser.parse_args(argv)
+    try:
+        return _run(arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _BROUGHT_BY_SGLANG:
+            raise
+        print(
+            f"error: {arguments.command} needs sglang, and {missing} is not installed here. "
+            "Install it: pip install sglang==0.5.23",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "demo":
         from sglang_distguard import demo as program
 
@@ -62,30 +80,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _add_audit(commands: Any) -> None:
     audit = commands.add_parser(
         "audit",
-        help="which process-globals change while runners are built and run, and how each is treated",
+        help="list the process-globals that change while runners are built and run, with treatment",
         description="Builds and runs runners alone and together, in processes of their own, and "
-        "reports every process-global that changed or that SGLang's text says could. Exit status 1 "
-        "when one is UNCOVERED or differs from the ledger, 2 when a run failed.",
+        "reports every process-global that changed, or that could change according to SGLang's "
+        "text. Exit status: 1 if one is UNCOVERED or differs from the ledger, 2 if a run failed.",
     )
     which = audit.add_mutually_exclusive_group()
     which.add_argument("--model", type=Path, help="folder of a checkpoint")
     which.add_argument(
         "--arch",
         action="append",
-        help="one of the small models that this package makes; may be given again (default: all, and "
-        "some of them with more switched on)",
+        help="one of the small models that this package makes; may be repeated (default: all, and "
+        "some of them with more features switched on)",
     )
     audit.add_argument(
         "--set",
         action="append",
         metavar="FIELD=VALUE",
-        help="a field of SGLang's ServerArgs, as JSON or text, for every runner; may be given again",
+        help="a field of SGLang's ServerArgs, as JSON or text, for every runner; may be repeated",
     )
-    audit.add_argument("--json", type=Path, metavar="FILE", help="write every finding there")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="write every finding to this file")
     audit.add_argument(
-        "--ledger", type=Path, metavar="FILE", help="compare with what is known of this version"
+        "--ledger",
+        type=Path,
+        metavar="FILE",
+        help="compare with the known process-globals of this SGLang version",
     )
-    audit.add_argument("--update", action="store_true", help="write the ledger, do not compare")
+    audit.add_argument(
+        "--update", action="store_true", help="write the ledger instead of comparing with it"
+    )
     audit.add_argument(
         "--cache",
         type=Path,
@@ -135,7 +158,10 @@ def _status(*, as_json: bool) -> int:
 def _version() -> int:
     from importlib import metadata
 
-    for name in ("sglang-distguard", "sglang", "torch"):
+    from sglang_distguard import __version__
+
+    print(f"{'sglang-distguard':18} {__version__}")
+    for name in ("sglang", "torch"):
         try:
             print(f"{name:18} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

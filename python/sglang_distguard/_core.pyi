@@ -1,4 +1,4 @@
-"""Native part of sglang_distguard: the registry of shared state and the router of scoped globals."""
+"""Native part of sglang_distguard: registry of shared state, executions, scoped globals."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -63,79 +63,79 @@ __version__: str
 
 @final
 class Agreement:
-    """What the ranks of one world agreed on, as far as this process has read their log.
+    """State of the agreement between the ranks of one world, as read from their shared log.
 
     Stages are "ask", "begin", "turn" and "build" (rust/core/src/agreement.rs).
     """
 
     def __new__(cls) -> Agreement: ...
     def begin(self, name: str) -> int:
-        """Work under ``name`` from now on; the number of the round. Raises AmbiguousBuild."""
+        """Begin work under ``name``; return the number of its round. Raises AmbiguousBuild."""
 
     def end(self, name: str) -> None:
-        """Nobody works here under ``name`` any more."""
+        """End the work of this process under ``name``."""
 
     def arrive(self, name: str, round: int, stage_name: str) -> bool:
-        """Whether this rank has not told the others yet how the stage went for it."""
+        """Note that this rank reports the stage to the others; False if it did so before."""
 
     def next(self) -> int:
-        """The number of the entry that was not read yet."""
+        """Return the number of the first entry that was not read yet."""
 
     def apply(
         self, index: int, name: str, round: int, stage_name: str, failure: str | None
     ) -> bool:
-        """Take in entry ``index``; False unless it is the next one."""
+        """Apply entry ``index``; False, without any effect, unless it is the next one."""
 
     def turn(self) -> tuple[str, int] | None:
-        """Name and round of who has the turn."""
+        """Return the name and round that have the turn; None if there are none."""
 
     def enter(
         self, name: str, round: int
     ) -> tuple[Literal["open", "passed", "failed"], str | None]:
-        """As ``stands`` of "begin"; when that is passed, this rank is inside of the turn."""
+        """Like ``stands`` of "begin"; if that is passed, this rank has begun its turn."""
 
     def leave(self, name: str, round: int) -> None:
-        """This rank is out of the turn, if it was inside, and has undone what is to be."""
+        """End this rank's turn, if it is in it, after it has undone what it must undo."""
 
     def began(self, name: str, round: int) -> bool | None:
-        """Whether the round has had the turn; None when what was read does not tell."""
+        """Whether the round has had the turn; None if the entries read so far do not tell."""
 
     def read_own(self, index: int) -> None:
-        """This rank has read entry ``index`` and wrote it itself; before ``apply``."""
+        """Note that this rank read entry ``index`` and wrote it itself; call before ``apply``."""
 
     def wrote(self, index: int) -> bool:
-        """This rank wrote entry ``index``; False when that is where nobody will read it any more."""
+        """Note that this rank wrote entry ``index``; False if no rank will read it there."""
 
     def outlived(self, name: str, round: int, stage_name: str) -> list[int]:
-        """Entries of this rank that nobody reads again, now that all ranks have told of the stage."""
+        """Return entries of this rank that no rank reads again: all have reported the stage."""
 
     def lose(self, reason: str) -> None:
-        """The log cannot be read any more: every open stage has failed."""
+        """Note that the log cannot be read any more: every open stage has failed."""
 
     def stands(
         self, name: str, round: int, stage_name: str
     ) -> tuple[Literal["open", "passed", "failed"], str | None]:
-        """How the stage stands, and why it failed."""
+        """Return how the stage stands and, if it failed, why."""
 
     def begin_wait(self, name: str, round: int, stage_name: str) -> bool:
-        """One more waits for the stage to end; True when the caller must start a reader."""
+        """Add a waiter for the end of the stage; True if the caller must start a reader."""
 
     def end_wait(self, name: str, round: int, stage_name: str) -> None: ...
     def next_to_read(self) -> int | None:
-        """What the reader reads next; None when nobody waits, and it is the reader no more."""
+        """Return the entry to read next; None, which ends the reading, if no thread waits."""
 
     def end_reading(self) -> None:
-        """The thread that was to read could not be started."""
+        """Note that the reading thread could not be started."""
 
     def is_reading(self) -> bool: ...
     def wait(self, name: str, round: int, stage_name: str, seconds: float) -> None:
-        """Sleep, detached, until the stage may have ended."""
+        """Sleep, detached from the interpreter, until the stage may have ended."""
 
 @final
 class Scope:
     """One runner's own values of SGLang's module globals.
 
-    SGLang's default scope, the module globals themselves, is None wherever a Scope is expected.
+    SGLang's default scope is the module globals themselves. It is None where a Scope is expected.
     """
 
     @property
@@ -145,11 +145,11 @@ class Scope:
     @label.setter
     def label(self, value: str) -> None: ...
     def clear(self) -> None:
-        """Drop every value; globals read afterwards start afresh."""
+        """Drop every value; a global that is read afterwards gets its initial value."""
 
 @final
 class ScopedGlobal:
-    """Stands for one global of a module, or attribute of a class; ``value`` is the current scope's."""
+    """Accessor of one module global or class attribute; ``value`` is the current scope's."""
 
     def __new__(
         cls, owner: dict[str, Any] | type, name: str, initial: Callable[[], Any]
@@ -165,11 +165,11 @@ class ScopedGlobal:
 
     def set_value_in(self, scope: Scope | None, value: Any, /) -> None: ...
     def is_set_in(self, scope: Scope, /) -> bool:
-        """Whether ``scope`` has a value of its own, read or written before."""
+        """Whether ``scope`` has its own value, because it was read or written there before."""
 
 @final
 class OwnFlag:
-    """Stands for a flag of a module; ``value`` is true where ``here()`` is, else the process's."""
+    """Accessor of a module flag; ``value`` is ``here()`` if that is true, else the process's."""
 
     def __new__(cls, globals: dict[str, Any], name: str, here: Callable[[], bool]) -> OwnFlag: ...
     @property
@@ -181,22 +181,22 @@ class OwnFlag:
 class Execution:
     """Whose code is running, and what it carries. Immutable; it lives in one context variable.
 
-    No Execution at all, None, is code of no runner, which reads SGLang's default scope.
+    None in place of an Execution stands for code of no runner, which reads the default scope.
     """
 
     @property
     def scope(self) -> Scope | None: ...
     @property
     def runner(self) -> RunnerHandle | None:
-        """Whose method or ``activate`` the code is in."""
+        """Runner whose method or ``activate`` block the code is in."""
 
     @property
     def depth(self) -> int:
-        """How many methods and ``activate`` blocks of runners the code is nested in."""
+        """How many runner methods and ``activate`` blocks the code is nested in."""
 
     @property
     def step(self) -> str | None:
-        """Name of the method that runs, until it ends."""
+        """Name of the runner's method that is running, until it ends."""
 
     @property
     def default_dtype(self) -> Any: ...
@@ -204,21 +204,21 @@ class Execution:
     def turn(self) -> Any: ...
     @property
     def owns_environment(self) -> bool:
-        """Whether what is written into the environment belongs to a scope, not to the process."""
+        """Whether environment variables that are set belong to a scope, not to the process."""
 
 @final
 class Entered:
-    """A with block in which another execution is in force; left also when it is dropped."""
+    """Context manager for another execution; dropping the object leaves the block, too."""
 
     def __enter__(self) -> None: ...
     def __exit__(self, *_error: object) -> None: ...
 
 @final
 class Step:
-    """A with block that is a method of a runner: its leases are good, its phase is entered.
+    """Context manager for a method of a runner: checks its leases and enters its phase.
 
     Raises DistGuardError, ForkedError, LeaseBroken, StateInUse, AcquireTimeout or DeadlockError.
-    Left also when it is dropped.
+    Dropping the object leaves the step, too.
     """
 
     def __enter__(self) -> None: ...
@@ -226,18 +226,22 @@ class Step:
 
 @final
 class Through:
-    """A with block that does nothing: the code is in a step that covers it."""
+    """Context manager that does nothing: the code is already in a step that covers it."""
 
     def __enter__(self) -> None: ...
     def __exit__(self, _class: object, _error: object, _trace: object) -> None: ...
 
 @final
 class StepOf:
-    """Called with a runner, or what refers to one, returns the with block of one method of it.
+    """Called with a runner, or an object that refers to one, returns the with block of one method.
 
-    Args: the method's name; its phase; ``exclusive``, for one thread at a time; ``runner``, the
-    attribute of the argument, or attributes with dots, that is the runner or returns it; ``otherwise``, called with handle and
-    name for the with block where there are several ranks, or always.
+    Args:
+        name: name of the method.
+        phase: phase of the method, if any.
+        exclusive: admit one thread at a time.
+        runner: attribute of the argument, or attributes with dots: the runner, or what returns it.
+        otherwise: called with handle and name to make the with block if there are several ranks.
+        always_otherwise: call ``otherwise`` with one rank, too.
     """
 
     def __new__(
@@ -254,7 +258,7 @@ class StepOf:
 
 @final
 class Activation:
-    """A with block in which the code is a runner's, in no method of it; gives the runner."""
+    """Context manager: the code is the runner's, outside of its methods; gives the runner."""
 
     def __new__(cls, handle: RunnerHandle, runner: Any) -> Activation: ...
     def __enter__(self) -> Any: ...
@@ -262,9 +266,9 @@ class Activation:
 
 @final
 class Publishing:
-    """One publish: in its scope, and holding its claim, from ``__enter__`` on.
+    """Context manager for one publish: enters its scope and holds its claim.
 
-    Given back at the end of the with block, unless it ends without an error after ``succeed``.
+    The end of the with block undoes both, unless it ends without an error after ``succeed``.
     """
 
     def __new__(cls, label: str, *, is_other: bool, may_put_aside: bool) -> Publishing: ...
@@ -280,7 +284,7 @@ class Publishing:
 
 @final
 class Vacancy:
-    """A with block that has a scope to itself, if nobody builds or runs there: then it gives True."""
+    """Context manager that claims a scope; gives False if a runner is built or lives there."""
 
     def __new__(cls, scope: Scope | None, /) -> Vacancy: ...
     def __enter__(self) -> bool: ...
@@ -288,7 +292,7 @@ class Vacancy:
 
 @final
 class RunnerHandle:
-    """What one runner holds: its scope and its leases, until closed or collected."""
+    """Scope and leases that one runner holds until it is closed or collected."""
 
     def __new__(
         cls,
@@ -303,34 +307,35 @@ class RunnerHandle:
     def name(self) -> str: ...
     @property
     def turns(self) -> str | None:
-        """The name under which it takes turns with others on all ranks; None when it need not."""
+        """Name under which the runner takes turns on all ranks; None if it need not."""
 
     @property
     def scope(self) -> Scope | None: ...
     @property
     def closed(self) -> bool: ...
     def hold(self, key: str) -> None:
-        """Take one more lease."""
+        """Hold one more lease, on ``key``."""
 
     def check(self) -> None:
-        """Raise DistGuardError when closed, ForkedError in a forked child, LeaseBroken."""
+        """Raise DistGuardError if closed, ForkedError in a forked child, or LeaseBroken."""
 
     def inside(self) -> list[tuple[str, str | None]]:
-        """(thread, method) of what other threads do with the runner, or with drafts of it, now."""
+        """Return (thread, method) of other threads in methods of the runner or its drafts."""
 
     def begin_collectives(self) -> bool:
         """Claim the communicators of the runner's scope for a step of the calling thread.
 
-        False inside of another such step of that thread. Raises StateInUse when another thread is in a step of a runner that uses them.
+        False if that thread has claimed them in an outer step. Raises StateInUse if another thread
+        is in a step of a runner that uses them.
         """
 
     def end_collectives(self) -> None: ...
     def close(self) -> bool:
-        """Release everything; False when that was done before."""
+        """Release everything the runner holds; False if that was done before."""
 
 @final
 class Request:
-    """One caller's wish to have a key initialised, from the first try to the decision."""
+    """One caller's request to have a key initialised, from the first try to the decision."""
 
     def __new__(
         cls,
@@ -343,27 +348,27 @@ class Request:
         slow_after: float,
     ) -> Request: ...
     def try_acquire(self, identity: int | None, /) -> Claim | None:
-        """Decide; None means ``wait``, look at the process again and ask again.
+        """Decide; on None the caller must ``wait``, look at the process again and retry.
 
-        ``identity`` is that of the live object, None when there is none.
+        ``identity`` is the identity of the live object, None if there is no live object.
         Raises SpecMismatch, StateInUse, DeadlockError, PoisonedState or ForkedError.
         """
 
     @property
     def patience(self) -> float:
-        """Seconds after which it must be looked at again: the leader may be slow."""
+        """Seconds after which the caller must retry, so that a slow leader is noticed."""
 
     def wait(self, seconds: float) -> None:
-        """Sleep, detached from the interpreter, until the key changes or for ``seconds``."""
+        """Sleep, detached from the interpreter, until the key changes, at most ``seconds``."""
 
     def timed_out(self) -> Exception:
-        """The AcquireTimeout of a caller that gives up."""
+        """Return the AcquireTimeout for a caller that stops waiting."""
 
 @final
 class Visit:
     """One visit to a phase, in line or inside; ends with ``leave`` or when it is dropped.
 
-    Raises DeadlockError when waiting would never end, ValueError for an unknown phase.
+    Raises DeadlockError if waiting would never end, ValueError for an unknown phase.
     """
 
     def __new__(
@@ -372,7 +377,7 @@ class Visit:
     def try_enter(self) -> bool: ...
     @property
     def patience(self) -> float:
-        """Infinite: whatever changes wakes it."""
+        """Infinite: every change wakes the waiter."""
 
     def wait(self, seconds: float) -> None: ...
     def timed_out(self) -> Exception: ...
@@ -380,7 +385,7 @@ class Visit:
 
 @final
 class Claim:
-    """What was decided. A leader that drops it without a result has failed."""
+    """Decision on a request. A leader that drops it without a result has failed."""
 
     @property
     def decision(self) -> Literal["lead", "adopt", "join", "nested"]: ...
@@ -388,7 +393,7 @@ class Claim:
     def waited(self) -> float: ...
     @property
     def generation(self) -> int:
-        """Of what was joined or published; 0 before."""
+        """Generation that was joined or published; 0 before that."""
     @property
     def pending(self) -> bool:
         """Whether the caller leads and has not given a result yet."""
@@ -402,10 +407,10 @@ class Claim:
 
 @final
 class Teardown:
-    """State that is closed for teardown.
+    """One teardown of a key's state.
 
-    Dropped without a result (an interrupt may come at any moment) it is as it was before ``start``,
-    and poisoned after.
+    It may be dropped without a result, for an interrupt may come at any moment. Then the state is
+    as it was if ``start`` was not called, and poisoned otherwise.
     """
 
     @property
@@ -415,26 +420,26 @@ class Teardown:
     def start(self) -> None: ...
     def end(self) -> None: ...
     def cancel(self, reason: str) -> None:
-        """Give the state back as it was, leases and all."""
+        """Restore the state as it was, with its leases."""
 
     def poison(self, reason: str) -> None: ...
 
 def start_afresh() -> None:
-    """Begin without history; for a forked child, before anything else."""
+    """Begin with an empty registry; a forked child calls this before anything else."""
 
 def inherit(key: str, identity: int) -> None:
-    """Refuse requests for ``key`` that see this object, which came over a fork."""
+    """Refuse requests for ``key`` that find this object, which was inherited over a fork."""
 
 def take_events() -> list[dict[str, Any]]:
     """Return the events that no earlier call returned."""
 
 def wake_all() -> None:
-    """Let whoever waits look again."""
+    """Wake every waiting thread, so that it looks again."""
 
 def begin_exit(grace: float) -> int:
-    """Stop other threads at their next wait or runner's method; the calling one ends the process.
+    """Stop other threads at their next wait or runner method; the caller ends the process.
 
-    Waits up to ``grace`` seconds for threads inside a method; returns how many still are.
+    Waits up to ``grace`` seconds for threads inside a method; returns how many are still inside.
     """
 
 def is_ready(key: str) -> bool: ...
@@ -443,48 +448,48 @@ def forget(key: str) -> bool: ...
 def begin_teardown(key: str, *, runner: str | None, force: bool) -> Teardown: ...
 def reset(*, force: bool) -> None: ...
 def ready_keys() -> list[str]:
-    """Every key whose state can be joined now."""
+    """Return every key whose state can be joined now."""
 
 def snapshot() -> dict[str, Any]: ...
 def current_scope() -> Scope | None: ...
 def current_execution() -> Execution | None: ...
 def adopt_execution(execution: Execution | None, /) -> None:
-    """Make it the calling code's own, until it is changed again."""
+    """Make ``execution`` current for the calling code, until it is changed again."""
 
 def carried_execution() -> Execution | None:
-    """The running execution, to be carried to another thread: its dtype is held there anew."""
+    """Return the running execution for another thread, where its dtype is held separately."""
 
 def run_as(execution: Execution | None, /) -> Entered: ...
 def in_scope(scope: Scope | None, /) -> Entered:
-    """Make ``scope`` current; the code in the with block is of no runner yet."""
+    """Make ``scope`` current; the code in the with block belongs to no runner yet."""
 
 def in_turn(turn: Any, /) -> Entered: ...
 def owning_environment() -> Entered:
-    """What the with block writes into the environment is a runner's, in the default scope, too."""
+    """Treat environment variables set in the with block as a runner's, in any scope."""
 
 def resuming(scope: Scope | None, /) -> Entered:
-    """Go on, in a with block, with what was published in ``scope`` and not built yet."""
+    """Resume, in a with block, a publish in ``scope`` whose runner is not built yet."""
 
 def with_default_dtype(dtype: Any, /) -> Entered: ...
 def set_default_dtype(dtype: Any, /) -> None:
-    """Make ``dtype`` that of the running execution, until it ends or it is set again."""
+    """Set the default dtype of the running execution, until it ends or sets another one."""
 
 def step(
     handle: RunnerHandle, name: str, phase: str | None, *, exclusive: bool = False
 ) -> Step: ...
 def default_dtype_in_force() -> Any: ...
 def note_intercepting(intercepts: bool) -> bool:
-    """Whether the calling thread intercepts torch's default dtype; returns what was noted before."""
+    """Note whether the calling thread intercepts torch's default dtype; return the former note."""
 
 def activations() -> list[tuple[str, str]]:
-    """(thread, runner) of every ``Activation`` that is entered now."""
+    """Return (thread, runner) of every ``Activation`` that is entered now."""
 
 def depth() -> int: ...
 def note_joined(key: str, generation: int) -> None:
-    """The current scope uses this generation of ``key`` from now on."""
+    """Note that the current scope uses this generation of ``key`` from now on."""
 
 def has_joined(key: str) -> bool:
-    """Whether the current scope has joined ``key``, be it torn down since or not."""
+    """Whether the current scope has joined ``key``, even if it was torn down since."""
 
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...

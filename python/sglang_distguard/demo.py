@@ -43,8 +43,8 @@ def run(cache: Path) -> int:
     _print_table(_COLUMNS, rows)
     wrong = [o for o in outcomes if o.error is not None or o.problems]
     print(
-        f"\n{len(outcomes) - len(wrong)} of {len(outcomes)} right: built together in {built:.1f} s, "
-        f"then {ROUNDS} x {len(outcomes)} generations at once,\nlogits equal to the same runner "
+        f"\n{len(outcomes) - len(wrong)} of {len(outcomes)} right: built together in {built:.1f} "
+        f"s, then {ROUNDS} x {len(outcomes)} generations at once,\nlogits equal to the same runner "
         f"alone in its process, bit for bit. Changes a bystander thread saw: {len(seen)}.\n"
     )
     for outcome in wrong:
@@ -72,7 +72,7 @@ def unguarded(cache: Path) -> int:
     right = sum(outcome.error is None and not outcome.problems for outcome in outcomes)
     print(f"\n{right} of {len(outcomes)} right")
     sys.stdout.flush()
-    os._exit(0)  # half-built runners and an orphaned world need no tidy end
+    os._exit(0)  # half-built runners and an orphaned world need no orderly shutdown
 
 
 def _build_named(args: ServerArgs, name: str) -> ModelRunner:
@@ -118,7 +118,7 @@ def _run_unguarded(cache: Path) -> None:
         )
         print(done.stdout or f"it ended with status {done.returncode} and no output")
     except subprocess.TimeoutExpired:
-        print("it hung: ended after 300 s")
+        print("it hung and was ended after 300 s")
 
 
 def _shorten(text: str, width: int = 90) -> str:
@@ -137,7 +137,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Send stderr away: SGLang shows a progress bar per runner that cannot be switched off."""
+    """Discard stderr: SGLang shows a progress bar per runner that cannot be switched off."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -1,4 +1,7 @@
-"""The errors distguard raises. Each says what exists, what was asked, who holds it, what to do."""
+"""The errors that the guard raises.
+
+Each message states what exists, what was requested, the holders, and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ class DistGuardError(RuntimeError):
         self.details: dict[str, Any] = details
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders (executors, multiprocessing); keyword facts must too.
+        # Errors are pickled between processes (executors, multiprocessing), with their details.
         notes = getattr(self, "__notes__", None)
         state = {"__notes__": list(notes)} if notes else None
         return _rebuild, (type(self), str(self), self.details), state
 
 
 def stack_of(thread: int | None) -> str:
-    """The current Python stack of a thread, innermost call last; empty when it has ended."""
+    """Return the current Python stack of a thread, innermost call last; empty when it has ended."""
     frame = sys._current_frames().get(thread) if isinstance(thread, int) else None
     return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
@@ -36,20 +39,21 @@ def _rebuild(kind: type[DistGuardError], message: str, details: dict[str, Any]) 
 
 
 class SpecMismatch(DistGuardError, ValueError):
-    """The state that exists was made for other settings than the ones asked for.
+    """State exists, or is being made, for other settings than the requested ones.
 
     ``details``: ``key``, ``fields`` (name -> {"existing", "requested"}), ``holders``, ``leader``.
     """
 
 
 class AcquireTimeout(DistGuardError, TimeoutError):
-    """Another thread was still initialising when the deadline passed.
+    """The deadline passed while another thread initialised the state or was in a conflicting phase.
 
-    ``details``: ``key``, ``leader``, ``leading_for`` and ``waited`` (seconds), ``stack``.
+    ``details``: ``key``, ``waited`` (seconds), ``stack`` and ``holders``; where the state is being
+    initialised, also ``leader`` and ``leading_for`` (seconds).
     """
 
     def __init__(self, message: str, **details: Any) -> None:
-        # Looked up once: where the error is unpickled, the number may be another thread's.
+        # Read only once: in another process the number may belong to another thread.
         if "leader_thread" in details and "stack" not in details:
             details["stack"] = stack_of(details["leader_thread"])
             if details["stack"]:
@@ -64,22 +68,29 @@ class AcquireTimeout(DistGuardError, TimeoutError):
 class AgreementTimeout(AcquireTimeout):
     """Other ranks did not ask for the same, or did not finish it, before the deadline passed.
 
-    ``details``: ``name``, ``stage``, ``missing`` (ranks), ``waited`` (seconds), ``failures``.
+    ``details``: ``name``, ``stage``, ``rank``, ``missing`` (ranks), ``waited`` (seconds),
+    ``failures`` (rank -> error); after a wait for the turn also ``holder``.
     """
 
 
 class RanksDisagree(SpecMismatch):
-    """The ranks ask for different things under one name. ``details``: ``fields``, name -> rank -> value."""
+    """The ranks ask for different settings under one name.
+
+    ``details``: ``name``, ``stage``, ``rank``, ``fields`` (name -> rank -> value).
+    """
 
 
 class RankFailed(DistGuardError):
-    """The build failed on another rank, and so on all. ``details``: ``failures``, rank -> error."""
+    """A build or step failed on another rank and was aborted on all ranks.
+
+    ``details``: ``name``, ``stage``, ``rank``, ``failures`` (rank -> error).
+    """
 
 
 def forget_frames(error: BaseException) -> None:
-    """Drop what the ended frames of ``error``'s traceback refer to: runners, and so their weights.
+    """Clear the ended frames of ``error``'s traceback, which refer to runners and their weights.
 
-    Also of the errors that it came from. What it says, and where it was raised, stays.
+    Its causes, contexts and grouped errors are cleared too. Messages and tracebacks stay.
     """
     seen: set[int] = set()
     pending: list[Optional[BaseException]] = [error]
@@ -95,14 +106,19 @@ def forget_frames(error: BaseException) -> None:
 
 
 class AmbiguousBuild(DistGuardError, ValueError):
-    """Two threads build under one name on several ranks, which could not tell them apart.
+    """The guard cannot decide which runner is meant.
 
-    ``details``: ``name``, ``thread`` (the other one's name).
+    Either two threads of a process work under one name on several ranks, or one ``ServerArgs``
+    object was published more than once. ``details``: ``name`` and ``thread`` (name of the other
+    thread), or ``scopes``.
     """
 
 
 class StoreLost(DistGuardError, ConnectionError):
-    """The store through which the ranks agree cannot be reached. ``details``: ``reason``."""
+    """The store through which the ranks agree cannot be reached.
+
+    ``details``: ``name``, ``stage``, ``rank``, ``reason``.
+    """
 
     def __str__(self) -> str:
         # ConnectionError is an OSError, as in AcquireTimeout.
@@ -110,21 +126,27 @@ class StoreLost(DistGuardError, ConnectionError):
 
 
 class StateInUse(DistGuardError):
-    """The state may not be reused or torn down now: runners hold it. ``details``: ``holders``."""
+    """The state or the runner is in use, so the request is refused.
+
+    ``details``: ``key`` and ``holders`` or ``leader`` of the state, or ``runner``.
+    """
 
 
 class PoisonedState(DistGuardError):
-    """A failed initialisation could not be undone; ``reset()`` is needed first."""
+    """A failed initialisation or teardown could not be undone; ``reset()`` is needed first.
+
+    ``details``: ``key``, ``reason``, ``leader``.
+    """
 
 
 class DeadlockError(DistGuardError):
-    """Waiting would never end. ``details``: ``cycle``, the threads and what each waits for."""
+    """The wait would never end. ``details``: ``cycle``, the threads and what each waits for."""
 
 
 class LeaseBroken(DistGuardError):
-    """What the runner was built on was torn down by force, or changed behind the guard's back.
+    """State that the runner holds was torn down by force, or changed without the guard.
 
-    ``details``: ``key``, ``by`` (who did it), ``how``.
+    ``details``: ``key``, ``by`` (the thread or runner that did it, or None), ``how``.
     """
 
 
@@ -133,12 +155,12 @@ class ForkedError(DistGuardError):
 
 
 class NotSupported(DistGuardError, NotImplementedError):
-    """The installed SGLang lacks something distguard rests on, or a request is beyond it.
+    """The installed SGLang lacks something that the guard needs, or a request is not supported.
 
-    Nothing was patched or built. ``details``: ``sglang`` (installed version), ``missing`` (what
-    was looked for) and ``module``, or what was requested.
+    Nothing was patched or built. ``details``: ``sglang`` (installed version), ``missing`` (the
+    missing name) and ``module``, or what was requested.
     """
 
 
 class SubinterpreterError(NotSupported, ImportError):
-    """The package was imported in a subinterpreter. ``details``: ``interpreter``, its number."""
+    """The package was imported in a subinterpreter. ``details``: ``interpreter`` (its number)."""

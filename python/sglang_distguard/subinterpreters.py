@@ -1,4 +1,4 @@
-"""Refuses subinterpreters, before the native module is loaded: there PyO3 0.30 waits for ever."""
+"""Refuse subinterpreters before the native module is loaded: in them PyO3 0.30 waits for ever."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def require_main() -> None:
     number = api.PyInterpreterState_GetID(api.PyInterpreterState_Get())
     if number != 0:
         raise SubinterpreterError(
-            f"sglang_distguard was imported in subinterpreter {number}, but the registry is one per "
-            "process and torch does not run there. Import it in the main interpreter and use "
-            "threads, or processes started with spawn",
+            f"sglang_distguard was imported in subinterpreter {number}, but there is one registry "
+            "per process, and torch does not run in subinterpreters. Import it in the main "
+            "interpreter and use threads, or processes started with spawn",
             interpreter=number,
         )

@@ -1,25 +1,25 @@
 """Entry point ``sglang.srt.plugins``: installs the guard in processes that SGLang starts.
 
-A package of its own, for SGLang loads it in each of its processes: where the guard is switched off
-nothing of it is imported.
+This is a package of its own because SGLang loads it in each of its processes. Where the guard is
+switched off, nothing of the guard is imported.
 """
 
 import os
 
-#: Whether equal requests join what exists, and whether SGLang's own processes install the guard.
+#: Whether equal requests join existing state, and whether SGLang's own processes install the guard.
 VARIABLE = "SGLANG_ALLOW_REUSE_DISTRIBUTED"
-#: Its values, in lower case, that mean no.
+#: Values of the variable, in lower case, that mean false.
 FALSE = frozenset({"", "0", "false", "no", "off", "n"})
 
 
 def load() -> None:
-    """Install when ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` is true; else change nothing.
+    """Install the guard when ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` is true; else change nothing.
 
-    SGLang (0.5.11 and later) calls this in each of its processes; it logs what this raises and
-    goes on without the plugin.
+    SGLang (0.5.11 and later) calls this in each of its processes. It logs an exception that this
+    raises, and continues without the plugin.
 
     Raises:
-        ValueError: the variable is set to something that is neither true nor false.
+        ValueError: the variable is set to a text that is neither true nor false.
         NotSupported: see ``sglang_distguard.install``.
     """
     if os.environ.get(VARIABLE, "").strip().lower() in FALSE:

@@ -1,4 +1,4 @@
-//! `activate`: the running code is a runner's, in no step of it.
+//! `activate`: the running code belongs to a runner, outside of its steps.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use crate::sync::lock;
 
 static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
-/// Who has entered an `Activation` and not left it.
+/// The actors that have entered an `Activation` and not left it.
 static ACTIVATIONS: Mutex<BTreeMap<u64, Actor>> = Mutex::new(BTreeMap::new());
 
 /// (thread, runner) of every `Activation` that is entered now.
@@ -32,15 +32,15 @@ pub fn activations() -> Vec<(String, String)> {
     lock(&ACTIVATIONS).values().map(named).collect()
 }
 
-/// In a forked child: only the forking thread came along.
+/// For a forked child, which has only the forking thread.
 pub fn start_afresh() {
     let me = convert::this_thread();
     lock(&ACTIVATIONS).retain(|_, actor| actor.thread == me);
 }
 
-/// A context manager: the running code is the runner's, in no step of it.
+/// A context manager: the running code belongs to the runner, outside of its steps.
 ///
-/// It may idle and be left in another thread's step: it holds nothing, and delays no exit.
+/// It may idle, and be left during another thread's step: it holds nothing and delays no exit.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Activation {
     handle: Py<RunnerHandle>,
@@ -79,7 +79,9 @@ impl Activation {
     fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
         let entry = lock(&self.entries).pop();
         let Some((entry, number)) = entry else {
-            return Err(PyRuntimeError::new_err("left more often than entered"));
+            return Err(PyRuntimeError::new_err(
+                "this with block was left more often than it was entered",
+            ));
         };
         lock(&ACTIVATIONS).remove(&number);
         entry.leave(py)
@@ -101,7 +103,7 @@ impl Drop for Activation {
         Python::attach(|py| {
             for (entry, number) in entries.into_iter().rev() {
                 lock(&ACTIVATIONS).remove(&number);
-                let _ = entry.leave(py); // in another context, or too late
+                let _ = entry.leave(py); // fails in another context, or too late
             }
         });
     }

@@ -1,4 +1,4 @@
-//! One rank's view of what the ranks of a world agreed on, as a Python object.
+//! One rank's view of the agreement between the ranks of a world, as a Python object.
 
 use distguard_core::agreement::{Agreement as Core, Entry, Stage, Standing};
 use pyo3::exceptions::PyValueError;
@@ -22,7 +22,7 @@ fn told(standing: Standing) -> (&'static str, Option<String>) {
     }
 }
 
-/// What the ranks of one world agreed on, as far as this process has read their log.
+/// The agreement between the ranks of one world, as far as this process has read their log.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Agreement {
     core: Core,
@@ -35,7 +35,7 @@ impl Agreement {
         Self { core: Core::new() }
     }
 
-    /// The calling thread works under `name` from now on; the number of its round.
+    /// Begins work of the calling thread under `name`; returns the number of its round.
     fn begin(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
         let actor = convert::actor(py, Some(name.to_owned()))?;
         let is_alive = |other| convert::is_alive(py, other);
@@ -44,10 +44,11 @@ impl Agreement {
             details.set_item("name", name)?;
             details.set_item("thread", &*other.thread_name)?;
             let text = format!(
-                "thread {} of this process is at '{name}' together with the other ranks right \
-                 now, and they could not tell another of that name from it. Use one runner from \
-                 one thread at a time, and give each runner that is built concurrently its own \
-                 name, the same on every rank: build_runner(name=...) or runner_scope(name=...).",
+                "thread {} of this process is working on '{name}' together with the other ranks \
+                 now, and they could not tell two threads with the same name apart. Use one \
+                 runner from one thread at a time, and give each runner that is built \
+                 concurrently its own name, the same on every rank: build_runner(name=...) or \
+                 runner_scope(name=...).",
                 other.thread_name
             );
             Err(make(py, "AmbiguousBuild", &text, &details)?)
@@ -84,12 +85,12 @@ impl Agreement {
         Ok(self.core.apply(convert::whole("index", index)?, entry))
     }
 
-    /// (name, round) of who has the turn.
+    /// (name, round) that have the turn.
     fn turn(&self) -> Option<(String, u64)> {
         self.core.turn()
     }
 
-    /// As `stands` of "begin"; when that is passed, this rank is inside of the turn.
+    /// Like `stands` of "begin"; if that is passed, this rank has begun its turn.
     fn enter(
         &self,
         name: &str,

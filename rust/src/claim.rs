@@ -1,5 +1,5 @@
-//! What one publish claimed, for as long as any execution holds it. Which scope a publish gets is
-//! decided by `distguard_core::scopes`.
+//! The claim of one publish, for as long as any execution holds it. `distguard_core::scopes`
+//! decides which scope a publish gets.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -16,7 +16,7 @@ pub struct Claim {
     forks: u32,
 }
 
-/// Claims by number, so that another execution can hold one, too.
+/// Claims by number, so that another execution can hold the same claim.
 fn known() -> &'static Mutex<HashMap<ClaimId, Weak<Claim>>> {
     static KNOWN: std::sync::OnceLock<Mutex<HashMap<ClaimId, Weak<Claim>>>> =
         std::sync::OnceLock::new();
@@ -24,7 +24,7 @@ fn known() -> &'static Mutex<HashMap<ClaimId, Weak<Claim>>> {
 }
 
 impl Claim {
-    /// Holds what the ledger gave out.
+    /// Holds a claim that the ledger has given out.
     pub fn new(id: ClaimId, scope: ScopeId) -> Arc<Self> {
         let claim = Arc::new(Self {
             id,
@@ -35,7 +35,7 @@ impl Claim {
         claim
     }
 
-    /// The claim `id` of `scope`, which others may hold already.
+    /// The claim `id` of `scope`, which other executions may hold already.
     pub fn share(id: ClaimId, scope: ScopeId) -> Arc<Self> {
         let held = lock(known()).get(&id).and_then(Weak::upgrade);
         held.unwrap_or_else(|| Self::new(id, scope))
@@ -45,7 +45,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         lock(known()).remove(&self.id);
-        // A child's ledger is not the one that gave it out.
+        // A forked child's ledger is not the one that gave the claim out.
         if self.forks == forks() {
             process::scopes().with(|ledger| ledger.release(self.scope, self.id));
         }

@@ -1,4 +1,4 @@
-//! Between the core's plain data and Python's.
+//! Converts between the core's plain data and Python's.
 
 use std::cell::RefCell;
 use std::ffi::c_ulong;
@@ -33,14 +33,14 @@ extern "C" {
     fn PyThread_get_thread_ident() -> c_ulong;
 }
 
-/// Seconds that Python gave; an endless or absurd time is one that never passes.
+/// A duration from Python's seconds; an infinite or invalid number becomes the longest duration.
 pub fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }
 
 /// The calling thread, as `threading` knows it.
 pub fn actor(py: Python<'_>, runner: Option<String>) -> PyResult<Actor> {
-    NAME.with(|known| *known.borrow_mut() = None); // it may have been given another name
+    NAME.with(|known| *known.borrow_mut() = None); // the thread may have been renamed
     this_actor(py, runner.map(Arc::from))
 }
 
@@ -48,7 +48,7 @@ thread_local! {
     static NAME: RefCell<Option<Arc<str>>> = const { RefCell::new(None) };
 }
 
-/// As `actor`, with the name that the thread had when it was asked last: steps are many.
+/// Like `actor`, with the thread's name as it was last looked up: steps are frequent.
 pub fn this_actor(py: Python<'_>, runner: Option<Arc<str>>) -> PyResult<Actor> {
     let known = NAME.with(|known| known.borrow().clone());
     let thread_name = if let Some(name) = known {
@@ -73,7 +73,7 @@ pub fn is_alive(py: Python<'_>, thread: ThreadId) -> PyResult<bool> {
     frames.contains(thread.0)
 }
 
-/// The argument `name`, which must fit.
+/// The value of the argument `name`, which must fit into 64 bits without a sign.
 pub fn whole(name: &str, value: &Bound<'_, PyInt>) -> PyResult<u64> {
     let found = value.extract();
     found.map_err(|_| {
@@ -81,7 +81,7 @@ pub fn whole(name: &str, value: &Bound<'_, PyInt>) -> PyResult<u64> {
     })
 }
 
-/// How deep lists may be nested in a field: one that holds itself has no end.
+/// How deep lists may be nested in a field: a list that contains itself has no end.
 const DEPTH: usize = 16;
 
 pub fn spec(fields: &Bound<'_, PyDict>) -> PyResult<Spec> {
@@ -106,13 +106,13 @@ pub fn spec(fields: &Bound<'_, PyDict>) -> PyResult<Spec> {
 
 fn shown(value: &Bound<'_, PyAny>) -> String {
     let text = value.repr().map(|text| text.to_string_lossy().into_owned());
-    text.unwrap_or_else(|_| "what cannot be printed".to_owned())
+    text.unwrap_or_else(|_| "an object that cannot be printed".to_owned())
 }
 
-/// Whatever is no plain value is compared by what it prints: devices, dtypes, enums.
+/// Objects that are not plain values (devices, dtypes, enums) are compared by their printed text.
 fn value_from_python(value: &Bound<'_, PyAny>, depth: usize) -> PyResult<Value> {
     if depth == 0 {
-        let text = format!("lists are nested more than {DEPTH} deep");
+        let text = format!("lists are nested more than {DEPTH} levels deep");
         return Err(PyValueError::new_err(text));
     }
     if value.is_none() {

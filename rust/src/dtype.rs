@@ -1,8 +1,8 @@
 //! The default dtype that executions carry, and whether a thread must intercept torch's for them.
 //!
-//! torch keeps what intercepts (a function mode) per thread, executions travel with contexts: of two
-//! asyncio tasks on one thread one may carry a dtype while the other ends a step. So the thread
-//! intercepts until no execution lives that got its dtype there.
+//! torch keeps the interceptor (a function mode) per thread, but executions travel with contexts.
+//! Of two asyncio tasks on one thread, one may carry a dtype while the other ends a step. So a
+//! thread intercepts until no execution is left that got its dtype on that thread.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,11 +29,9 @@ impl HeldDtype {
         held.fetch_add(1, Ordering::AcqRel);
         Arc::new(Self { dtype, held })
     }
-}
 
-impl HeldDtype {
-    /// For an execution that is carried to another thread, which holds it anew: this one need not
-    /// intercept for what lives on there.
+    /// The dtype for an execution that is carried to another thread, counted separately: this
+    /// thread need not intercept for executions that live on there.
     pub fn carried(&self, py: Python<'_>) -> Arc<Self> {
         let held = Arc::new(AtomicUsize::new(1));
         Arc::new(Self {
@@ -49,7 +47,7 @@ impl Drop for HeldDtype {
     }
 }
 
-/// An execution was left: stop intercepting when nothing on this thread needs it any more.
+/// Stops intercepting, after an execution was left, if no execution of this thread needs it.
 pub fn settle(py: Python<'_>) -> PyResult<()> {
     let needed = HELD.with(|held| held.borrow().load(Ordering::Acquire)) > 0;
     if needed || !INTERCEPTS.with(Cell::get) {
@@ -60,7 +58,7 @@ pub fn settle(py: Python<'_>) -> PyResult<()> {
     Ok(())
 }
 
-/// Notes whether this thread intercepts; returns what it did before.
+/// Notes whether this thread intercepts; returns whether it did before.
 #[pyfunction]
 pub fn note_intercepting(intercepts: bool) -> bool {
     INTERCEPTS.with(|it| it.replace(intercepts))

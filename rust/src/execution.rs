@@ -1,7 +1,7 @@
 //! Whose code is running: one immutable `Execution` in one `ContextVar`, so that threads, tasks
-//! and whatever carries a context carry all of it. Nothing else says so: no thread, no depth.
+//! and all other carriers of a context carry all of it. No thread and no depth decides it.
 //!
-//! None in the variable is code of no runner, which reads SGLang's default scope.
+//! None in the variable stands for code of no runner, which reads SGLang's default scope.
 
 use std::sync::{Arc, Mutex, Weak};
 
@@ -19,17 +19,17 @@ use crate::scope::Scope;
 use crate::step::Running;
 use crate::sync::lock;
 
-/// Whose code is running, and what it carries. Never changed: what differs is another one.
+/// Whose code is running, and what it carries. Immutable: a change makes a new execution.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 #[derive(Default)]
 pub struct Execution {
     /// None is SGLang's default scope.
     pub scope: Option<Py<Scope>>,
-    /// The runner whose method or `activate` this is in.
+    /// The runner whose method or `activate` block the code is in.
     pub runner: Option<Py<RunnerHandle>>,
-    /// How many methods and `activate`s of runners this is nested in.
+    /// How many runner methods and `activate` blocks the code is nested in.
     pub depth: usize,
-    /// The innermost method; gone when it has ended, also where a copied context lives on.
+    /// The innermost method; gone when it has ended, even if a copied context lives on.
     pub step: Weak<Running>,
     /// What torch would call the default dtype; None: the process's.
     pub default_dtype: Option<Arc<HeldDtype>>,
@@ -37,7 +37,7 @@ pub struct Execution {
     pub owns_environment: bool,
     /// The turn of this rank that the code is in; see `ranks.agreement`.
     pub turn: Option<Py<PyAny>>,
-    /// What its publish claimed.
+    /// The claim of its publish.
     pub claim: Option<Arc<Claim>>,
 }
 
@@ -78,7 +78,7 @@ impl Execution {
         self.depth
     }
 
-    /// The name of the method that runs, if one does.
+    /// The name of the running method, if there is one.
     #[getter]
     fn step(&self) -> Option<String> {
         self.step.upgrade().map(|step| step.name().to_owned())
@@ -94,7 +94,7 @@ impl Execution {
         self.turn.as_ref().map(|it| it.clone_ref(py))
     }
 
-    /// Whether what is written into the environment belongs to a scope, not to the process.
+    /// Whether environment variables that are set belong to a scope, not to the process.
     #[getter]
     fn owns_environment(&self) -> bool {
         self.owns_environment || self.scope.is_some() || self.runner.is_some()
@@ -147,11 +147,11 @@ pub fn current(py: Python<'_>) -> PyResult<Option<Bound<'_, Execution>>> {
     if value.is_none() {
         return Ok(None);
     }
-    // SAFETY: the variable is this file's alone, and `set` puts nothing else into it.
+    // SAFETY: the variable is private to this file, and `set` puts nothing else into it.
     Ok(Some(unsafe { value.cast_into_unchecked() }))
 }
 
-/// Makes `execution` the running code's; returns what `reset` needs.
+/// Makes `execution` current; returns the token that `reset` needs.
 fn set<'py>(
     py: Python<'py>,
     execution: Option<&Bound<'py, Execution>>,
@@ -173,7 +173,7 @@ fn reset(py: Python<'_>, token: &Py<PyAny>) -> PyResult<()> {
     Ok(())
 }
 
-/// A copy of the running execution, changed.
+/// A changed copy of the running execution.
 pub fn derived(
     py: Python<'_>,
     change: impl FnOnce(&mut Execution),
@@ -186,13 +186,13 @@ pub fn derived(
     Bound::new(py, made)
 }
 
-/// Puts a changed copy of the running execution in its place, for good.
+/// Replaces the running execution permanently by a changed copy.
 pub fn change(py: Python<'_>, change: impl FnOnce(&mut Execution)) -> PyResult<()> {
     let made = derived(py, change)?;
     set(py, Some(&made)).map(drop)
 }
 
-/// What an entered execution replaced; ends with `leave`.
+/// The former execution, which an entered one has replaced; `leave` restores it.
 pub struct Entry(Py<PyAny>);
 
 impl Entry {
@@ -200,7 +200,7 @@ impl Entry {
         Ok(Self(set(py, execution)?.unbind()))
     }
 
-    /// The running code is again what it was; torch is not intercepted without need.
+    /// Restores the former execution; stops intercepting torch if no execution needs it.
     pub fn leave(self, py: Python<'_>) -> PyResult<()> {
         let left = reset(py, &self.0);
         drop(self);
@@ -228,7 +228,7 @@ pub fn carried_execution(py: Python<'_>) -> PyResult<Option<Bound<'_, Execution>
     derived(py, |it| it.default_dtype = Some(dtype)).map(Some)
 }
 
-/// Makes `execution` the running thread's own until it is changed again.
+/// Makes `execution` current for the calling code until it is changed again.
 #[pyfunction]
 #[pyo3(signature = (execution, /))]
 #[allow(clippy::needless_pass_by_value)]
@@ -236,7 +236,7 @@ pub fn adopt_execution(py: Python<'_>, execution: Option<Bound<'_, Execution>>) 
     set(py, execution.as_ref()).map(drop)
 }
 
-/// How many methods and `activate`s of runners the running code is in.
+/// How many runner methods and `activate` blocks the running code is in.
 #[pyfunction]
 pub fn depth(py: Python<'_>) -> PyResult<usize> {
     Ok(current(py)?.map_or(0, |it| it.get().depth))
@@ -256,9 +256,9 @@ pub fn default_dtype_in_force(py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
     Ok(current(py)?.and_then(|it| it.get().default_dtype(py)))
 }
 
-/// What a `with` block of `Entered` makes of the running execution.
+/// How a `with` block of `Entered` changes the running execution.
 enum Wanted {
-    /// This one, whatever is running.
+    /// This one, regardless of the running one.
     This(Option<Py<Execution>>),
     Scope(Option<Py<Scope>>),
     OwnEnvironment,
@@ -266,9 +266,9 @@ enum Wanted {
     Turn(Option<Py<PyAny>>),
 }
 
-/// A context manager: another execution for a with block, in one native step.
+/// A context manager that makes another execution current, in one native step.
 ///
-/// Dropped without `__exit__` (an interrupt may come at any bytecode) it leaves all the same.
+/// Dropping it without `__exit__` (an interrupt may come at any bytecode) leaves the block, too.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Entered {
     wanted: Wanted,
@@ -294,7 +294,7 @@ impl Entered {
                 let same =
                     it.scope.as_ref().map(pyo3::Py::as_ptr) == scope.as_ref().map(pyo3::Py::as_ptr);
                 if !same {
-                    // A runner's claim and step are in its scope.
+                    // A runner's claim and step belong to its scope.
                     *it = Execution {
                         default_dtype: it.default_dtype.take(),
                         turn: it.turn.take(),
@@ -322,7 +322,11 @@ impl Entered {
     fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, pyo3::types::PyTuple>) -> PyResult<()> {
         let entry = lock(&self.entries).pop();
         entry.map_or_else(
-            || Err(PyRuntimeError::new_err("left more often than entered")),
+            || {
+                Err(PyRuntimeError::new_err(
+                    "this with block was left more often than it was entered",
+                ))
+            },
             |entry| entry.leave(py),
         )
     }
@@ -336,7 +340,7 @@ impl Drop for Entered {
         }
         Python::attach(|py| {
             for entry in entries.into_iter().rev() {
-                // In another context, or too late: then there is nothing of ours to undo here.
+                // Fails in another context, or too late: then there is nothing to undo here.
                 let _ = entry.leave(py);
             }
         });
@@ -350,20 +354,20 @@ pub fn run_as(execution: Option<Py<Execution>>) -> Entered {
     Entered::new(Wanted::This(execution))
 }
 
-/// Makes `scope` current for a with block; code in it is of no runner yet.
+/// Makes `scope` current for a with block; code in it belongs to no runner yet.
 #[pyfunction]
 #[pyo3(signature = (scope, /))]
 pub fn in_scope(scope: Option<Py<Scope>>) -> Entered {
     Entered::new(Wanted::Scope(scope))
 }
 
-/// What a with block writes into the environment in the default scope, too, is a runner's.
+/// Treats environment variables set in a with block as a runner's, in the default scope, too.
 #[pyfunction]
 pub fn owning_environment() -> Entered {
     Entered::new(Wanted::OwnEnvironment)
 }
 
-/// Makes `turn` that of a with block.
+/// Makes `turn` the turn of a with block.
 #[pyfunction]
 #[pyo3(signature = (turn, /))]
 pub fn in_turn(turn: Option<Py<PyAny>>) -> Entered {

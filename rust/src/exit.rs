@@ -1,10 +1,10 @@
 //! The interpreter's exit: daemon threads are kept from touching Python once it has begun.
 //!
-//! A thread that takes the GIL of an interpreter that is being finalised is ended by CPython (up to
-//! 3.13) with `pthread_exit`, which unwinds the native frames below it; in Rust and in torch that
-//! aborts the process. So from the moment our `atexit` handler runs, whoever comes back from a wait
-//! or enters a runner's method stops here for good, detached, and the handler gives those who are
-//! inside a method some time to come out. Code that only idles in `activate` is inside of nothing.
+//! CPython (up to 3.13) ends a thread that takes the GIL of an interpreter that is being finalised.
+//! It calls `pthread_exit`, which unwinds the native frames below; in Rust and in torch that aborts
+//! the process. So once our `atexit` handler runs, a thread that returns from a wait or enters a
+//! runner's method stops here permanently, detached. The handler gives threads inside a method some
+//! time to leave it. Code that only idles in `activate` is not inside a method.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
@@ -14,7 +14,7 @@ use pyo3::prelude::*;
 
 use crate::process::registry;
 
-/// The thread that ends the interpreter, which alone goes on, by `ME`; 0 while nobody does.
+/// `ME` of the thread that ends the interpreter, the only one that goes on; 0 before the exit.
 static EXITING: AtomicU64 = AtomicU64::new(0);
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -40,7 +40,7 @@ fn stop_for_good() -> ! {
     }
 }
 
-/// Runs `wait` detached from the interpreter; comes back only if that still makes sense.
+/// Runs `wait` detached; does not return if another thread ends the interpreter meanwhile.
 pub fn wait_detached(py: Python<'_>, wait: impl FnOnce() + Send) {
     py.detach(|| {
         wait();
@@ -50,7 +50,7 @@ pub fn wait_detached(py: Python<'_>, wait: impl FnOnce() + Send) {
     });
 }
 
-/// Stops the calling thread for good when the interpreter exits; `inside`: of a step already.
+/// Stops the calling thread permanently if the interpreter exits; `inside`: it is in a step.
 pub fn stop_if_exiting(py: Python<'_>, inside: bool) {
     if must_stop() {
         if inside {
@@ -60,34 +60,34 @@ pub fn stop_if_exiting(py: Python<'_>, inside: bool) {
     }
 }
 
-/// A thread goes into a step, from outside of all if `outermost`.
+/// The calling thread enters a step; `outermost`: it was in none before.
 pub fn going_in(outermost: bool) {
     if outermost {
         INSIDE.fetch_add(1, Ordering::AcqRel);
     }
 }
 
-/// A thread came out of a step, and of all if `outermost`.
+/// The calling thread has left a step; `outermost`: it is in none now.
 pub fn came_out(outermost: bool) {
     if outermost {
         INSIDE.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-/// A forked child has only the forking thread, which is inside a method or not.
+/// For a forked child, which has only the forking thread; `inside`: that thread is in a method.
 pub fn start_afresh(inside: bool) {
     EXITING.store(0, Ordering::Release);
     INSIDE.store(usize::from(inside), Ordering::Release);
 }
 
-/// Lets whoever waits look again, and see that the interpreter is about to exit.
+/// Wakes every waiting thread, which then sees that the interpreter is about to exit.
 #[pyfunction]
 pub fn wake_all() {
     registry().wake_all();
 }
 
-/// The calling thread ends the interpreter: stop all others at their next wait or method, and wait
-/// up to `grace` seconds for those inside a method. Returns how many still are.
+/// Stops all other threads at their next wait or method; the calling thread ends the interpreter.
+/// Waits up to `grace` seconds for threads inside a method. Returns how many are still inside.
 #[pyfunction]
 pub fn begin_exit(py: Python<'_>, grace: f64) -> usize {
     EXITING.store(ME.with(|me| *me), Ordering::Release);

@@ -1,13 +1,13 @@
-//! A flag of the process that the running code may have raised for itself alone.
+//! A flag of the process that the running code may have set privately.
 
 use pyo3::exceptions::PyNameError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use pyo3::{PyTraverseError, PyVisit};
 
-/// Stands for the flag `name` of a module in the module's own functions.
+/// Accessor of the flag `name` of a module, for the module's own functions.
 ///
-/// `.value` is true where `here()` is, and the process's elsewhere. What is written is the process's.
+/// `.value` is `here()` if that is true, else the process's flag. A write sets the process's flag.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct OwnFlag {
     globals: Py<PyDict>,

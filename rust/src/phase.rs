@@ -19,9 +19,9 @@ use crate::runner::RunnerHandle;
 pub struct Visit {
     id: VisitId,
     since: Duration,
-    /// What the next wait compares with; `INSIDE` when there is nothing to wait for.
+    /// The epoch that the next wait compares with; `INSIDE` if there is nothing to wait for.
     epoch: AtomicU64,
-    /// Whether somebody else ends it.
+    /// Whether the visit was handed over: then the new owner ends it.
     kept: AtomicBool,
 }
 
@@ -40,13 +40,13 @@ impl Visit {
         visit
     }
 
-    /// Hands it over: the caller ends it.
+    /// Hands the visit over: the caller must end it.
     pub fn keep(&self) -> VisitId {
         self.kept.store(true, Ordering::Relaxed);
         self.id
     }
 
-    /// Ends it, unless it was handed over.
+    /// Ends the visit, unless it was handed over.
     pub fn end(&self) -> bool {
         !self.kept.load(Ordering::Relaxed) && registry().leave(self.id)
     }
@@ -88,7 +88,7 @@ impl Visit {
         Ok(self.note(&entry.map_err(|error| to_python(py, &error))?))
     }
 
-    /// Seconds after which it must be looked at again: whatever changes wakes it.
+    /// Seconds after which the caller must retry: infinite, because every change wakes the waiter.
     #[getter]
     #[allow(clippy::unused_self)]
     fn patience(&self) -> f64 {
@@ -101,7 +101,7 @@ impl Visit {
         wait_detached(py, || registry().wait_to_enter(self.id, epoch, slice));
     }
 
-    /// The error of a caller that gives up; the visit is over.
+    /// The error for a caller that stops waiting; the visit has ended.
     fn timed_out(&self, py: Python<'_>) -> PyErr {
         let waited = registry().now().saturating_sub(self.since);
         to_python(py, &registry().phase_timed_out(self.id, waited))

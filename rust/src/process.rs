@@ -1,5 +1,5 @@
-//! What exists once per process: the registry, the ledger of scopes, what joiners are given.
-//! A forked child starts afresh: the parent's, whose locks other threads may have held, is left.
+//! The state that exists once per process: registry, ledger of scopes, resources for joiners.
+//! A forked child makes its own and never touches its parent's, whose locks threads may have held.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -20,12 +20,12 @@ struct Process {
     scopes: Scopes,
     occupancy: Occupancy,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
-    /// The number of the first event that nobody has taken yet.
+    /// The number of the first event that no caller has taken yet.
     untaken: Mutex<u64>,
 }
 
 impl Process {
-    /// Never freed: there is one per process, and one more per fork between it and the first.
+    /// Never freed: a process has one, and one more for each fork between it and the first process.
     fn make() -> *mut Self {
         let instance = FORKS.load(Ordering::Relaxed);
         Box::leak(Box::new(Self {
@@ -40,8 +40,8 @@ impl Process {
 
 static CURRENT: AtomicPtr<Process> = AtomicPtr::new(std::ptr::null_mut());
 
-/// How many forks lie between this process and the one that imported the module. What it made
-/// before a fork carries the number and is known by it, at no cost of a system call.
+/// How many forks lie between this process and the one that imported the module. Objects carry the
+/// number at which they were made, which identifies inherited ones without a system call.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
 fn process() -> &'static Process {
@@ -49,18 +49,18 @@ fn process() -> &'static Process {
     if current.is_null() {
         let made = Process::make();
         let was = std::ptr::null_mut();
-        // Of several first callers one wins; what the others made holds nothing yet.
+        // Of several first callers one wins; the objects that the others made are still empty.
         current = match CURRENT.compare_exchange(was, made, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => made,
             Err(first) => first,
         };
     }
-    // SAFETY: not null; comes from `Process::make`, which leaks it, so it is valid for ever, and
-    // nothing hands out a mutable reference to it.
+    // SAFETY: not null; comes from `Process::make`, which leaks it, so it stays valid, and no code
+    // hands out a mutable reference to it.
     unsafe { &*current }
 }
 
-/// In a forked child, while it has one thread: a process without history.
+/// Begins with an empty registry; for a forked child, while it has one thread.
 pub fn start_afresh() {
     FORKS.fetch_add(1, Ordering::Relaxed);
     CURRENT.store(Process::make(), Ordering::Release);
@@ -83,7 +83,7 @@ pub fn occupancy() -> &'static Occupancy {
     &process().occupancy
 }
 
-/// Each event is returned once, also when several threads ask at the same time.
+/// Returns each event once, also when several threads ask at the same time.
 pub fn take_events() -> Vec<Event> {
     let mut untaken = lock(&process().untaken);
     let events = registry().events_since(*untaken);
@@ -97,7 +97,7 @@ fn resources() -> MutexGuard<'static, HashMap<Key, Py<PyAny>>> {
     lock(&process().resources)
 }
 
-/// What the leader of `key` published for joiners, while it can be joined.
+/// The resource that the leader of `key` published for joiners, while it can be joined.
 pub fn resource(py: Python<'_>, key: &Key) -> Option<Py<PyAny>> {
     if !registry().is_ready(key) {
         return None;
@@ -105,7 +105,7 @@ pub fn resource(py: Python<'_>, key: &Key) -> Option<Py<PyAny>> {
     resources().get(key).map(|value| value.clone_ref(py))
 }
 
-/// Sets or removes it; what was there before is dropped after the lock is free.
+/// Sets or removes the resource of `key`; the former one is dropped after the lock is released.
 pub fn set_resource(key: &Key, value: Option<Py<PyAny>>) {
     let mut held = resources();
     let before = match value {
@@ -116,7 +116,7 @@ pub fn set_resource(key: &Key, value: Option<Py<PyAny>>) {
     drop(before);
 }
 
-/// Forgets all of them.
+/// Removes all resources.
 pub fn clear_resources() {
     let before = std::mem::take(&mut *resources());
     drop(before);

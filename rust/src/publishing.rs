@@ -1,5 +1,5 @@
-//! Publishing and resuming in a scope: the with blocks in which a claim on one is held.
-//! Who gets which is `distguard_core::scopes`.
+//! Publishing and resuming in a scope: the with blocks in which a claim on a scope is held.
+//! `distguard_core::scopes` decides which scope a publish gets.
 
 use std::sync::Mutex;
 
@@ -14,9 +14,9 @@ use crate::scope::{id_of, new_scope, register, Scope};
 use crate::scoped_global;
 use crate::sync::lock;
 
-/// One publish: chooses its scope when it is entered, and gives it back unless it succeeded.
+/// One publish: chooses its scope when it is entered, and undoes the choice unless it succeeded.
 ///
-/// Entered, the running code is in the scope and holds its claim. `succeed` lets it stay so.
+/// Entering it puts the running code into the scope, with its claim. `succeed` keeps it there.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Publishing {
     label: String,
@@ -31,14 +31,14 @@ struct Chosen {
     before: Option<ClaimId>,
     entry: Entry,
     is_fresh: bool,
-    /// Where what was here before has been moved.
+    /// The scope to which the former values were moved.
     aside: Option<Py<Scope>>,
     has_succeeded: bool,
 }
 
-/// Moves what the default scope holds to the scope `aside`.
+/// Moves the values of the default scope to the scope `aside`.
 ///
-/// It lives as long as the `ServerArgs` published there, which its own context refers to.
+/// That scope lives as long as the `ServerArgs` published there, to which its own context refers.
 fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<Py<Scope>> {
     let kept = register(py, aside, "pending".to_owned())?;
     let fresh = new_scope(py, "fresh".to_owned())?;
@@ -83,7 +83,7 @@ impl Publishing {
         }
     }
 
-    /// Whether the scope is one that this publish made.
+    /// Whether the scope was made for this publish.
     #[getter]
     fn is_fresh(&self) -> bool {
         lock(&self.chosen).as_ref().is_some_and(|it| it.is_fresh)
@@ -143,7 +143,7 @@ impl Publishing {
         Ok(slf)
     }
 
-    /// What was published stays, if the with block ends without an error.
+    /// Keeps what was published if the with block ends without an error.
     fn succeed(&self) {
         if let Some(chosen) = lock(&self.chosen).as_mut() {
             chosen.has_succeeded = true;
@@ -178,9 +178,9 @@ impl Drop for Publishing {
     }
 }
 
-/// `scope` and the claim of what was published there and not built, for a with block.
+/// Makes `scope` current, with the claim of a publish that is not built yet, for a with block.
 ///
-/// Not a claim of its own: what others hold is shared, what nobody holds is claimed for the block.
+/// The block shares a claim that other executions hold. If none holds it, the block claims anew.
 #[pyfunction]
 #[pyo3(signature = (scope, /))]
 pub fn resuming(py: Python<'_>, scope: Option<Py<Scope>>) -> PyResult<Entered> {
@@ -200,7 +200,7 @@ pub fn resuming(py: Python<'_>, scope: Option<Py<Scope>>) -> PyResult<Entered> {
     Ok(execution::run_as(Some(execution.unbind())))
 }
 
-/// A with block in which `scope`, where nobody builds or runs, is the calling code's to tidy up.
+/// A with block that claims `scope` for tidying up, if no runner is built or lives there.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Vacancy {
     scope: ScopeId,
@@ -219,7 +219,7 @@ impl Vacancy {
         }
     }
 
-    /// Whether it is vacant, and so claimed.
+    /// Claims the scope; returns whether it was vacant and so is claimed.
     fn __enter__(&self) -> bool {
         let claim = process::scopes().with(|ledger| ledger.claim_vacant(self.scope));
         *lock(&self.claim) = claim;

@@ -1,6 +1,6 @@
 //! The registry as Python objects and functions: converts, waits detached, raises.
-//! The loop around `try_acquire` and `wait` is Python's: a thread that CPython ends at exit while
-//! it runs Python must have no frame of ours below it (see `exit`).
+//! The loop around `try_acquire` and `wait` is Python code: a thread that CPython ends at exit
+//! while it runs Python must have no frame of this module below it (see `exit`).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -23,16 +23,16 @@ use crate::process::{self, registry};
 use crate::step;
 use crate::sync::lock;
 
-/// What was decided, and for a leader the duty to publish, fail or poison.
+/// The decision on a request. A leader must publish, fail or poison.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Claim {
     key: Key,
     spec: Spec,
     decision: &'static str,
     waited: Duration,
-    /// Of what was joined or published; 0 before.
+    /// The generation that was joined or published; 0 before that.
     generation: AtomicU64,
-    /// Taken by whichever of publish, fail, poison and drop comes first.
+    /// Taken by the first of publish, fail, poison and drop.
     ticket: Mutex<Option<Ticket>>,
 }
 
@@ -85,7 +85,7 @@ impl Claim {
         } else {
             Origin::Created
         };
-        // Before the state can be joined: a joiner reads it at once.
+        // Set before the state can be joined: a joiner reads it at once.
         process::set_resource(&self.key, Some(resource));
         let published = registry().publish(ticket, spec, origin, identity);
         let generation = published.map_err(|error| to_python(py, &error))?;
@@ -117,12 +117,12 @@ impl Drop for Claim {
     }
 }
 
-/// One caller's wish to have a key initialised, from the first try to the decision.
+/// One caller's request to have a key initialised, from the first try to the decision.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Request {
-    /// Locked only for as long as a copy takes.
+    /// Locked only for the time that a copy takes.
     wish: Mutex<Wish>,
-    /// What the next wait compares with.
+    /// The epoch that the next wait compares with.
     epoch: AtomicU64,
     start: Duration,
 }
@@ -132,7 +132,7 @@ impl Request {
         lock(&self.wish)
     }
 
-    /// The wish as it is now.
+    /// A copy of the request, with the time that it has waited until now.
     fn now(&self) -> Wish {
         let mut wish = self.wish();
         if !wish.waited.is_zero() {
@@ -171,7 +171,7 @@ impl Request {
         })
     }
 
-    /// The decision; None: `wait`, look at the process again, and ask again.
+    /// Decides; on None the caller must `wait`, look at the process again, and retry.
     #[pyo3(signature = (identity, /))]
     fn try_acquire(
         &self,
@@ -204,24 +204,24 @@ impl Request {
         }))
     }
 
-    /// Seconds after which the leader is called slow; only a look tells.
+    /// Seconds after which the leader counts as slow; only a retry notices that.
     #[getter]
     fn patience(&self) -> f64 {
         self.wish().slow_after.as_secs_f64()
     }
 
-    /// Sleeps, detached from the interpreter, until the key changes or for so many seconds.
+    /// Sleeps, detached from the interpreter, until the key changes, at most `seconds`.
     fn wait(&self, py: Python<'_>, seconds: f64) {
         let slice = convert::seconds(seconds);
         let wish = self.now();
         let epoch = self.epoch.load(Ordering::Relaxed);
         wait_detached(py, || registry().wait(&wish, epoch, slice));
-        // From here on it has waited, be it for no time at all.
+        // From here on the request counts as one that has waited, even if for no time at all.
         let waited = registry().now().saturating_sub(self.start);
         self.wish().waited = waited.max(Duration::from_nanos(1));
     }
 
-    /// The error of a caller that gives up.
+    /// The error for a caller that stops waiting.
     fn timed_out(&self, py: Python<'_>) -> PyErr {
         let mut wish = self.now();
         wish.waited = registry().now().saturating_sub(self.start);
@@ -235,7 +235,7 @@ pub fn is_ready(key: &str) -> PyResult<bool> {
     Ok(registry().is_ready(&convert::key(key)?))
 }
 
-/// What the leader of `key` published for joiners; None while it cannot be joined.
+/// The resource that the leader of `key` published for joiners; None while it cannot be joined.
 #[pyfunction]
 pub fn resource(py: Python<'_>, key: &str) -> PyResult<Option<Py<PyAny>>> {
     Ok(process::resource(py, &convert::key(key)?))
@@ -247,7 +247,7 @@ pub fn ready_keys() -> Vec<String> {
     registry().ready_keys().iter().map(Key::to_string).collect()
 }
 
-/// Makes state that nobody holds available to be made anew.
+/// Forgets state on which no lease is held, so that it can be made anew.
 #[pyfunction]
 pub fn forget(key: &str) -> PyResult<bool> {
     Ok(registry().forget(&convert::key(key)?))
@@ -265,7 +265,7 @@ pub struct Teardown {
 
 #[pymethods]
 impl Teardown {
-    /// "created", "adopted", or None when the registry knows of nothing.
+    /// "created", "adopted", or None if the registry has no such state.
     #[getter]
     fn origin(&self) -> Option<&'static str> {
         self.origin.map(convert::origin)
@@ -276,7 +276,7 @@ impl Teardown {
         self.resource.as_ref().map(|value| value.clone_ref(py))
     }
 
-    /// From here on the state is no longer whole until `end`.
+    /// From here until `end` the state is incomplete.
     fn start(&self) {
         self.started.store(true, Ordering::Relaxed);
     }
@@ -289,7 +289,7 @@ impl Teardown {
         }
     }
 
-    /// Nothing was destroyed: the state is as it was, its leases too.
+    /// Restores the state with its leases, because nothing was destroyed.
     fn cancel(&self, reason: &str) {
         let ticket = lock(&self.ticket).take();
         if let Some(ticket) = ticket {
@@ -346,7 +346,7 @@ pub fn begin_teardown(
     })
 }
 
-/// Forgets all state, also poisoned; raises `StateInUse` while any is leased or changing.
+/// Forgets all state, poisoned state too; raises `StateInUse` while any is leased or changing.
 #[pyfunction]
 #[pyo3(signature = (*, force))]
 pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
@@ -358,7 +358,7 @@ pub fn reset(py: Python<'_>, force: bool) -> PyResult<()> {
     Ok(())
 }
 
-/// A forked child begins without history; call it there before anything else.
+/// Begins with an empty registry; a forked child calls this before anything else.
 #[pyfunction]
 pub fn start_afresh() {
     process::start_afresh();
@@ -366,14 +366,14 @@ pub fn start_afresh() {
     activation::start_afresh();
 }
 
-/// The object `identity` of `key` came over a fork: requests that see it are refused.
+/// Refuses requests for `key` that find the object `identity`, which was inherited over a fork.
 #[pyfunction]
 pub fn inherit(key: &str, identity: &Bound<'_, PyInt>) -> PyResult<()> {
     registry().inherit(&convert::key(key)?, convert::whole("identity", identity)?);
     Ok(())
 }
 
-/// The events that no earlier call returned, oldest first; what the ring dropped is lost.
+/// The events that no earlier call returned, oldest first; events that the ring dropped are lost.
 #[pyfunction]
 pub fn take_events(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
     convert::events(py, &process::take_events())

@@ -1,13 +1,13 @@
-//! A value of a dictionary that is not looked up again while the dictionary stays as it is.
+//! A value of a dictionary that is not looked up again while the dictionary is unchanged.
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-/// Valid as long as the dictionary's version is the same: every change of a module's dictionary gives
-/// it one that no dictionary had before (PEP 509). So the value needs no reference: at that version
-/// the dictionary holds it.
+/// A cached value, valid as long as the dictionary's version is the same. Every change of a
+/// module's dictionary gives it a version that no dictionary had before (PEP 509). So the cache
+/// needs no reference to the value: at that version the dictionary holds it.
 ///
-/// CPython 3.11 and 3.12; later ones say no longer which version a dictionary has.
+/// For CPython 3.11 and 3.12; later versions no longer expose the version of a dictionary.
 #[derive(Default)]
 pub struct Remembered {
     #[cfg(not(Py_3_13))]
@@ -17,11 +17,11 @@ pub struct Remembered {
 }
 
 impl Remembered {
-    /// What `dict`, the same one in every call, has of `name`, the same one too.
+    /// The value of `name` in `dict`. Every call must pass the same `dict` and the same `name`.
     #[cfg(not(Py_3_13))]
     #[allow(deprecated)] // 3.12 has it still
     pub fn find(&self, dict: &Bound<'_, PyDict>, name: &Py<PyString>) -> Option<Py<PyAny>> {
-        use std::sync::atomic::Ordering::Relaxed; // the interpreter's lock orders
+        use std::sync::atomic::Ordering::Relaxed; // the interpreter's lock gives the order
 
         let py = dict.py();
         // SAFETY: attached, and `dict` is alive and a dictionary.
@@ -32,14 +32,14 @@ impl Remembered {
             // the interpreter's lock held; alive, for `dict` holds it at this version.
             return Some(unsafe { Bound::from_borrowed_ptr(py, value) }.unbind());
         }
-        // A change that the lookup itself makes is seen: the version was read before.
+        // A change that the lookup itself makes is noticed: the version was read before it.
         let value = dict.get_item(name).ok()??;
         self.value.store(value.as_ptr(), Relaxed);
         self.version.store(version, Relaxed);
         Some(value.unbind())
     }
 
-    /// What `dict` has of `name`.
+    /// The value of `name` in `dict`.
     #[cfg(Py_3_13)]
     #[allow(clippy::unused_self)]
     pub fn find(&self, dict: &Bound<'_, PyDict>, name: &Py<PyString>) -> Option<Py<PyAny>> {

@@ -1,4 +1,4 @@
-//! What one runner holds: its scope and its leases, until it is closed or collected.
+//! The scope and the leases that one runner holds until it is closed or collected.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,7 +21,7 @@ use crate::sync::lock;
 
 static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
-/// No epoch of a registry.
+/// A number that is no epoch of a registry.
 const NEVER: u64 = u64::MAX;
 
 /// Ties a runner to a scope and to the shared state it uses.
@@ -37,12 +37,12 @@ pub struct RunnerHandle {
     id: RunnerId,
     /// The runner whose weights it uses, if it is a draft.
     target: Option<RunnerId>,
-    /// The name under which it takes turns with others on all ranks; None when it need not.
+    /// The name under which it takes turns with other runners on all ranks; None if it need not.
     turns: Option<String>,
     /// Whether it computes together with other ranks.
     ranks: bool,
     closed: AtomicBool,
-    /// Which process built it, for people, and by `process::forks` for us.
+    /// The process that built it: `pid` for messages, `forks` (see `process::forks`) for checks.
     pid: u32,
     forks: u32,
 }
@@ -77,8 +77,8 @@ impl RunnerHandle {
         self.occupy(py, Place::Runner(self.id), actor, |name, other| {
             format!(
                 "runner '{name}' is in a forward of thread {}: its attention metadata and static \
-                 buffers hold one batch at a time. Let one thread forward it at a time, or build \
-                 one runner per thread",
+                 buffers hold one batch at a time. Call its forward from one thread at a time, or \
+                 build one runner per thread",
                 other.thread_name
             )
         })
@@ -89,7 +89,7 @@ impl RunnerHandle {
         lock(&self.leases)
     }
 
-    /// Raises when another thread is in `place`, with what `message` says of it.
+    /// Enters `place`; raises with the text from `message` if another thread is in it.
     fn occupy(
         &self,
         py: Python<'_>,
@@ -119,12 +119,12 @@ impl RunnerHandle {
         }
     }
 
-    /// Runs no Python: it is what the destructor does.
+    /// Runs no Python, because the destructor calls it.
     fn release(&self) -> bool {
         if self.closed.swap(true, Ordering::AcqRel) {
             return false;
         }
-        // A child's registry is not the one that gave the leases.
+        // A forked child's registry is not the one that gave the leases.
         if self.forks == forks() {
             self.release_leases();
             scopes().with(|ledger| ledger.unbind_runner(self.scope_id, self.id));
@@ -133,8 +133,8 @@ impl RunnerHandle {
     }
 }
 
-/// Leases `keys`, all or none: what the scope has joined at the generation that it joined, so that
-/// what was torn down since, or made anew for others, is refused.
+/// Leases all `keys` or none. A key that the scope has joined is leased at the joined generation,
+/// so that state that was torn down since, or made anew for other scopes, is refused.
 fn lease(
     py: Python<'_>,
     scope: ScopeId,
@@ -212,7 +212,7 @@ impl RunnerHandle {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Takes one more lease.
+    /// Holds one more lease, on `key`.
     fn hold(&self, py: Python<'_>, key: &str) -> PyResult<()> {
         let key = convert::key(key)?;
         self.check(py)?;
@@ -220,15 +220,15 @@ impl RunnerHandle {
         self.leases().extend(taken);
         self.good_at.store(NEVER, Ordering::Release);
         if self.closed() {
-            // By another thread, which may have released the leases before these were among them.
+            // Closed by another thread, which may have released the leases before these were added.
             self.release_leases();
         }
         Ok(())
     }
 
-    /// Raises when the runner was closed, belongs to another process or lost what it held.
+    /// Raises if the runner was closed, belongs to another process, or has a broken lease.
     pub fn check(&self, py: Python<'_>) -> PyResult<()> {
-        // Asked for first: what changes while the leases are checked is looked at the next time.
+        // Read first: a change during the check of the leases is noticed by the next check.
         let epoch = registry().slots_epoch();
         let mine = self.forks == forks() && !self.closed();
         if mine && self.good_at.load(Ordering::Acquire) == epoch {
@@ -260,7 +260,7 @@ impl RunnerHandle {
         Err(make(py, class, &message, &details)?)
     }
 
-    /// (thread, step) of what other threads do with the runner, or with drafts of it, now.
+    /// (thread, step) of other threads in steps of the runner or of its drafts.
     fn inside(&self) -> Vec<(String, Option<String>)> {
         let visits = registry().inside_of(self.id, convert::this_thread());
         let named = |visit: Visit| {
@@ -270,16 +270,16 @@ impl RunnerHandle {
         visits.into_iter().map(named).collect()
     }
 
-    /// Claims the communicators of the runner's scope; end it with `end_collectives`. False inside
-    /// of another claim of the calling thread.
+    /// Claims the communicators of the runner's scope; `end_collectives` ends the claim. False if
+    /// the calling thread has claimed them already.
     fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
         let me = convert::actor(py, Some(self.name.to_string()))?;
         let place = Place::Communicators(self.scope_id);
         let depth = self.occupy(py, place, &me, |name, other| {
             format!(
-                "runner '{name}' uses the communicators over which {other} computes now: a runner \
-                 and its drafts share them, and the collectives of two threads would meet. Use \
-                 them from one thread at a time"
+                "runner '{name}' uses communicators over which {other} is computing now: a runner \
+                 and its drafts share them, and the collectives of two threads would be mixed up. \
+                 Use such runners from one thread at a time"
             )
         })?;
         Ok(depth == 1)
@@ -289,7 +289,7 @@ impl RunnerHandle {
         occupancy().leave(Place::Communicators(self.scope_id));
     }
 
-    /// Releases the leases and, when it was the scope's last runner, the scope's values.
+    /// Releases the leases and, if this was the scope's last runner, the scope's values.
     fn close(&self, py: Python<'_>) -> bool {
         let first = self.release();
         if let Some(scope) = self.scope.as_ref().filter(|_| first) {

@@ -1,5 +1,5 @@
-//! Scopes: whose view of SGLang's process-globals the running code has (`execution` says which).
-//! Holds values, never decides: who gets a new scope is `distguard_core::scopes`.
+//! Scopes: each is one view of SGLang's process-globals (`execution` says which one is current).
+//! Holds values and decides nothing: `distguard_core::scopes` decides which code gets a new scope.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -15,14 +15,14 @@ use crate::execution;
 use crate::process;
 use crate::sync::lock;
 
-/// What a scope has of one global.
+/// The state of one global in a scope.
 #[derive(Default)]
 pub enum Held {
     /// Not yet read or written in this scope: its value is the initial one.
     #[default]
     Unset,
     Value(Py<PyAny>),
-    /// It was deleted in this scope, and has not been written since.
+    /// Deleted in this scope, and not written since.
     Deleted,
 }
 
@@ -48,7 +48,7 @@ pub struct Scope {
     values: Mutex<Vec<Held>>,
 }
 
-/// How many scopes exist. None: the running code's cannot be one, and nothing need be looked up.
+/// How many scopes exist. At 0 the running code must be in the default scope, without a look-up.
 static ALIVE: AtomicUsize = AtomicUsize::new(0);
 
 impl Scope {
@@ -72,7 +72,7 @@ impl Scope {
             .map_or(Held::Unset, |held| held.clone_ref(py))
     }
 
-    /// Stores `held`; returns what was there.
+    /// Stores `held`; returns the former content of the slot.
     pub fn write(&self, slot: usize, held: Held) -> Held {
         let mut values = lock(&self.values);
         if values.len() <= slot {
@@ -81,7 +81,7 @@ impl Scope {
         std::mem::replace(&mut values[slot], held)
     }
 
-    /// Stores `value` unless another thread wrote or deleted first; returns what the slot holds then.
+    /// Stores `value` unless another thread wrote or deleted first; returns the resulting content.
     pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Held {
         let mut values = lock(&self.values);
         if values.len() <= slot {
@@ -92,7 +92,7 @@ impl Scope {
             return Held::Value(value);
         }
         let existing = values[slot].clone_ref(py);
-        drop(values); // `value` is dropped after it
+        drop(values); // `value` is dropped after unlocking
         existing
     }
 
@@ -127,7 +127,7 @@ impl Scope {
         *lock(&self.label) = label;
     }
 
-    /// Drops every value the scope holds; globals read afterwards start afresh.
+    /// Drops every value the scope holds; a global that is read afterwards gets its initial value.
     pub fn clear(&self) {
         drop(self.take_all());
     }
@@ -154,9 +154,9 @@ impl Scope {
     }
 }
 
-/// What `look` makes of the running code's scope; `None`, unasked, in SGLang's default one.
+/// Calls `look` with the running code's scope; `None`, without a call, in SGLang's default scope.
 fn in_current<T>(py: Python<'_>, look: impl FnOnce(&Py<Scope>) -> T) -> PyResult<Option<T>> {
-    // A scope in an execution is alive, and the thread that has it has seen it made.
+    // A scope in an execution is alive, and the thread that has it has seen its creation.
     if ALIVE.load(Ordering::Relaxed) == 0 {
         return Ok(None);
     }
@@ -169,7 +169,7 @@ pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
     in_current(py, |scope| scope.clone_ref(py))
 }
 
-/// What the running code's scope has in `slot`; `None` in SGLang's default one. Runs no Python.
+/// The content of `slot` in the running code's scope; `None` in the default one. Runs no Python.
 pub fn current_value(py: Python<'_>, slot: usize) -> PyResult<Option<Held>> {
     in_current(py, |scope| scope.get().read(py, slot))
 }
@@ -180,7 +180,7 @@ pub fn current_scope(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
     current(py)
 }
 
-/// Scopes that are alive, for whoever has to find one by what it holds.
+/// Scopes that are alive, for code that must find a scope by its values.
 static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
 
 fn live() -> MutexGuard<'static, Vec<Py<PyWeakrefReference>>> {
@@ -218,7 +218,7 @@ pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
         .collect()
 }
 
-/// A scope that nobody publishes in; its context comes from elsewhere.
+/// Makes a scope in which no code publishes; its context comes from elsewhere.
 #[pyfunction]
 pub fn new_scope(py: Python<'_>, label: String) -> PyResult<Bound<'_, Scope>> {
     register(py, process::scopes().with(ScopeLedger::create), label)
@@ -232,7 +232,7 @@ pub fn id_of(scope: Option<&Bound<'_, Scope>>) -> ScopeId {
     scope.map_or(DEFAULT, |scope| scope.get().id)
 }
 
-/// The current scope uses this generation of `key` from now on.
+/// Notes that the current scope uses this generation of `key` from now on.
 #[pyfunction]
 pub fn note_joined(py: Python<'_>, key: &str, generation: &Bound<'_, PyInt>) -> PyResult<()> {
     let generation = convert::whole("generation", generation)?;
@@ -241,7 +241,7 @@ pub fn note_joined(py: Python<'_>, key: &str, generation: &Bound<'_, PyInt>) -> 
     Ok(())
 }
 
-/// Whether the current scope has joined `key`, be it torn down since or not.
+/// Whether the current scope has joined `key`, even if it was torn down since.
 #[pyfunction]
 pub fn has_joined(py: Python<'_>, key: &str) -> PyResult<bool> {
     let (key, scope) = (convert::key(key)?, current_id(py)?);

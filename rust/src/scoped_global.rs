@@ -1,4 +1,4 @@
-//! One SGLang module global, or attribute of a class, that every scope has its own value of.
+//! Accessor of one SGLang module global, or class attribute, that has a value in every scope.
 //! `value` is the whole hot path: a read in every layer of every forward.
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +13,7 @@ use crate::remembered::Remembered;
 use crate::scope::{current, current_value, Held, Scope};
 use crate::sync::lock;
 
-/// Where a scope keeps the value, by `module.name`: stable over uninstall and install.
+/// The slot in which a scope keeps the value of `module.name`: stable over uninstall and install.
 fn slot_of(qualified: String) -> usize {
     static SLOTS: OnceLock<Mutex<HashMap<String, usize>>> = OnceLock::new();
     let mut slots = lock(SLOTS.get_or_init(Mutex::default));
@@ -21,17 +21,17 @@ fn slot_of(qualified: String) -> usize {
     *slots.entry(qualified).or_insert(next)
 }
 
-/// Where SGLang itself keeps the value: its default scope's.
+/// Where SGLang itself keeps the value, which is that of the default scope.
 #[derive(FromPyObject)]
 enum Owner {
     /// The globals of a module.
     Globals(Py<PyDict>),
-    /// A class, whose namespace cannot be written but through its attributes.
+    /// A class, whose namespace can be written only through its attributes.
     Class(Py<PyType>),
 }
 
 impl Owner {
-    /// Name of the module, and of the class if it is one.
+    /// Name of the module, followed by the class if the owner is a class.
     fn qualified(&self, py: Python<'_>) -> PyResult<String> {
         match self {
             Self::Globals(globals) => {
@@ -72,7 +72,7 @@ impl Owner {
         }
     }
 
-    /// What Python raises for a name that is not there.
+    /// The error that Python raises for a name that does not exist.
     fn missing(&self, name: &Bound<'_, PyString>) -> PyErr {
         match self {
             Self::Globals(_) => PyNameError::new_err(format!("name '{name}' is not defined")),
@@ -89,9 +89,9 @@ impl Owner {
     }
 }
 
-/// Stands for `name` of `owner`: the globals of a module, or a class.
+/// Accessor of `name` in `owner`: the globals of a module, or a class.
 ///
-/// `.value` is SGLang's own in its default scope and the scope's own value elsewhere. torch.compile
+/// `.value` is SGLang's own in the default scope and the scope's own value elsewhere. torch.compile
 /// traces the attribute and guards on it (measured with torch 2.14.1), so a compiled module is
 /// recompiled for another runner's value.
 #[pyclass(frozen, weakref, module = "sglang_distguard._core")]
@@ -101,17 +101,17 @@ pub struct ScopedGlobal {
     /// Called without arguments for the value a fresh scope starts with.
     initial: Py<PyAny>,
     slot: usize,
-    /// What the default scope had when it was last asked.
+    /// The value of the default scope at the last read.
     remembered: Remembered,
 }
 
-/// The last one of each slot: what `move_aside` moves.
+/// The last accessor of each slot; `move_aside` moves their values.
 static LIVE: Mutex<BTreeMap<usize, Py<PyWeakrefReference>>> = Mutex::new(BTreeMap::new());
 
-/// Moves what the default scope holds to `scope`; the default one gets what the scope `fresh` starts
-/// with, in which the running code is: some initial values read others.
+/// Moves the values of the default scope to `scope`, and gives the default scope the initial values
+/// of `fresh`. The running code is in `fresh`, because some initial values read others.
 ///
-/// Everything that may run Python or fail comes first, so that it is all moved or nothing.
+/// Everything that may run Python or fail comes first, so that all values are moved or none.
 pub fn move_aside(
     py: Python<'_>,
     scope: &Bound<'_, Scope>,
@@ -153,7 +153,7 @@ pub fn move_back(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
 }
 
 impl ScopedGlobal {
-    /// The value, where that takes neither Python code nor an error.
+    /// The value, if reading it runs no Python code and cannot fail.
     pub fn at_hand(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match current_value(py, self.slot) {
             Ok(None) => match &self.owner {
@@ -214,7 +214,7 @@ impl ScopedGlobal {
         }
     }
 
-    /// The value `scope` has, or its initial one; None names SGLang's default scope.
+    /// The value in `scope`, or the initial one; None is SGLang's default scope.
     #[pyo3(signature = (scope, /))]
     fn value_in(&self, py: Python<'_>, scope: Option<&Bound<'_, Scope>>) -> PyResult<Py<PyAny>> {
         let Some(scope) = scope else {
@@ -250,7 +250,7 @@ impl ScopedGlobal {
         }
     }
 
-    /// Whether `scope` has a value of its own, read or written before.
+    /// Whether `scope` has its own value, because it was read or written there before.
     #[pyo3(signature = (scope, /))]
     fn is_set_in(&self, py: Python<'_>, scope: &Bound<'_, Scope>) -> bool {
         matches!(scope.get().read(py, self.slot), Held::Value(_))

@@ -24,7 +24,7 @@ use crate::process::{forks, occupancy, registry};
 use crate::runner::RunnerHandle;
 use crate::sync::lock;
 
-/// What all steps of one name have in common.
+/// The properties that all steps of one name share.
 struct Kind {
     name: Arc<str>,
     phase: Option<Phase>,
@@ -32,14 +32,14 @@ struct Kind {
     exclusive: bool,
 }
 
-/// A step that has not ended; its executions know it weakly.
+/// A step that has not ended; its executions refer to it weakly.
 pub struct Running {
     kind: Arc<Kind>,
     runner: RunnerId,
     thread: ThreadId,
     visit: Option<VisitId>,
     occupies: bool,
-    /// The step of another thread that has the phase for this one, and so lasts as long.
+    /// The step of another thread that entered the phase for this one, and so must last as long.
     _outer: Option<Arc<Running>>,
     forks: u32,
 }
@@ -49,7 +49,7 @@ impl Running {
         &self.kind.name
     }
 
-    /// Whether `kind` on `runner` needs nothing that this step does not have.
+    /// Whether this step has everything that `kind` on `runner` needs.
     fn covers(&self, kind: &Kind, runner: RunnerId) -> bool {
         let phase = match (self.kind.phase, kind.phase) {
             (_, None) | (Some(Phase::Capture), _) | (Some(Phase::Load), Some(Phase::Forward)) => {
@@ -64,7 +64,7 @@ impl Running {
 impl Drop for Running {
     /// Runs no Python.
     fn drop(&mut self) {
-        // A child's registry is not the one that let it in.
+        // A forked child's registry is not the one that admitted this step.
         if self.forks != forks() {
             return;
         }
@@ -78,26 +78,26 @@ impl Drop for Running {
 }
 
 thread_local! {
-    /// How many steps this thread is inside of: for the exit and for what torch keeps per thread.
+    /// How many steps this thread is in: the exit waits for threads that are in one.
     static STEPS: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Whether this thread is inside of a step.
+/// Whether this thread is in a step.
 pub fn is_inside() -> bool {
     STEPS.with(Cell::get) > 0
 }
 
-/// What is left when a step ends.
+/// The parts of an entered step that are left when it ends.
 struct Held {
     entry: Entry,
-    /// Let go last, when the running code is the caller's again.
+    /// Dropped last, when the caller's execution is current again.
     running: Arc<Running>,
     thread: ThreadId,
 }
 
 /// A context manager: the running code is in a step of a runner.
 ///
-/// Dropped without `__exit__` (an interrupt may come at any bytecode) it leaves all the same.
+/// Dropping it without `__exit__` (an interrupt may come at any bytecode) leaves the step, too.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Step {
     kind: Arc<Kind>,
@@ -130,7 +130,7 @@ impl Step {
         })
     }
 
-    /// Occupancy and phase, or what an outer step of the runner has of them.
+    /// Enters occupancy and phase, as far as an outer step of the runner has not done so.
     fn admit(
         &self,
         py: Python<'_>,
@@ -141,7 +141,7 @@ impl Step {
         let mine = |it: &&Arc<Running>| it.occupies && it.thread == thread;
         let occupied = outer.as_ref().is_some_and(mine);
         if let Some(outer) = outer.filter(|_| occupied || !self.kind.exclusive) {
-            // The outer step lasts as long as this one, should it be another thread's.
+            // Keeps the outer step as long as this one, in case it is another thread's.
             return Ok(outer.clone());
         }
         let actor = convert::this_actor(py, Some(handle.name_ref()))?;
@@ -161,9 +161,7 @@ impl Step {
         if let Some(phase) = self.kind.phase.filter(|_| outer.is_none()) {
             let access = handle.access(phase);
             running.visit = Some(enter(py, access, &self.kind.name, &actor)?);
-            if running.visit.is_some() {
-                handle.check(py)?; // it may have been closed meanwhile
-            }
+            handle.check(py)?; // the runner may have been closed meanwhile
         }
         Ok(Arc::new(running))
     }
@@ -188,7 +186,7 @@ impl Step {
 
 /// The execution of `handle`'s runner, derived from `now`.
 pub fn of_runner(py: Python<'_>, handle: &Py<RunnerHandle>, now: Option<&Execution>) -> Execution {
-    // What one runner's code has set is not for another's.
+    // Settings made by one runner's code do not apply to another runner's.
     let same = now.filter(|it| it.runner.as_ref().is_some_and(|it| it.is(handle)));
     let turn = now.and_then(|it| it.turn.as_ref());
     Execution {
@@ -203,7 +201,7 @@ pub fn of_runner(py: Python<'_>, handle: &Py<RunnerHandle>, now: Option<&Executi
     }
 }
 
-/// Enters a phase; waits, in Python, where something is in the way.
+/// Enters a phase; waits, in Python code, if another visit is in the way.
 fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyResult<VisitId> {
     let arrived = registry().arrive_in_step(access, Some(step.clone()), actor);
     let (id, entrance) = arrived.map_err(|error| to_python(py, &error))?;
@@ -227,7 +225,7 @@ fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyRe
 impl Step {
     fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
         if lock(&self.held).is_some() {
-            return Err(PyRuntimeError::new_err("this step has been entered before"));
+            return Err(PyRuntimeError::new_err("this step is already entered"));
         }
         let held = self.begin(py)?;
         *lock(&self.held) = Some(held);
@@ -262,8 +260,8 @@ impl Drop for Step {
     }
 }
 
-/// A context manager that does nothing: the code is in a step that covers this one, or is of no
-/// runner of ours.
+/// A context manager that does nothing: the code is in a step that covers this one, or belongs to
+/// no runner of the guard.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Through;
 
@@ -287,15 +285,16 @@ fn through(py: Python<'_>) -> PyResult<Py<PyAny>> {
     Ok(through.clone_ref(py).into_any())
 }
 
-/// What a method of a runner is called with, to become its `Step`: one for each name.
+/// Makes the `Step` for one method when called with a runner; there is one for each method name.
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct StepOf {
     kind: Arc<Kind>,
-    /// Attributes from the argument to the runner, or to what returns it; none: it is the runner.
+    /// Attributes that lead from the argument to the runner or to a callable that returns it; empty
+    /// if the argument is the runner.
     runner: Vec<Py<PyString>>,
-    /// Called with handle and name where a step is more than what is native; None: never.
+    /// Called with handle and name if a step needs more than the native part; None: never.
     otherwise: Option<Py<PyAny>>,
-    /// Also with one rank.
+    /// Whether `otherwise` is called with one rank, too.
     always_otherwise: bool,
 }
 
@@ -306,7 +305,7 @@ pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, 
     let py = runner.py();
     // SAFETY: attached; both are alive; a new reference or null with an exception comes back.
     let found = unsafe {
-        // Not getattr: a `__getattr__` of SGLang's would be asked for what is not there.
+        // Not getattr: that would call a `__getattr__` of SGLang for an attribute that is missing.
         let name = intern!(py, ATTRIBUTE).as_ptr();
         let found = ffi::PyObject_GenericGetAttr(runner.as_ptr(), name);
         Bound::from_owned_ptr_or_err(py, found)

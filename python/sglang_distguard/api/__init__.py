@@ -1,1 +1,4 @@
-"""What users call: build, activate, close, look, tear down. The package itself exports it."""
+"""The functions that users call: build, activate, close, inspect, tear down.
+
+The package itself exports them.
+"""

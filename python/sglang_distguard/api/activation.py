@@ -1,4 +1,4 @@
-"""``activate``: code around a runner's methods runs as the runner's."""
+"""``activate``: run the code around a runner's methods in the runner's scope."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 
 def activate(runner: ModelRunner) -> AbstractContextManager[ModelRunner]:
-    """Make the calling thread's or asyncio task's code ``runner``'s for a with block.
+    """Run the code of a with block, in the calling thread or asyncio task, in ``runner``'s scope.
 
-    A runner's own methods do this by themselves, and so does what is given the runner; code around
-    them that reads SGLang's context (``get_server_args()`` …) needs it. It holds nothing: the
-    block may idle.
+    A runner's own methods do this by themselves, and so do SGLang's functions that are given the
+    runner. Other code that reads SGLang's context (``get_server_args()`` …) needs this with block.
+    It holds nothing: the block may stay open while idle.
 
     Args:
-        runner: built while distguard was installed.
+        runner: a runner that was built while the guard was installed.
+
+    Returns:
+        A context manager; ``with … as`` gives the runner.
 
     Raises:
         TypeError: ``runner`` was not built under the guard.
-        DistGuardError: the runner was closed.
-        LeaseBroken: what it was built on was torn down by force.
+        DistGuardError: the runner is closed. This and the following are raised where the with block
+            begins.
+        LeaseBroken: state on which the runner was built was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
     return _core.Activation(handle_of(runner), runner)

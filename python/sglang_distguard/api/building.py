@@ -1,9 +1,9 @@
-"""Builds runners that are ready to forward: SGLang's own sequence, one runner or many at once."""
+"""Build runners that are ready to forward, one or many at once, with SGLang's own steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
@@ -29,9 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One runner for ``build_runners``; fields as the arguments of ``build_runner``.
+    """A request for one runner, for ``build_runners``.
 
-    The fields are checked when they are used, by ``build_runners``.
+    ``build_runners`` checks the fields when it uses them.
+
+    Attributes:
+        server_args: see ``build_runner``, as for all fields.
+        name: default: from the model's path, with the index of the request.
+        gpu_id: index of the device.
+        target: build a draft runner for this runner.
+        options: arguments of ``ModelRunner``, the ``**options`` of ``build_runner``.
+        timeout: seconds that one wait of this build may take.
     """
 
     server_args: ServerArgs
@@ -44,11 +52,13 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What became of one request: ``runner`` or ``error``, never both.
+    """The result of one request: ``runner`` or ``error``, never both.
 
     Attributes:
-        name: the runner's name, also when it failed.
-        seconds: how long its build took.
+        name: the runner's name, also when its build failed.
+        runner: the runner, or None when its build failed.
+        error: the exception that the build raised, or None.
+        seconds: duration of the build, in seconds.
     """
 
     name: str
@@ -57,7 +67,7 @@ class BuildResult:
     seconds: float
 
     def unwrap(self) -> ModelRunner:
-        """Return the runner, or raise what its build raised."""
+        """Return the runner, or raise the exception that its build raised."""
         if self.error is not None:
             raise self.error
         assert self.runner is not None
@@ -76,30 +86,34 @@ def build_runner(
 ) -> ModelRunner:
     """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
 
-    Publishes ``server_args``, initialises the parallel runtime (or joins the one that is there),
-    loads the model, allocates its memory pool, attention backends and graphs.
+    Publishes ``server_args``, initialises the parallel runtime (or joins the existing one), loads
+    the model, and allocates its memory pool, attention backends and graphs.
 
     Args:
         server_args: SGLang's settings of this runner.
-        name: name in errors, events and ``snapshot()``, which need not be the only one of its
-            kind; default: from the model's path.
+        name: name in errors, events and ``snapshot()``; several runners may have the same name.
+            Default: from the model's path.
         gpu_id: index of the device (also on CPU, where it is the NUMA node).
-        nccl_port: TCP port of a world that has to be initialised, 1 to 65535; default: a free one.
-        target: build a draft runner (``is_draft_worker=True``) of this one: nothing is
-            initialised, and it lives in the target's scope.
+        nccl_port: TCP port, 1 to 65535, for a world that has to be initialised. Default: a free
+            port.
+        target: build a draft runner (``is_draft_worker=True``) for this runner. Nothing is
+            initialised, and the draft runner uses the target's scope.
         timeout: seconds that one wait of this build may take; None keeps the setting in force.
         **options: passed to ``ModelRunner``.
 
+    Returns:
+        The runner.
+
     Raises:
         TypeError: an argument is of the wrong type, ``target`` was not built under the guard, or
-            an option is no parameter of ``ModelRunner``.
+            an option is not a parameter of ``ModelRunner``.
         ValueError: an argument, or a size in ``server_args``, is out of range.
         NotSupported: ``server_args`` asks for several ranks (``tp_size`` times ``pp_size``), and
-            torch.distributed is not initialised with as many.
-        DistGuardError: ``install()`` was not called or ``target`` is closed, or one of its
-            subclasses (see ``errors``).
-        Whatever SGLang raises for settings or files it cannot use. No runner, scope or lease is
-        left then; the world and the groups, if they were made by then, stay for others to reuse.
+            torch.distributed is not initialised with that many ranks.
+        DistGuardError: ``install()`` was not called, or ``target`` is closed; or a subclass for
+            another reason (see ``errors``).
+        Exceptions of SGLang for settings or files that it cannot use. No runner, scope or lease
+        is left then. The world and the groups, if they were initialised by then, stay for reuse.
     """
     check(
         server_args,
@@ -115,7 +129,7 @@ def build_runner(
     check_ranks(server_args)
     chosen = settings.current()
     named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
-    # The caller's own execution stays as it is: what is published here is the runner's.
+    # The caller's own execution stays as it is: values published here belong to the runner.
     with named, _core.run_as(_core.current_execution()), _core.owning_environment():
         try:
             if target is not None:
@@ -140,16 +154,16 @@ def build_runners(
     """Build several runners concurrently from worker threads.
 
     Args:
-        requests: what to build; a bare ``ServerArgs`` is a request with defaults.
-        max_workers: threads, at least 1; default one per request, at most 32.
+        requests: the runners to build; a bare ``ServerArgs`` is a request with defaults.
+        max_workers: number of threads, at least 1. Default: one per request, at most 32.
         progress: show a progress bar on stderr (only when that is a terminal).
 
     Returns:
-        One result per request, in order. A failure is in its result and does not lose the others.
+        One result per request, in order. A failed build affects only its own result.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range, also a field of a
-            request; a note of the error says of which one. Nothing was built.
+        TypeError, ValueError: an argument, or a field of a request, is of the wrong type or out of
+            range. A note on the error names the request. Nothing was built.
         DistGuardError: the ``target`` of a request is closed. Nothing was built.
     """
     check_flag("progress", progress)
@@ -169,7 +183,7 @@ def build_runners(
         _show_progress(futures, progress)
         return [future.result() for future in futures]
     finally:
-        # After Ctrl-C do not wait for builds that still run; what has not begun never does.
+        # After Ctrl-C do not wait for builds that still run; cancel those that have not begun.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -221,8 +235,12 @@ def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[Bui
 
 
 def _show_progress(futures: Sequence[Any], progress: bool) -> None:
-    from tqdm import tqdm
-
+    """Wait for ``futures``, with a progress bar if tqdm is installed; sglang depends on it."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        wait(futures)
+        return
     bar = tqdm(
         total=len(futures), desc="building runners", unit="runner", disable=not progress or None
     )
@@ -233,7 +251,7 @@ def _show_progress(futures: Sequence[Any], progress: bool) -> None:
 
 
 def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) -> None:
-    """Publish and bring up what a process needs before its first ModelRunner (0.5.23 `one_batch`)."""
+    """Publish, and initialise what a first ModelRunner needs (SGLang 0.5.23 `one_batch`)."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.runtime_context import (
@@ -256,8 +274,8 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
         )
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
     except BaseException:
-        # The scope is this thread's alone until a runner is constructed in it, so that what is put
-        # back cannot be another's. Later it may be: then SGLang's next publish replaces it.
+        # Only this thread uses the scope until a runner is constructed in it: restoring it cannot
+        # affect another runner. Later it could: then SGLang's next publish replaces the context.
         destroy_of(scope)  # at once: other ranks may wait for this one in a collective
         if scope is before:
             restore_context(context)

@@ -1,4 +1,4 @@
-"""``close``: a runner releases its leases and its scope, when no method of it runs."""
+"""``close``: release a runner's leases and its scope, when none of its methods runs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 def closing(
     runner: ModelRunner, *, timeout: Optional[float] = None, force: bool = False
 ) -> Iterator[ModelRunner]:
-    """``close(runner)`` at the end of a with block, however that ends; as ``contextlib.closing``.
+    """``close(runner)`` at the end of a with block, also after an error; as ``contextlib.closing``.
 
     Args:
-        runner: built while distguard was installed.
-        timeout: see ``close``.
-        force: see ``close``.
+        runner: a runner that was built while the guard was installed.
+        timeout: seconds to wait; see ``close``.
+        force: do not wait; see ``close``.
 
     Raises:
         TypeError: ``runner`` was not built under the guard.
-        StateInUse: see ``close``.
+        StateInUse, AcquireTimeout, DeadlockError: see ``close``.
     """
+    timeout = _checked(timeout, force)
     handle = handle_of(runner)
     try:
         yield runner
@@ -44,26 +45,31 @@ def closing(
 def close(runner: ModelRunner, *, timeout: Optional[float] = None, force: bool = False) -> bool:
     """Release a runner's leases and the values of its scope; its methods raise from then on.
 
-    Waits for the methods of the runner that other threads are in. Memory of weights and caches is
-    freed when the last reference to the runner goes.
+    Waits until other threads have left the runner's methods. Memory of weights and caches is freed
+    when the last reference to the runner is dropped.
 
     Args:
-        runner: built while distguard was installed.
+        runner: a runner that was built while the guard was installed.
         timeout: seconds to wait; default: the setting in force.
-        force: do not wait. A method that runs goes on, without what is released here.
+        force: do not wait. A running method continues, without the state that is released here.
 
     Returns:
         True the first time, False when the runner was closed before.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-        StateInUse: a method of the runner runs still, in the calling thread or after ``timeout``.
-            Nothing was changed.
+        StateInUse: the calling thread is in a method of the runner, or another thread still is
+            after ``timeout``. Nothing was changed.
+        AcquireTimeout: another runner's capture still prevents closing after ``timeout``. Nothing
+            was changed.
+        DeadlockError: the wait would never end. Nothing was changed.
     """
+    return _close(handle_of(runner), _checked(timeout, force), force=force)
+
+
+def _checked(timeout: Optional[float], force: bool) -> Optional[float]:
     check_flag("force", force)
-    if timeout is not None:
-        timeout = check_seconds("timeout", timeout)
-    return _close(handle_of(runner), timeout, force=force)
+    return None if timeout is None else check_seconds("timeout", timeout)
 
 
 def _close(handle: _core.RunnerHandle, timeout: Optional[float], *, force: bool) -> bool:
@@ -72,8 +78,9 @@ def _close(handle: _core.RunnerHandle, timeout: Optional[float], *, force: bool)
     execution = _core.current_execution()
     if execution is not None and execution.runner is handle and execution.step is not None:
         raise StateInUse(
-            f"runner '{handle.name}' cannot be closed from within its own {execution.step}(): the rest of "
-            "that would run on what is released. Close it afterwards, or with force=True",
+            f"runner '{handle.name}' cannot be closed from within its own {execution.step}(): the "
+            "rest of that call would run on released state. Close it after the call, or with "
+            "force=True",
             runner=handle.name,
             step=execution.step,
         )
@@ -86,8 +93,8 @@ def _close(handle: _core.RunnerHandle, timeout: Optional[float], *, force: bool)
             raise
         at = ", ".join(f"{step or 'a method'}() in thread {thread}" for thread, step in inside)
         raise StateInUse(
-            f"runner '{handle.name}' is still in {at}, after {error.details['waited']:.1f} s. Let that end, "
-            "allow more time (timeout=...), or close it with force=True",
+            f"runner '{handle.name}' is still in {at}, after {error.details['waited']:.1f} s. Wait "
+            "until that ends, allow more time (timeout=...), or close it with force=True",
             runner=handle.name,
             holders=[thread for thread, _ in inside],
             steps=[step for _, step in inside],

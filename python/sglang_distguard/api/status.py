@@ -1,4 +1,4 @@
-"""What the registry holds, as typed plain data, and the way out of poisoned state."""
+"""The content of the registry as typed plain data, and ``reset``, which clears poisoned state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_distguard.process.installation import is_installed
 
 
 class ActorInfo(TypedDict):
-    """A thread, and the runner it builds."""
+    """A thread, and the runner that it builds."""
 
     thread: int
     thread_name: str
@@ -19,7 +19,7 @@ class ActorInfo(TypedDict):
 
 
 class HolderInfo(TypedDict):
-    """Who holds a lease; ``since`` in seconds on the registry's clock."""
+    """The holder of a lease; ``since`` is in seconds on the registry's clock."""
 
     name: str
     thread_name: str
@@ -44,7 +44,7 @@ class SlotInfo(TypedDict):
 
 
 class EventInfo(TypedDict):
-    """One decision; ``at`` and ``waited`` in seconds."""
+    """One decision of the registry; ``at`` and ``waited`` are in seconds."""
 
     seq: int
     at: float
@@ -57,7 +57,7 @@ class EventInfo(TypedDict):
 
 
 class VisitInfo(TypedDict):
-    """A thread inside a phase, or in line for it since ``since``."""
+    """A thread that has been inside a phase, or has waited for it, since ``since``."""
 
     phase: str
     step: Optional[str]
@@ -67,7 +67,7 @@ class VisitInfo(TypedDict):
 
 
 class RunnerScopeInfo(TypedDict):
-    """One scope that a runner has for itself."""
+    """A live scope; ``runners`` is the number of live runners in it."""
 
     id: int
     label: str
@@ -92,9 +92,9 @@ class Snapshot(TypedDict):
 
 
 def snapshot() -> Snapshot:
-    """Return what is initialised, by whom, who holds it, and the last decisions.
+    """Return the initialised state, its initialising threads, its holders, and the last decisions.
 
-    Takes one short lock and changes nothing; works without ``install()`` too.
+    Takes one short lock and changes nothing. Works also without ``install()``.
     """
     chosen = settings.current()
     facts: dict[str, Any] = _core.snapshot()
@@ -118,14 +118,17 @@ def snapshot() -> Snapshot:
 
 
 def reset(*, force: bool = False) -> None:
-    """Forget all registered state, also poisoned, so that it is looked at and made anew.
+    """Forget all registered state, also poisoned state; the next request examines it again.
 
-    Nothing is destroyed: a world or groups that still exist are adopted at the next request.
+    Nothing is destroyed. A world or groups that still exist are adopted at the next request, and
+    other state is initialised again.
 
     Args:
-        force: also while runners hold leases. Those runners raise LeaseBroken at their next use.
+        force: forget the state also while runners hold leases. Those runners raise LeaseBroken at
+            their next use.
 
     Raises:
-        StateInUse: runners hold state (without ``force``), or a thread is initialising some.
+        TypeError: ``force`` is not a bool.
+        StateInUse: runners hold state (without ``force``), or a thread is initialising state.
     """
     _core.reset(force=check_flag("force", force))

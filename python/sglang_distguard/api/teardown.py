@@ -1,4 +1,4 @@
-"""``teardown``: SGLang's groups and world are destroyed, so that others can be built."""
+"""``teardown``: destroy SGLang's groups and world, so that others can be built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sglang_distguard.process.installation import is_installed
 def teardown(*, force: bool = False) -> None:
     """Destroy SGLang's groups and world, so that others can be built in this process.
 
-    What distguard adopted (made by somebody else) is let go and not destroyed. Generations go on.
+    Adopted state (made by user code) is forgotten and not destroyed. Generation numbers continue.
 
     Args:
-        force: also while runners hold them. Those runners raise LeaseBroken at their next use; a
-            forward that is running is not stopped, so let none run.
+        force: destroy them also while runners hold them. Those runners raise LeaseBroken at their
+            next use. A running forward is not stopped: make sure that none runs.
 
     Raises:
+        TypeError: ``force`` is not a bool.
         DistGuardError: ``install()`` was not called.
         StateInUse: runners hold the state (without ``force``; the error lists them), or a thread
             is initialising it or tearing it down. Nothing was changed.
@@ -30,7 +31,7 @@ def teardown(*, force: bool = False) -> None:
     if not is_installed():
         raise DistGuardError("teardown needs the guard: call sglang_distguard.install() first")
     sglang = sys.modules.get("sglang.srt.distributed.parallel_state")
-    if sglang is None:  # nothing can have been made
+    if sglang is None:  # nothing can have been initialised
         return
     keys = all_keys()
     with forced(force), tearing_down(WORLD, *keys) as (_world, *states):

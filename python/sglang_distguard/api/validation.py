@@ -1,4 +1,4 @@
-"""What ``build_runner`` accepts; checked before anything is done."""
+"""Checks of the arguments of ``build_runner``, which are made before anything else."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.runner.handle import handle_of
 
-#: Fields of ServerArgs (0.5.23) that count something. SGLang divides by some before it looks at
-#: them, and takes -1 for others and builds a runner that cannot work.
+#: Fields of ServerArgs (0.5.23) that are counts. SGLang divides by some before it checks them. For
+#: others it accepts -1, and builds a runner that cannot work.
 _COUNTS = (
     "tp_size",
     "pp_size",
@@ -29,7 +29,7 @@ _COUNTS = (
     "max_running_requests",
 )
 
-#: The largest count: what C++ takes, and what prints in a message.
+#: The largest count that C++ accepts and that can be printed in a message.
 _MOST = 2**63 - 1
 
 #: Parameters of ModelRunner that ``build_runner`` sets itself.
@@ -48,7 +48,7 @@ def check(
     timeout: object,
     options: Mapping[Any, Any],
 ) -> None:
-    """Raise what ``build_runner`` documents for arguments it cannot use; change nothing."""
+    """Raise the errors that ``build_runner`` documents for unusable arguments; change nothing."""
     if name is not None:
         check_name(name)
     check_whole("gpu_id", gpu_id, least=0, most=_MOST)
@@ -64,7 +64,7 @@ def check(
 
 
 def _check_server_args(server_args: object) -> None:
-    # Not imported for this: without the module nothing can be an instance of its class.
+    # The module is not imported for this: without it no object can be an instance of its class.
     kind = getattr(sys.modules.get("sglang.srt.server_args"), "ServerArgs", None)
     if kind is None or not isinstance(server_args, kind):
         raise TypeError(
@@ -98,7 +98,7 @@ def _check_options(options: Mapping[Any, Any], *, draft: bool) -> None:
             raise TypeError(f"option {option!r} is set by build_runner itself")
         close = difflib.get_close_matches(option, known) if isinstance(option, str) else []
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-        raise TypeError(f"option {shown(option)} is no parameter of ModelRunner; {hint}")
+        raise TypeError(f"option {shown(option)} is not a parameter of ModelRunner; {hint}")
     if "is_draft_worker" in options:
         chosen = check_flag("is_draft_worker", options["is_draft_worker"])
         if draft and not chosen:
@@ -106,7 +106,7 @@ def _check_options(options: Mapping[Any, Any], *, draft: bool) -> None:
 
 
 def check_ranks(server_args: object) -> None:
-    """Refuse what would wait for ever: other ranks, which nobody has started."""
+    """Refuse a build that would wait for ever, for other ranks that were never started."""
     tp_size, pp_size = (getattr(server_args, width, None) or 1 for width in ("tp_size", "pp_size"))
     ranks = tp_size * pp_size
     if ranks == 1:

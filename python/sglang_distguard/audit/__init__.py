@@ -1,6 +1,7 @@
-"""Finds process-globals: what changes while real runners are built and run, and what could.
+"""Finds the process-globals that change while real runners are built and run, and those that could.
 
-``observe`` looks at a running process, ``sources`` at SGLang's text, ``runs`` builds runners under
-observation, ``processes`` does so in processes of their own, ``findings`` joins both with ``treatments``,
-``report`` prints, ``ledger`` compares with what is known of an SGLang version.
+``observe`` reads a running process, ``sources`` reads SGLang's text. ``runs`` builds runners under
+observation, and ``processes`` gives each run its own process. ``findings`` joins their results with
+the table in ``hooks.process_globals``. ``report`` prints the findings, and ``ledger`` compares them
+with what is known of an SGLang version.
 """

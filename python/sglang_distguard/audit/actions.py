@@ -1,4 +1,4 @@
-"""What a runner does besides prefill and decode, for audits: weights that change, and sampling."""
+"""Actions of an audited runner besides prefill and decode: weight changes and sampling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _from_tensor(runner: Any) -> tuple[bool, str]:
 
 
 def _group_for_updates(runner: Any) -> tuple[bool, str]:
-    """The process group over which a trainer sends weights, with nobody else in it."""
+    """Make and destroy the group over which a trainer sends weights, with this member only."""
     from sglang_distguard.testing import free_port
 
     updater, name = runner.weight_updater, f"audit {id(runner)}"
@@ -56,7 +56,7 @@ def _save(runner: Any) -> tuple[bool, str]:
 def _sample(
     runner: Any, *, activate: _Activate = nullcontext, after: Callable[[str], None] = _ignore
 ) -> None:
-    """Everything that a request can ask of the sampler, but for what needs a tokenizer."""
+    """Use everything that a request can ask of the sampler, except what needs a tokenizer."""
     from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
     from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -82,7 +82,7 @@ def _sample(
     steps.generate(runner, request=request, activate=activate, after=after)
 
 
-#: Name -> ``act(runner, activate=..., after=...)``; ``after`` is called with the phase it was.
+#: Name -> ``act(runner, activate=..., after=...)``, which calls ``after`` with each finished phase.
 ACTIONS: Mapping[str, Callable[..., None]] = {
     "update weights from disk": _of_weights(_from_disk),
     "update weights from tensors": _of_weights(_from_tensor),

@@ -1,4 +1,4 @@
-"""What an audit builds and runs unless it is told: small models, some of them with more switched on."""
+"""The default cases of an audit: small models, some of them with more features switched on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """Two runners of one checkpoint, of different dtypes, that generate.
+    """Two runners that generate, of one checkpoint and with different dtypes.
 
     Attributes:
-        name: for people.
+        name: shown in messages.
         model: folder of the checkpoint.
-        settings: ``ServerArgs`` fields of both over the recipe's, JSON values.
-        actions: what each does besides, keys of ``ACTIONS``.
-        graphs: whether both capture and replay decode graphs.
+        settings: ``ServerArgs`` fields that override the recipe's for both runners (JSON values).
+        actions: what each runner does in addition; keys of ``ACTIONS``.
+        graphs: whether both runners capture and replay decode graphs.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Case:
     graphs: bool = False
 
     def subject(self) -> Subject:
-        """To be run, in a process that has imported SGLang."""
+        """The subject to run, in a process that has imported SGLang."""
         settings = {**(_graphs() if self.graphs else {}), **self.settings}
 
         def build(number: int, after: Callable[[str], None]) -> Any:
@@ -63,11 +63,13 @@ def _graphs() -> Mapping[str, Any]:
 
 
 def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
-    """What is audited unless somebody says what: every small model as SGLang runs it by default, and what
-    that leaves out and a runner can reach: graphs, switches, new weights, sampling.
+    """The cases that an audit runs by default.
+
+    They are every small model as SGLang runs it by default, and features that this leaves out and
+    a runner can reach: graphs, switches, new weights, sampling.
 
     Args:
-        model_of: the checkpoint of an architecture.
+        model_of: returns the checkpoint of an architecture.
     """
     from sglang_distguard.testing import ARCHITECTURES
 
@@ -78,7 +80,7 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True)
     yield Case("qwen3_moe with switches", moe, _SWITCHES, tuple(ACTIONS))
-    if torch.cuda.is_available():  # a CPU does none of these (0.5.23)
+    if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
             "enable_return_routed_experts": True,
@@ -97,7 +99,8 @@ _LORA = {
     "max_lora_rank": 8,
     "lora_target_modules": ["q_proj", "v_proj"],
 }
-#: Each was tried alone, too: those of 0.5.23 that a CPU can do and that reach code which nothing else here does.
+#: Switches of 0.5.23 that a CPU supports and that reach code which no other case reaches.
+#: Each was also tried alone.
 _SWITCHES = {
     "show_time_cost": True,
     "weight_loader_prefetch_checkpoints": True,

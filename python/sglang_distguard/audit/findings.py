@@ -1,4 +1,4 @@
-"""Joins what was seen to change with what SGLang's text says, and with how the guard treats it."""
+"""Joins observed changes with the writers in SGLang's text and with the guard's treatments."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sglang_distguard.hooks import process_globals
 
 
 class Open(StrEnum):
-    """What is said of a global that no line of ``hooks.process_globals`` is about."""
+    """The verdict on a global that has no row in ``hooks.process_globals``."""
 
-    UNCOVERED = "UNCOVERED"  # it was seen to change, or a line that writes it ran
-    ONCE = "import"  # as UNCOVERED, while SGLang was imported and not later
-    UNSEEN = "not exercised"  # functions write it, and none of those that ran did
+    UNCOVERED = "UNCOVERED"  # it changed, or a line that writes it ran
+    ONCE = "import"  # as UNCOVERED, but only while SGLang was imported
+    UNSEEN = "not exercised"  # functions write it, but none of those that ran did
     UNWRITTEN = "no writer found"  # it did not change, and no line that writes it is known
     MACHINE = "machine"  # a cache that can hold only a property of machine and installation
 
@@ -35,11 +35,11 @@ class Finding:
         kind: "global statement", "container", "cache", "object", "written" or "process".
         verdict: the treatment, or one of ``Open``.
         reason: of the treatment; empty without one.
-        writes: where SGLang writes it, as far as its text tells.
+        writes: where SGLang writes it, as far as its text shows.
         changes: when it was seen to change.
         ran: which of ``writes`` ran, and when.
-        lasting: the verdict without what happened while SGLang was imported: then there is no
-            configuration yet, so that it depends on machine and installation alone.
+        lasting: the verdict without what happened while SGLang was imported. At that time there is
+            no configuration, so only machine and installation decide what happens.
     """
 
     module: str
@@ -53,17 +53,19 @@ class Finding:
     lasting: str
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """The finding as JSON values."""
         return asdict(self)
 
 
 def find(
     runs: Sequence[Run], advance: Callable[[str], None] = lambda module: None
 ) -> list[Finding]:
-    """Every process-global of the modules of SGLang that the runs imported, what is treated and what changed.
+    """Find every process-global of the SGLang modules that the runs imported.
+
+    Treated globals, and all others that changed, are included.
 
     Args:
-        runs: what was seen.
+        runs: observations of the processes.
         advance: called with the name of each module whose text was read.
     """
     files = {module: file for run in runs for module, file in run.files.items()}
@@ -82,7 +84,7 @@ def find(
     for run in runs:
         for change in run.changes:
             seen.setdefault((change.module, change.name), []).append(change)
-    # Every treatment has its line, whether or not these runs come across what it treats.
+    # Every treatment gets a line, even if these runs did not reach its global.
     treated = {(row.module, row.name) for row in process_globals.TREATMENTS}
     for module, name in seen.keys() | treated:
         kinds.setdefault((module, name), _kind_of_other(module))
@@ -114,14 +116,14 @@ def _when(it: Ran) -> tuple[int, str]:
 
 
 def _key(write: Write, files: Mapping[str, str]) -> Key:
-    """``config`` of ``a`` for what was taken for ``x`` of a module ``a.config`` that does not exist."""
+    """Key of a write: ``config`` of ``a`` instead of ``x`` of a missing module ``a.config``."""
     package, _, last = write.module.rpartition(".")
     if write.module in files or package not in files:
         return write.module, write.name
     file = Path(files[package])
     inside = file.parent / last
     if file.name == "__init__.py" and (inside.is_dir() or Path(f"{inside}.py").exists()):
-        return write.module, write.name  # it was not imported
+        return write.module, write.name  # the module exists, but was not imported
     return package, last
 
 
@@ -151,13 +153,13 @@ def _finding(
 
 
 def _open(kind: str, writes: tuple[Write, ...], phases: Set[str]) -> Open:
-    """What it is when it changed, or a line that writes it ran, in these phases.
+    """The verdict on a global that changed, or whose writers ran, in these phases.
 
-    What is put back within a phase is the same after it, and another thread saw it in between.
+    A value that is restored within a phase looks unchanged, but another thread saw it in between.
     """
     if phases - {"import"}:
         return Open.UNCOVERED
     if phases:
         return Open.ONCE
-    # A cache is written by whoever calls it.
+    # Calling a cache writes it.
     return Open.UNSEEN if writes or kind == "cache" else Open.UNWRITTEN

@@ -1,9 +1,10 @@
-"""What is known of the process-globals of one SGLang version: a file in the repository, one line each.
+"""The ledger of one SGLang version: a file in the repository with one line per process-global.
 
-The verdicts of what is treated come from ``hooks.process_globals``; the file keeps them beside all others so that
-a new SGLang version, or a run that reaches more, shows as a difference. What depends on the machine is
-not in it: what happened while SGLang was imported, before there was any configuration, and which of the
-caches were asked that can hold only a property of machine and installation.
+The verdicts of treated globals come from ``hooks.process_globals``. The file keeps them beside all
+others, so that a new SGLang version, or a run that reaches more code, shows as a difference. What
+depends on the machine is left out. One part is what happened while SGLang was imported, before
+there was any configuration. The other is which caches were asked that can hold only a property of
+the machine and the installation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Rows = dict[tuple[str, str], Row]
 
 
 def rows(findings: Sequence[Finding]) -> Rows:
-    """The lines of ``findings``: by module and name, without line numbers, which every release moves."""
+    """The ledger lines of ``findings``, by module and name.
+
+    They have no line numbers, because every release changes those.
+    """
     return {(finding.module, finding.name): _row(finding) for finding in findings}
 
 
@@ -38,11 +42,11 @@ def _row(finding: Finding) -> Row:
 
 
 def read(file: Path) -> Rows:
-    """The lines of a ledger.
+    """Read the lines of a ledger.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no ledger.
+        ValueError: the file is no ledger.
     """
     with file.open(newline="", encoding="utf-8") as lines:
         header, *found = csv.reader(lines)
@@ -52,7 +56,7 @@ def read(file: Path) -> Rows:
 
 
 def write(file: Path, found: Rows) -> None:
-    """Make ``found`` the ledger."""
+    """Write ``found`` to ``file`` as the ledger."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines, lineterminator="\n")
@@ -61,7 +65,7 @@ def write(file: Path, found: Rows) -> None:
 
 
 def differences(known: Rows, found: Rows) -> Iterator[str]:
-    """What is new, gone or changed, a line each."""
+    """Describe which globals are new, gone or changed, one line each."""
     for key in sorted(known.keys() | found.keys()):
         name = ".".join(key)
         was, now = known.get(key), found.get(key)

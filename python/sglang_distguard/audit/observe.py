@@ -1,4 +1,4 @@
-"""Every process-global that a runner could change, as it is now: SGLang's own and the process's."""
+"""Reads every process-global that a runner could change: SGLang's own and those of the process."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from sglang_distguard.process.installation import is_installed
 #: (module, name); a class's attribute is "Class.attribute".
 Key = tuple[str, str]
 Observation = dict[Key, Value]
-#: Beginnings of the names under which Dynamo puts things into modules (torch 2.14: `output_graph`).
+#: Prefixes of the names that Dynamo adds to modules (torch 2.14: `output_graph`).
 _DYNAMOS = ("__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_")
-#: `_process` looks at them more closely; modules come with every import.
+#: `_process` reads these in detail; `sys.modules` grows with every import.
 _SEEN_OTHERWISE = frozenset(["os", "sys"])
 
 
 def observe() -> Observation:
-    """All there is, by module and name."""
+    """Read the present value of every such global, by module and name."""
     collects = gc.isenabled()
     with uncollected():
         own = {key: value_of(thing) for key, thing in (*sglang_globals(), *_process())}
@@ -43,7 +43,7 @@ def observe() -> Observation:
 
 
 def _foreign() -> Iterator[tuple[Key, Any]]:
-    """What is not SGLang's, and the text of the modules imported by now says that they write."""
+    """Globals outside SGLang that the imported SGLang modules write, according to their text."""
     keys = {
         (write.module, write.name)
         for module, file in source_files().items()
@@ -58,7 +58,7 @@ def _foreign() -> Iterator[tuple[Key, Any]]:
 
 
 def _attribute(thing: Any, name: str) -> Any:
-    """None when there is none; runs no code of the thing's, but for torch's configuration modules."""
+    """The attribute or None; runs no code of ``thing``, except of torch's configuration modules."""
     if str(getattr(thing, "__name__", "")).startswith("torch."):
         return getattr(thing, name, None)
     return inspect.getattr_static(thing, name, None)
@@ -74,7 +74,7 @@ def _modules() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def sglang_globals() -> Iterator[tuple[Key, Any]]:
-    """Attributes of SGLang's modules and of their classes, each under the module that defines it."""
+    """Attributes of SGLang's modules and their classes, each under the module that defines it."""
     seen: set[int] = set()
     for module, namespace in _modules():
         for name, thing in list(namespace.items()):
@@ -95,7 +95,7 @@ def _is_sglangs(kind: type) -> bool:
 
 
 def source_files() -> dict[str, str]:
-    """Module of SGLang's that is imported here -> its source file."""
+    """Name of each imported SGLang module -> its source file."""
     found = {name: namespace.get("__file__") for name, namespace in _modules()}
     return {
         name: file for name, file in found.items() if isinstance(file, str) and file.endswith(".py")
@@ -103,7 +103,7 @@ def source_files() -> dict[str, str]:
 
 
 def _is_special(name: str) -> bool:
-    """Whether it is Python's, or Dynamo's: what compiled code needs is put into its module for good."""
+    """Whether Python or Dynamo made the name; Dynamo's stay permanently, for compiled code."""
     return (
         (name.startswith("__") and name.endswith("__"))
         or name.startswith("_abc_")
@@ -112,12 +112,12 @@ def _is_special(name: str) -> bool:
 
 
 def _is_elsewhere(thing: Any, module: str) -> bool:
-    """Whether it is a function or class imported from another module of SGLang's, listed there."""
+    """Whether ``thing`` is an imported function or class, which its own module lists."""
     if not isinstance(thing, (type, types.FunctionType)) and not is_cache(thing):
         return False
     name = getattr(thing, "__name__", "")
     made: Any = thing
-    if is_cache(thing) and not name:  # of a functools.partial, which has no name and no module
+    if is_cache(thing) and not name:  # a cached functools.partial, which has no name and no module
         made = made.__wrapped__
         while isinstance(made, functools.partial):
             made = made.func
@@ -152,7 +152,10 @@ def _process() -> Iterator[tuple[Key, Any]]:
 
 
 def _variable(name: str) -> Key:
-    """Of an environment variable; with the guard ``envs`` writes none, so that one is somebody else's."""
+    """Key of an environment variable.
+
+    With the guard, ``envs`` writes no environment variable, so other code wrote this one.
+    """
     fields = getattr(sys.modules.get("sglang.srt.environ"), "Envs", None)
     if name in getattr(fields, "__dict__", ()) and not is_installed():
         return "sglang.srt.environ", f"envs.{name}"
@@ -202,7 +205,7 @@ def _loggers() -> Iterator[tuple[Key, Any]]:
 
 
 def _thread(thread: threading.Thread) -> str:
-    """What runs in it."""
+    """Name of the function or class that runs in ``thread``."""
     target = getattr(thread, "_target", None)
     thing = type(thread) if target is None or type(thread) is not threading.Thread else target
     return f"{thing.__module__}.{thing.__qualname__}"

@@ -1,8 +1,8 @@
-"""Which caches of SGLang's hold a property of the machine or the installation, by what its text says.
+"""Finds in SGLang's text the caches that hold a property of the machine or the installation.
 
-Whether such a cache is asked, and when, depends on the processor, the GPU and the packages that are
-there: `is_cpu() and cpu_has_amx_support()` asks no further on a machine without the one. Its answer does
-not depend on any runner, so that every runner would find the same.
+Whether and when such a cache is asked depends on the processor, the GPU and the installed packages:
+`is_cpu() and cpu_has_amx_support()` calls the second function only if the first returns True. The
+result does not depend on any runner, so that every runner would get the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sglang_distguard.audit.sources import uncollected
 
 _Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
-#: Attributes, of whatever, that a runner or its configuration may change.
+#: Attributes, of any object, that a runner or its configuration may change.
 _CHANGING = {
     "current_device", "current_stream", "current_thread", "distributed", "environ", "get_default_dtype",
     "get_num_threads", "get_rank", "get_world_size", "getenv", "is_initialized",
@@ -26,7 +26,7 @@ _CHANGING = {
 
 
 class _Module:
-    """What a module's text defines at its own level."""
+    """The names that a module's text defines at module level."""
 
     def __init__(self, text: str) -> None:
         self.functions: dict[str, _Function] = {}
@@ -73,15 +73,16 @@ def _module_of(file: str) -> _Module:
 
 
 def is_probe(module: str, name: str, files: Mapping[str, str]) -> bool:
-    """Whether ``module``.``name``, a cache, can hold nothing but a property of machine and installation.
+    """Whether the cache ``module``.``name`` can hold only a property of machine and installation.
 
-    It takes no arguments, and neither it nor a function of SGLang's that it calls reads what a runner
-    or its configuration may change: environment variables, globals that functions rebind, classes.
+    It takes no arguments. Neither it nor an SGLang function that it calls reads anything that a
+    runner or its configuration may change: environment variables, globals that functions rebind,
+    classes.
 
     Args:
-        module: of the cache.
-        name: of the cached function.
-        files: of the modules of SGLang that are imported.
+        module: module of the cache.
+        name: name of the cached function.
+        files: source files of the imported SGLang modules.
     """
     function = _function(module, name, files)
     if function is None or _parameters(function):
@@ -145,14 +146,14 @@ def _reads_the_machine_alone(
 
 
 def _is_fixed(module: str, name: str, files: Mapping[str, str], seen: set[tuple[str, str]]) -> bool:
-    """Whether ``module``.``name`` is a constant, or a function that reads the machine alone."""
+    """Whether ``module``.``name`` is a constant, or a function that reads only the machine."""
     file = files.get(module)
     if file is None:
         return False
     found = _module_of(file)
     if name in found.functions:
         return _reads_the_machine_alone(module, name, files, seen)
-    if name in found.imported:  # handed on
+    if name in found.imported:  # re-exported
         source, what = found.imported[name]
         if source.partition(".")[0] != "sglang":
             return what not in _CHANGING

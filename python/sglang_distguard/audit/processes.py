@@ -1,8 +1,9 @@
-"""The processes that are observed: one imports SGLang, and forks one for each run.
+"""The observed processes: one process imports SGLang and forks one child for each run.
 
-``python -m sglang_distguard.audit.processes FOLDER SECONDS CASES``, a JSON list, writes what each saw into
-``FOLDER``, as JSON, and a line to standard output whenever a run is done. Where importing SGLang uses CUDA
-(0.5.23 does where there is a GPU), which no forked process could, each run imports it for itself.
+``python -m sglang_distguard.audit.processes FOLDER SECONDS CASES`` takes CASES as a JSON list. It
+writes the observations of each run into ``FOLDER`` as JSON, and a line to standard output whenever
+a run is done. Importing SGLang 0.5.23 uses CUDA where there is a GPU, and then a forked process
+could not use it. There, each run imports SGLang itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sglang_distguard.testing import children
 _MODULE = "sglang_distguard.audit.processes"
 _DONE = "sglang_distguard.audit: done"
 _SECONDS = 600
-#: Runs, of about 2 GiB each.
+#: Runs at a time; each needs about 2 GiB.
 _AT_ONCE = 2
 _TOLD = 4000
 
@@ -37,11 +38,11 @@ _TOLD = 4000
 def run_all(
     cases: Sequence[Case], *, seconds: float = _SECONDS, done: Callable[[], object] = lambda: None
 ) -> list[Run]:
-    """Import SGLang, build and run each case alone and together; returns what each process saw.
+    """Import SGLang, build and run each case alone and together; return all observations.
 
     Args:
         cases: what to build and run.
-        seconds: after which the import, or a run, is killed.
+        seconds: limit after which the import or a run is killed.
         done: called after each run.
 
     Raises:
@@ -91,15 +92,15 @@ def _as_json(cases: Sequence[Case]) -> str:
 
 
 def follow(starts: Mapping[str, Callable[[], int]], folder: Path, seconds: float) -> None:
-    """Have each of ``starts`` start a process, a few at once, and wait for all.
+    """Start a process with each of ``starts``, a few at a time, and wait for all.
 
     Args:
-        starts: name -> what returns the number of a child of this process.
-        folder: where the child's output is, in NAME.log.
-        seconds: after which it was to kill itself.
+        starts: name -> function that starts a child of this process and returns its id.
+        folder: folder of the children's output, in NAME.log.
+        seconds: limit after which each child kills itself.
 
     Raises:
-        RuntimeError: one failed; the others are killed.
+        RuntimeError: a child failed; the others are killed.
     """
     waiting, running = list(starts), dict[int, str]()
     try:
@@ -121,7 +122,10 @@ def follow(starts: Mapping[str, Callable[[], int]], folder: Path, seconds: float
 
 
 def fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
-    """Do ``work`` in a forked child, killed after ``seconds``; what it returns is in ``result``.json."""
+    """Run ``work`` in a forked child, which is killed after ``seconds``.
+
+    The child writes the return value of ``work`` to ``result``.json.
+    """
 
     def observed() -> None:
         _end_after(seconds)
@@ -131,7 +135,7 @@ def fork(work: Callable[[], Run], result: Path, seconds: float) -> int:
 
 
 def _spawn(case: Case, how: str, result: Path, seconds: float) -> int:
-    """As ``fork``, in a process that imports SGLang itself."""
+    """Like ``fork``, but in a process that imports SGLang itself."""
     told = [str(result), str(seconds), _as_json([case]), how]
     return os.posix_spawn(sys.executable, [sys.executable, "-m", _MODULE, *told], os.environ)
 
@@ -149,7 +153,7 @@ def _write(result: Path, run: Run) -> None:
 
 
 def _read_models(files: Mapping[str, str]) -> None:
-    """Read the text of what every run imports first of all, so that not each has to."""
+    """Read the text of SGLang's models, which every run imports first, once for all runs."""
     package = "sglang.srt.models"
     for file in Path(files["sglang"]).parent.joinpath("srt", "models").glob("*.py"):
         source_of(f"{package}.{file.stem}", str(file))
@@ -170,7 +174,7 @@ _HOW: Mapping[str, Callable[[Case], Run]] = {"alone": _alone, "together": _toget
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process that imports SGLang, or one that does a single run."""
+    """Run as the process that imports SGLang, or as the process of a single run."""
     place, seconds, cases, *single = arguments
     given = [Case(**case) for case in json.loads(cases)]
     if single:
@@ -181,7 +185,7 @@ def main(arguments: Sequence[str]) -> None:
         _write(Path(place), _HOW[single[0]](given[0]))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # a runner that was closed may leave threads that nobody waits for
+        os._exit(0)  # a closed runner may leave threads that no code waits for
     try:
         _run_cases(given, Path(place), float(seconds))
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""``python -m sglang_distguard audit``: runs, joins, prints, compares."""
+"""``python -m sglang_distguard audit``: runs cases, prints findings, compares the ledger."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(
     ledger_file: Optional[Path],
     update: bool,
 ) -> int:
-    """Audit; returns the exit status: 1 for what is UNCOVERED or not in the ledger, 2 for failures."""
+    """Audit; return 1 for UNCOVERED globals or ledger differences, 2 for failures, else 0."""
     if update and ledger_file is None:
         print("error: --update needs --ledger FILE", file=sys.stderr)
         return 2
@@ -56,22 +56,24 @@ def main(
 
 
 def _check_ledger(ledger_file: Optional[Path], *, update: bool) -> None:
-    """A ledger is named after the SGLang that it is of; files of other names are of any."""
+    """Check that the ledger exists and, if its name is a version, that this SGLang is installed."""
     if ledger_file is None:
         return
     installed = metadata.version("sglang")
     if re.match(r"\d+\.\d+", ledger_file.stem) and ledger_file.stem != installed:
         raise ValueError(
             f"{ledger_file} is the ledger of SGLang {ledger_file.stem}, and SGLang {installed} is "
-            f"installed; `--ledger {ledger_file.with_name(f'{installed}.csv')} --update` makes one "
-            "for it, `make audit SGLANG=sglang==VERSION` installs another"
+            f"installed; `--ledger {ledger_file.with_name(f'{installed}.csv')} --update` writes a "
+            "ledger for it, `make audit SGLANG=sglang==VERSION` installs another release"
         )
     if not update and not ledger_file.is_file():
-        raise ValueError(f"there is no {ledger_file}; `--ledger {ledger_file} --update` makes one")
+        raise ValueError(
+            f"there is no ledger {ledger_file}; `--ledger {ledger_file} --update` writes it"
+        )
 
 
 def parsed(settings: Sequence[str]) -> dict[str, Any]:
-    """Field -> value of texts FIELD=VALUE."""
+    """Parse texts FIELD=VALUE into field -> value, as JSON where possible."""
     found = {}
     for text in settings:
         name, is_given, value = text.partition("=")

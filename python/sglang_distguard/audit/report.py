@@ -1,4 +1,4 @@
-"""What people read of an audit: what changed or ran, where it is written, and what is open."""
+"""The report of an audit: which globals changed, which writers ran, and what is UNCOVERED."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _PLACES = 2
 
 
 def uncovered(findings: Iterable[Finding]) -> list[Finding]:
-    """What was seen to change, or whose writer ran, and nobody treats."""
+    """The untreated globals that changed, or whose writers ran."""
     return [finding for finding in findings if finding.verdict == Open.UNCOVERED]
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """Everything that changed after SGLang was imported or is UNCOVERED, by verdict, and how much
-    there is of each.
+    """List the globals that changed after SGLang was imported or are UNCOVERED, by verdict.
+
+    The last lines count the globals of each verdict.
     """
     return "\n".join(_lines(findings))
 
@@ -42,7 +43,7 @@ def _lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _is_later(it: Change | Ran) -> bool:
-    """Whether it was after SGLang was imported."""
+    """Whether it happened after SGLang was imported."""
     return it.phase != "import"
 
 

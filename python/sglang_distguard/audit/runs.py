@@ -1,6 +1,7 @@
-"""Builds and runs real runners under observation, in this process: one with plain SGLang, or two with the guard.
+"""Builds and runs real runners under observation, in this process.
 
-The two are of different dtypes, and run one after the other and then at once.
+This is one runner with plain SGLang, or two runners with the guard. The two have different dtypes.
+They run one after the other and then at once.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _NOTHING = "(nothing)"
 
 @dataclass(frozen=True)
 class Change:
-    """One process-global that was not the same after a phase as before.
+    """One process-global that a phase changed.
 
     Attributes:
         module: where it is.
         name: of the global; "Class.attribute" for a class's.
         phase: one of ``PHASES``.
         runner: "alone" (plain SGLang); "first", "second", "both" (guarded).
-        before: text of its value.
-        after: text of its value.
+        before: text of its value before the phase.
+        after: text of its value after the phase.
     """
 
     module: str
@@ -44,13 +45,13 @@ class Change:
 
 @dataclass(frozen=True, order=True)
 class Ran:
-    """A line that writes a process-global and ran, also when the global was the same after the phase.
+    """A line that ran and writes a process-global, even if the phase left the global unchanged.
 
     Attributes:
-        module: in whose text it is.
+        module: module that contains the line.
         line: its number.
         phase: one of ``PHASES``.
-        runner: as of a ``Change``.
+        runner: as in ``Change``.
     """
 
     module: str
@@ -61,13 +62,13 @@ class Ran:
 
 @dataclass(frozen=True)
 class Run:
-    """What one observed process did.
+    """The observations of one process.
 
     Attributes:
         changes: what changed in it.
-        kinds: [module, name, kind] of the globals of SGLang that could.
-        files: module of SGLang's that it imported -> its source file.
-        ran: which lines that write a global ran.
+        kinds: [module, name, kind] of SGLang's globals that can change.
+        files: each imported SGLang module -> its source file.
+        ran: the lines that ran and write a global.
     """
 
     changes: list[Change]
@@ -77,7 +78,7 @@ class Run:
 
 
 class Watch:
-    """Compares what is with what was, phase by phase, and notes what ran in between."""
+    """Compares the globals before and after each phase, and records the writes in between."""
 
     def __init__(self, trace: Optional[Trace] = None) -> None:
         self.trace = Trace() if trace is None else trace
@@ -97,7 +98,7 @@ class Watch:
         self.last = now
 
     def take(self) -> Run:
-        """What was seen since the last call of this; more may follow."""
+        """Return what was seen since the last call of this method; more may follow."""
         kinds = [(*key, kind) for key, thing in sglang_globals() if (kind := kind_of(thing))]
         taken = Run(self.changes, kinds, source_files(), self.ran)
         self.changes, self.ran = [], []
@@ -105,8 +106,10 @@ class Watch:
 
 
 def differences(before: Observation, now: Observation, *, phase: str, runner: str) -> list[Change]:
-    """What changed. What came with a module that was imported in between did not, but for a cache
-    that was asked since.
+    """The globals that changed.
+
+    A global of a module that was imported in between is no change, unless it is a cache that was
+    asked since.
     """
     known = {module for module, _ in before}
     found = []
@@ -120,17 +123,17 @@ def differences(before: Observation, now: Observation, *, phase: str, runner: st
 
 
 def _came(key: Key, new: Value, known: Set[str]) -> bool:
-    """Whether it is there now because a module was imported."""
+    """Whether a global is new because a module was imported."""
     return (key[0] not in known and not new.was_asked) or new.may_appear
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is built and run.
+    """How to build and run the runners.
 
     Attributes:
         build: ``build(number, after)`` builds runner 0 or 1; ``after`` is called with each phase.
-        compute: ``compute(runner, number, activate=..., after=...)`` runs it, to the end.
+        compute: ``compute(runner, number, activate=..., after=...)`` runs the runner to the end.
     """
 
     build: Callable[..., Any]
@@ -138,14 +141,14 @@ class Subject:
 
 
 def importing() -> Run:
-    """Import SGLang in this process, which has not."""
-    import torch  # noqa: F401  # its settings are looked at from here on
+    """Import SGLang in this process, which has not imported it before."""
+    import torch  # noqa: F401  # its settings are observed from here on
 
     from sglang_distguard.testing import prepare_environment
 
     trace = Trace()
     with tracing(trace):
-        prepare_environment()  # imports half of SGLang; what it sets itself is no change of SGLang's
+        prepare_environment()  # imports half of SGLang; its own settings are no change by SGLang
         watch = Watch(trace)
         others = {key: value for key, value in watch.last.items() if not _is_sglangs(key)}
         watch.changes += differences(others, watch.last, phase="import", runner="alone")
@@ -173,7 +176,7 @@ def alone(subject: Subject) -> Run:
 
 
 def together(subject: Subject) -> Run:
-    """Build both with the guard, which is installed; run one after the other, then both at once."""
+    """Build both runners with the installed guard; run one after the other, then both at once."""
     import sglang_distguard
 
     watch = Watch()

@@ -1,4 +1,4 @@
-"""What SGLang's text says: which module globals and class attributes functions write, and where."""
+"""Finds in SGLang's text which module globals and class attributes functions write, and where."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Write:
     Attributes:
         module: of the global.
         name: of the global; "Class.attribute" for a class's.
-        file: module in whose text the line is.
+        file: module that contains the line.
         line: its number.
         function: qualified name of the function.
-        rebinds: whether it is bound anew; else what it refers to is changed.
+        rebinds: whether the line rebinds the global; else it changes the object behind it.
     """
 
     module: str
@@ -47,7 +47,7 @@ class Write:
 
 @dataclass
 class _Scope:
-    """A function: what its bare names mean."""
+    """The meaning of the bare names in a function."""
 
     name: str
     owner: str = ""  # of a class method: the name of its first parameter, which is the class
@@ -58,12 +58,12 @@ class _Scope:
 
 @dataclass(frozen=True)
 class Source:
-    """What the text of a module says.
+    """The writes and declarations in the text of a module.
 
     Attributes:
-        writes: every write of a global that its functions make, as far as names tell. What is
-            passed around, or written under a computed name, is not found: such changes show when
-            they happen (``observe``). Environment variables are: ``environ[name]``.
+        writes: every write of a global in its functions, as far as names show. Writes to objects
+            that are passed around, or under a computed name, are not found; such changes show when
+            they happen (``observe``). Environment variables are found: ``environ[name]``.
         declared: every name in a ``global`` statement.
     """
 
@@ -73,7 +73,7 @@ class Source:
 
 @functools.cache
 def source_of(module: str, file: str) -> Source:
-    """What the text of ``module`` in ``file`` says, which stays as it is."""
+    """Read the text of ``module`` in ``file``, which must not change afterwards."""
     text = Path(file).read_text(encoding="utf-8")
     with uncollected():
         return read(module, text)
@@ -81,7 +81,10 @@ def source_of(module: str, file: str) -> Source:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For what makes many objects and no garbage: looking for some takes longer than the work."""
+    """Pause garbage collection for work that makes many objects and no garbage.
+
+    A collection would take longer than the work.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -92,7 +95,7 @@ def uncollected() -> Iterator[None]:
 
 
 def read(module: str, text: str) -> Source:
-    """What ``text`` says when it is ``module``'s."""
+    """Read ``text`` as the text of ``module``."""
     tree = ast.parse(text)
     nodes = ast.walk(tree) if "global " in text else ()
     declared = frozenset(
@@ -107,7 +110,7 @@ class _Reader:
         self._imported: _Names = {}
         self._bound: set[str] = set()
         self._classes: set[str] = set()
-        #: Class -> what its body makes and no method gives an instance of its own.
+        #: Class -> attributes that its body binds and no method binds on the instance.
         self._shared: dict[str, set[str]] = {}
 
     def read(self, tree: ast.Module) -> Iterator[Write]:
@@ -117,7 +120,7 @@ class _Reader:
         yield from self._visit(tree, [], [])
 
     def _note(self, node: ast.stmt) -> None:
-        """What the module's own names are."""
+        """Record the module's own names."""
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             self._imported |= _imports(node)
         elif isinstance(node, ast.ClassDef):
@@ -156,7 +159,7 @@ class _Reader:
     def _meaning(
         self, target: ast.expr, functions: list[_Scope], classes: list[str], rebinds: bool
     ) -> tuple[str, str] | None:
-        """The global that ``target`` is; None when it is none, or nobody can tell."""
+        """The global that ``target`` denotes; None if it denotes none or this is unknown."""
         if isinstance(target, ast.Name):
             if target.id in functions[-1].declared:
                 return self._module, target.id
@@ -191,14 +194,14 @@ class _Reader:
     def _of_instance(
         self, classes: list[str], attributes: list[str], rebinds: bool
     ) -> tuple[str, str] | None:
-        """The attribute of the class that every instance changes, if it is one."""
+        """The class attribute that is changed through an instance, or None."""
         name = ".".join(classes)
         if (rebinds and len(attributes) == 1) or attributes[0] not in self._shared.get(name, ()):
             return None
         return self._module, f"{name}.{attributes[0]}"
 
     def _import_of(self, name: str, functions: list[_Scope]) -> tuple[str, str] | None:
-        """What the bare ``name`` was imported from, if it was."""
+        """The origin of the bare ``name`` if it was imported, else None."""
         for scope in reversed(functions):
             if name in scope.local:
                 return scope.imported.get(name)
@@ -206,7 +209,7 @@ class _Reader:
 
 
 def _is_owner(name: str, functions: list[_Scope]) -> bool:
-    """Whether the bare ``name`` is what a class method calls its class."""
+    """Whether the bare ``name`` is the class parameter of a class method."""
     for scope in reversed(functions):
         if name in scope.local:
             return name == scope.owner
@@ -214,7 +217,7 @@ def _is_owner(name: str, functions: list[_Scope]) -> bool:
 
 
 def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, set[str]]]:
-    """(class, names that its body binds to something, and no method binds on the instance)"""
+    """Yield (class, names that its body binds and no method binds on the instance)."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.ClassDef):
             if not isinstance(child, ast.expr):
@@ -239,7 +242,7 @@ def _shared_attributes(node: ast.AST, path: list[str]) -> Iterator[tuple[str, se
 
 
 def _is_field(statement: ast.AnnAssign, owner: ast.ClassDef) -> bool:
-    """Whether it declares what every instance has for itself: of a dataclass, a msgspec Struct."""
+    """Whether it declares a field of each instance, as in a dataclass or a msgspec Struct."""
     made = [ast.unparse(it) for it in (*owner.decorator_list, *owner.bases)]
     declares = any("dataclass" in it or it.endswith(("Struct", "BaseModel")) for it in made)
     value = statement.value
@@ -247,7 +250,7 @@ def _is_field(statement: ast.AnnAssign, owner: ast.ClassDef) -> bool:
 
 
 def _imports(node: ast.Import | ast.ImportFrom) -> _Names:
-    """What the names mean that it binds; relative imports are left out (SGLang 0.5.23 has none)."""
+    """Origins of the names that it binds, except relative imports (SGLang 0.5.23 has none)."""
     if isinstance(node, ast.ImportFrom):
         if node.level or not node.module:
             return {}
@@ -262,7 +265,7 @@ def _imports(node: ast.Import | ast.ImportFrom) -> _Names:
 
 
 def _of_import(module: str, name: str, attributes: list[str]) -> tuple[str, str]:
-    """(module, name) of an attribute of something imported: a class begins with a capital letter."""
+    """(module, name) of an attribute of an import; a class begins with a capital letter."""
     parts = [*module.split("."), *filter(None, [name]), *attributes]
     first = len(module.split("."))
     while first < len(parts) - 1 and not parts[first].lstrip("_")[:1].isupper():
@@ -290,7 +293,7 @@ def _scope_of(function: ast.AST, name: str) -> _Scope:
 
 
 def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
-    """Nodes of a function without those of functions and classes inside of it."""
+    """Nodes of a function without those of nested functions and classes."""
     pending = list(ast.iter_child_nodes(function))
     while pending:
         node = pending.pop()

@@ -1,11 +1,11 @@
-"""What one statement or call writes: a name, an attribute, or what is inside of one."""
+"""Finds what one statement or call writes: a name, an attribute, or the contents of one."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 
-#: Methods by which a container changes.
+#: Methods that change a container.
 _CHANGES = frozenset(
     [
         "add",
@@ -28,16 +28,16 @@ _CHANGES = frozenset(
         "update",
     ]
 )
-#: Methods that return what is inside of a container.
+#: Methods that return an element of a container.
 _INSIDE = frozenset(["get", "setdefault"])
-#: Functions that write the attribute of their first argument that their second one names.
+#: Functions that write an attribute of their first argument; the second argument names it.
 _SETTERS = frozenset(
     ["setattr", "delattr", "force_setattr"]
-)  # the last: msgspec's, of what is frozen
+)  # the last is msgspec's, for frozen structs
 _OBJECTS_SETTERS = frozenset(["__setattr__", "__delattr__"])
 #: 0.5.23: writes of an environment variable through a field of ``envs``.
 FIELDS = ("sglang.srt.environ", "envs", frozenset(["set", "override", "clear"]))
-#: Stands for the module that is read where ``globals()`` is.
+#: Stands for the analysed module in the place of ``globals()``.
 MODULE = "globals()"
 _WRITING = frozenset(
     [
@@ -48,8 +48,8 @@ _WRITING = frozenset(
 
 
 def written_by(node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
-    """(what is written, whether it is bound anew)"""
-    if type(node) not in _WRITING:  # as most nodes
+    """Yield (what is written, whether it is rebound)."""
+    if type(node) not in _WRITING:  # true of most nodes
         return
     if isinstance(node, ast.Assign):
         targets = node.targets
@@ -98,7 +98,7 @@ def _changed_by(call: ast.Call, method: ast.Attribute) -> Iterator[tuple[ast.exp
 
 
 def _container(written: ast.expr) -> ast.expr:
-    """``written`` itself, or what it is inside of: ``a.b`` of ``a.b[1].c``, ``a`` of ``a.get(1)``."""
+    """``written`` itself or its container: ``a.b`` for ``a.b[1].c``, ``a`` for ``a.get(1)``."""
     found, node = written, written
     while True:
         if isinstance(node, ast.Subscript):
@@ -119,14 +119,14 @@ def _container(written: ast.expr) -> ast.expr:
 
 
 def _variable(container: ast.expr, name: ast.expr) -> ast.expr | None:
-    """``os.environ["NAME"]``: an environment variable is a global of its own, also ``[name]``."""
+    """``os.environ["NAME"]`` or ``[name]``: each environment variable is a separate global."""
     if ast.unparse(container) == "os.environ":
         return ast.Attribute(ast.Name("os"), f"environ[{ast.unparse(name)}]", ast.Store())
     return None
 
 
 def _of_globals(part: ast.Subscript) -> ast.expr | None:
-    """``globals()["name"]``, as an attribute of the module that is read."""
+    """``globals()["name"]`` as an attribute of the analysed module."""
     if _is_call_of(part.value, "globals") and isinstance(part.slice, ast.Constant):
         return ast.Attribute(ast.Name(MODULE), str(part.slice.value), ast.Store())
     return None
@@ -142,7 +142,7 @@ def _is_call_of(node: ast.expr, name: str) -> bool:
 
 
 def _set_attribute(call: ast.Call) -> ast.Attribute | None:
-    """The attribute that ``setattr`` or its like writes, if its name stands there."""
+    """The attribute that ``setattr`` or a similar call writes, if its name is a constant."""
     function = call.func
     if isinstance(function, ast.Name):
         sets = function.id in _SETTERS
@@ -183,7 +183,7 @@ def chain(target: ast.expr) -> tuple[str, list[str]]:
 
 
 def bound_names(node: ast.AST) -> Iterator[str]:
-    """The bare names that it binds."""
+    """The bare names that ``node`` binds."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name
     elif isinstance(node, (ast.Import, ast.ImportFrom)):

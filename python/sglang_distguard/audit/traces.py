@@ -1,4 +1,7 @@
-"""Which of the lines ran that write process-globals: what is put back within a phase is not seen to change."""
+"""Records which lines that write process-globals ran.
+
+A value that is restored within a phase does not show as a change.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,30 @@ _Tracer = Callable[[types.FrameType, str, Any], Any]
 
 
 class Trace:
-    """Notes which writes of SGLang's ran.
+    """Records which of SGLang's writes ran.
 
-    ``sys.settrace`` asks once per call, and by line only in functions that write something global.
+    ``sys.settrace`` calls it once per function call, and per line only in functions that write a
+    global.
     """
 
     def __init__(self) -> None:
         self._ran: set[Place] = set()
-        # By identity: equal functions of two modules have equal code, and comparing code is slow.
+        # Keyed by identity: equal functions of two modules have equal code, and comparing is slow.
         self._tracers: dict[int, tuple[types.CodeType, Optional[_Tracer]]] = {}
 
     def take(self) -> list[Place]:
-        """What ran since the last call of this."""
+        """Return the places that ran since the last call of this method."""
         taken = set()
         while self._ran:  # one by one: other threads may add some meanwhile
             taken.add(self._ran.pop())
         return sorted(taken)
 
     def call(self, frame: types.FrameType, event: str, argument: Any) -> Optional[_Tracer]:
-        """What ``sys.settrace`` is given."""
+        """The trace function that ``sys.settrace`` gets."""
         code = frame.f_code
         known = self._tracers.get(id(code))
         if known is None:
-            # With the code itself, so that no later one gets its number.
+            # Keep the code object, so that no later one gets the same id.
             known = code, self._tracer(code, frame.f_globals.get("__name__"))
             self._tracers[id(code)] = known
         return known[1]
@@ -64,7 +68,7 @@ class Trace:
 
 @contextmanager
 def tracing(trace: Trace) -> Iterator[None]:
-    """Have ``trace`` note what this thread runs inside the with block, and threads that start in it."""
+    """Let ``trace`` record this thread, and threads that start meanwhile, in the with block."""
     before, before_in_threads = sys.gettrace(), threading.gettrace()
     threading.settrace(trace.call)
     sys.settrace(trace.call)
@@ -77,7 +81,7 @@ def tracing(trace: Trace) -> Iterator[None]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Let this thread run the with block without being asked about every call."""
+    """Run the with block on this thread without tracing every call."""
     before = sys.gettrace()
     sys.settrace(None)
     try:

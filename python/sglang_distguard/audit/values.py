@@ -1,8 +1,8 @@
-"""A value of a process-global at one moment: what tells it from others, and a text for people.
+"""The value of a process-global at one moment: a form to compare and a text to print.
 
-Reads objects without running their code: lazy modules import themselves when an attribute is asked for.
-Not seen: what is deeper than ``DEPTH``, inside of other libraries' objects, or in a ``threading.local``
-of other threads.
+Objects are read without running their code, because lazy modules import themselves when an
+attribute is read. Not seen: changes deeper than ``DEPTH``, inside other libraries' objects, or in a
+``threading.local`` of other threads.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from sglang_distguard.context import environment
 
-#: How deep into containers and into SGLang's own objects a change is seen.
+#: How many levels of containers and of SGLang's own objects are compared.
 DEPTH = 3
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
-#: Rebinding them is seen; what is inside of them is listed on its own, or is code.
+#: Only rebinding these is seen; their contents are listed separately, or are code.
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _CACHE = type(functools.lru_cache(lambda: None))
 _SEQUENCES = (list, tuple, deque)
@@ -35,16 +35,16 @@ _WEAK = (*_WEAK_MAPPINGS, weakref.WeakSet)
 
 @dataclass(frozen=True)
 class Value:
-    """What was there.
+    """A value as it was when it was read.
 
     Attributes:
-        text: for people.
-        print: equal for equal values, as far as ``DEPTH`` goes.
-        kept: what keeps the objects alive whose identities are in ``print``, so that no later
-            object can be taken for one of them.
-        may_appear: whether it is no change that it is there and was not before: code that was
-            imported, or what nobody looked at yet.
-        was_asked: whether it is a cache that keeps, or kept, an answer.
+        text: to print.
+        print: equal for equal values, down to ``DEPTH`` levels.
+        kept: keeps the objects alive whose identities are in ``print``, so that no later object can
+            have the same identity.
+        may_appear: whether it is no change when the value is new: it is imported code, or was not
+            read before.
+        was_asked: whether it is a cache that keeps, or kept, a result.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Value:
 
 
 def value_of(thing: Any) -> Value:
-    """``thing`` as it is now."""
+    """The present value of ``thing``."""
     thing = _function_of(thing)
     kept: list[Any] = [thing]
     asked = is_cache(thing) and thing.cache_info().misses > 0
@@ -69,7 +69,7 @@ def value_of(thing: Any) -> Value:
 
 
 def kind_of(thing: Any) -> str | None:
-    """ "cache", "container" or "object", if it is something that can change; else None."""
+    """Return "cache", "container" or "object" if ``thing`` can change, else None."""
     thing = _function_of(thing)
     if is_cache(thing):
         return "cache"
@@ -79,25 +79,25 @@ def kind_of(thing: Any) -> str | None:
 
 
 def is_cache(thing: Any) -> bool:
-    """Whether it is a function with ``functools.lru_cache`` around it."""
+    """Whether ``thing`` is a function that ``functools.lru_cache`` wraps."""
     return type(thing) is _CACHE
 
 
 def is_container(thing: Any) -> bool:
-    """Whether it is a mutable container."""
+    """Whether ``thing`` is a mutable container."""
     return isinstance(thing, (dict, list, set, deque, bytearray, *_WEAK))
 
 
 def is_object(thing: Any) -> bool:
-    """Whether it is an instance of a class of SGLang's that has attributes of its own."""
+    """Whether ``thing`` is an instance of an SGLang class and has instance attributes."""
     if isinstance(thing, (*_OPAQUE, *_ATOMS)) or not _module(thing).startswith("sglang."):
         return False
     return bool(attributes(thing)) or any(True for _ in _slots(thing))
 
 
 def attributes(thing: Any) -> dict[str, Any]:
-    """Its own attributes, without running any code of its."""
-    if type(thing) is threading.local:  # a subclass's constructor runs on a thread's first look
+    """The instance attributes of ``thing``, read without running its code."""
+    if type(thing) is threading.local:  # a subclass's constructor runs on a thread's first access
         return vars(thing)
     found = {}
     for name, slot in _slots(thing):
@@ -115,7 +115,7 @@ def attributes(thing: Any) -> dict[str, Any]:
 
 
 def _is_a_hook(thing: Any) -> bool:
-    """Whether the guard put it there (``environment.ask_scopes_first``), so that SGLang changed nothing."""
+    """Whether it is the guard's (``environment.ask_scopes_first``), and no change by SGLang."""
     return isinstance(thing, functools.partial) and thing.func.__module__ == environment.__name__
 
 
@@ -127,7 +127,7 @@ def _slots(thing: Any) -> Iterator[tuple[str, types.MemberDescriptorType]]:
 
 
 def _function_of(thing: Any) -> Any:
-    """What a class or static method is of."""
+    """The function of a class or static method; any other ``thing`` as it is."""
     return thing.__func__ if isinstance(thing, (classmethod, staticmethod)) else thing
 
 
@@ -180,7 +180,7 @@ def _version(thing: Any) -> int | None:
         return None
     try:
         return int(thing._version)
-    except RuntimeError:  # of inference mode
+    except RuntimeError:  # a tensor of inference mode has no version
         return None
 
 

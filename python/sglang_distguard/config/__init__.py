@@ -1,1 +1,1 @@
-"""Settings in force, the checks of arguments, and names for runners that were given none."""
+"""Settings in force, checks of arguments, and default names of runners."""

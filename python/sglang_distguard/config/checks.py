@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns the value, or raises and shows it."""
+"""Checks of arguments: each returns the value, or raises an error that shows it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MAX_NAME = 200
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: what it prints, shortened, and its type. Never raises."""
+    """Return ``value`` for a message: its repr, shortened, and its type. Never raises."""
     try:
         text = " ".join(repr(value).splitlines())
-    except Exception:  # a wrong argument may be anything, also an object that cannot print itself
+    except Exception:  # a wrong argument may be an object whose repr raises
         text = object.__repr__(value)
     if len(text) > 80:
         text = text[:79] + "…"
@@ -20,11 +20,15 @@ def shown(value: object) -> str:
 
 
 def check_seconds(name: str, value: object) -> float:
-    """Return ``value`` in seconds.
+    """Return ``value``, a number of seconds, as a float; ``math.inf`` is allowed.
+
+    Args:
+        name: name of the argument, for messages.
+        value: the argument.
 
     Raises:
-        TypeError: not a number.
-        ValueError: zero, negative, not a number at all, or too large for a float.
+        TypeError: not an int or float, or a bool.
+        ValueError: zero, negative, NaN, or too large for a float.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be seconds as int or float, not {shown(value)}")
@@ -40,7 +44,11 @@ def check_seconds(name: str, value: object) -> float:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return ``value``, which must be a bool (TypeError otherwise)."""
+    """Return ``value``, a bool.
+
+    Raises:
+        TypeError: not a bool.
+    """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {shown(value)}")
     return value
@@ -62,7 +70,12 @@ def check_whole(name: str, value: object, *, least: int, most: Optional[int] = N
 
 
 def check_name(name: object) -> str:
-    """Return ``name``, a non-empty string of at most 200 characters (TypeError, ValueError)."""
+    """Return ``name``, the name of a runner.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: blank, longer than 200 characters, or not printable.
+    """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, not {shown(name)}")
     if not name.strip() or len(name) > MAX_NAME or not name.isprintable():

@@ -1,4 +1,4 @@
-"""What applies to the code that is running: reuse, deadline, runner name. Args, then environment."""
+"""Settings of the running code, from arguments or the environment: reuse, deadlines, name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGREEMENT_VARIABLE = "SGLANG_DISTGUARD_AGREEMENT_TIMEOUT"
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_SLOW_AFTER = 30.0
 DEFAULT_AGREEMENT_TIMEOUT = 60.0
-#: What a runner of a world of several ranks does about communicators: see ``install``.
+#: Whether a runner owns or shares its communicators in a world of several ranks: see ``install``.
 GROUP_POLICIES = ("own", "share")
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
 
@@ -29,11 +29,11 @@ class Settings:
     """Settings in force.
 
     Attributes:
-        reuse: whether an equal request joins what exists.
+        reuse: whether an equal request joins existing state.
         timeout: seconds that one wait may take; ``math.inf`` for no deadline.
         name: the name given to the runner that is being built, if any.
         slow_after: seconds after which a leader that others wait for is logged as slow.
-        agreement_timeout: seconds that the ranks of a world may take for each step of agreeing.
+        agreement_timeout: seconds that the ranks of a world may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks.
     """
 
@@ -50,23 +50,23 @@ _scope: ContextVar[Optional[Settings]] = ContextVar("sglang_distguard.settings",
 
 
 def current() -> Settings:
-    """The settings of the running thread or task."""
+    """Return the settings of the running thread or task."""
     return _scope.get() or _installed
 
 
 def installed() -> Settings:
-    """What applies outside every ``runner_scope``."""
+    """Return the settings that apply outside every ``runner_scope``."""
     return _installed
 
 
 def set_installed(settings: Settings) -> None:
-    """Set what applies outside every ``runner_scope``."""
+    """Set the settings that apply outside every ``runner_scope``."""
     global _installed
     _installed = settings
 
 
 def reuse_from_environment() -> Optional[bool]:
-    """``SGLANG_ALLOW_REUSE_DISTRIBUTED`` as a bool, None when unset.
+    """Return ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` as a bool; None when unset.
 
     Raises:
         ValueError: it is set to something that is neither true nor false.
@@ -82,7 +82,7 @@ def reuse_from_environment() -> Optional[bool]:
 
 
 def seconds_from_environment(variable: str) -> Optional[float]:
-    """An environment variable in seconds, None when unset or empty.
+    """Return an environment variable in seconds; None when unset or empty.
 
     Raises:
         ValueError: it is set to something that is not a positive number of seconds.
@@ -105,13 +105,21 @@ def choose(
     agreement_timeout: Optional[float] = None,
     groups: Optional[str] = None,
 ) -> Settings:
-    """What ``install`` sets: its arguments, else what is set already, else the environment.
+    """Return the settings that ``install`` sets.
+
+    Arguments come first. Values that are None come from the installed settings if ``again`` is
+    true, else from the environment.
+
+    Args:
+        again: whether the guard is installed already.
+        reuse, timeout, slow_after, agreement_timeout, groups: see ``install``; times in seconds.
 
     Raises:
-        TypeError, ValueError: an argument or environment variable is not usable.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or an environment variable is not usable.
     """
     if not again:
-        # A variable is not looked at where an argument is given: that wins, also over a mistyped one.
+        # Where an argument is given, the variable is not read, even if its value is invalid.
         if reuse is None:
             reuse = reuse_from_environment()
         if timeout is None:
@@ -131,7 +139,7 @@ def choose(
 
 
 def _changed(base: Settings, **chosen: Any) -> Settings:
-    """``base`` with what is not None, checked."""
+    """Return ``base`` with the values of ``chosen`` that are not None, after checking them."""
     checks: dict[str, Callable[[str, object], object]] = {
         "name": lambda _, value: check_name(value),
         "reuse": check_flag,
@@ -161,20 +169,24 @@ def runner_scope(
     agreement_timeout: Optional[float] = None,
     groups: Optional[Literal["own", "share"]] = None,
 ) -> Iterator[Settings]:
-    """Settings for what the calling thread (or asyncio task) builds inside the with block.
+    """Apply settings to what the calling thread (or asyncio task) builds inside the with block.
 
-    What is None stays as it is in force (``install``).
+    An argument that is None leaves the setting in force (see ``install``).
 
     Args:
-        name: name of the runner built inside; in errors, events and ``snapshot()``, and how the
-            ranks of a world know which runners belong together.
-        reuse: whether it may reuse an equal world and equal groups.
-        timeout: seconds that one wait for another thread may take.
-        agreement_timeout: seconds that the ranks may take for each step of agreeing.
+        name: name of the runner that is built inside, 1 to 200 printable characters. Errors, events
+            and ``snapshot()`` show it. Runners of one name on several ranks belong together.
+        reuse: whether the runner may reuse an equal world and equal groups.
+        timeout: seconds that one wait for another thread may take; ``math.inf`` for no deadline.
+        agreement_timeout: seconds that the ranks may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks: see ``install``.
 
+    Yields:
+        The settings in force inside the with block.
+
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
     chosen = _changed(
         current(),

@@ -1,1 +1,1 @@
-"""What belongs to the running code: its scope, environment, default dtype and flags of torch's."""
+"""State of the running code: its scope, environment, default dtype and flags of torch."""

@@ -1,10 +1,11 @@
 """A default dtype of torch that belongs to one execution.
 
-`torch.set_default_dtype` is process-wide (a C++ static, torch 2.14), and SGLang holds it for the whole
-weight load. Here the running execution carries the dtype (rust/src/execution.rs), and a
-TorchFunctionMode, which torch keeps per thread, gives functions that would consult the process's default
-that one instead. The mode holds no state: code whose execution carries no dtype passes through it, be it
-another asyncio task of the thread. It is taken off when no execution needs it (rust/src/dtype.rs).
+`torch.set_default_dtype` is process-wide (a C++ static, torch 2.14), and SGLang keeps it set for
+the whole weight load. Here the running execution carries the dtype (rust/src/execution.rs). A
+TorchFunctionMode, which torch keeps per thread, gives it to functions that would use the process's
+default. The mode holds no state: code whose execution carries no dtype, such as another asyncio
+task of the thread, passes through it. The mode is removed when no execution needs it
+(rust/src/dtype.rs).
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ if TYPE_CHECKING:
 
 
 def is_traced() -> bool:
-    """Whether Dynamo is tracing the calling code, which reads True for this.
+    """Whether Dynamo is tracing the calling code; traced code has True for this call.
 
-    Not `torch.compiler.is_compiling`: that is one flag of the process (torch 2.14.1), and says yes to
-    a thread that loads a model while another one compiles.
+    `torch.compiler.is_compiling` would be wrong here. It is one flag of the process (torch 2.14.1),
+    and is true for a thread that loads a model while another thread compiles.
     """
     torch = sys.modules["torch"]
     return bool(torch.compiler.is_dynamo_compiling())
 
 
 def in_force() -> Optional[torch.dtype]:
-    """The running execution's own default dtype, None when it has the process's."""
+    """Return the running execution's own default dtype; None when it uses the process's."""
     dtype: Optional[torch.dtype] = _core.default_dtype_in_force()
     return dtype
 
 
 def set_in_force(dtype: torch.dtype) -> None:
-    """Make ``dtype`` the running execution's default until it is set again or the execution is left.
+    """Make ``dtype`` the running execution's default, until it is set again or the execution ends.
 
-    Nothing is done where it is the default already: Dynamo sets what it found when it has compiled
-    (torch 2.14.1, `preserve_global_state`), and guards on the function modes that there were.
+    Nothing is done if it is the default already. After compiling, Dynamo sets the dtype that it
+    found before (torch 2.14.1, `preserve_global_state`), and it guards on the function modes of
+    that time.
 
     Raises:
         TypeError: not a floating point dtype (as ``torch.set_default_dtype``).
@@ -54,7 +56,7 @@ def set_in_force(dtype: torch.dtype) -> None:
 
 @contextmanager
 def holding(dtype: torch.dtype) -> Iterator[None]:
-    """Make ``dtype`` the running code's default inside the with block, whatever the process's is.
+    """Make ``dtype`` the running code's default in the with block, regardless of the process's.
 
     Raises:
         TypeError: not a floating point dtype (as ``torch.set_default_dtype``).
@@ -66,13 +68,13 @@ def holding(dtype: torch.dtype) -> Iterator[None]:
 
 
 def intercepting() -> AbstractContextManager[None]:
-    """Keep the default dtype that the running execution carries in a thread that it comes to."""
+    """Keep the running execution's default dtype on the thread to which it was carried."""
     dtype = in_force()
     return nullcontext() if dtype is None else holding(dtype)
 
 
 def stop_intercepting() -> None:
-    """Take the interceptor off the calling thread; called when nothing needs it (rust/src/dtype.rs)."""
+    """Remove the interceptor from the calling thread; called when unneeded (rust/src/dtype.rs)."""
     while (mode := _interceptor()) is not None:
         _remove(mode)
     _core.note_intercepting(False)
@@ -86,8 +88,8 @@ def _check(dtype: Any) -> None:
 
 
 def _intercept() -> None:
-    """Put the interceptor on the calling thread, once."""
-    _core.note_intercepting(True)  # first: what is noted in vain is taken off all the same
+    """Install the interceptor on the calling thread, at most once."""
+    _core.note_intercepting(True)  # first: an unneeded note is harmless and is removed later
     if _interceptor() is None:
         from torch.overrides import _push_mode
 
@@ -107,7 +109,7 @@ def _interceptor() -> Optional[Any]:
 
 
 def _remove(mode: Any) -> None:
-    """Take ``mode`` off the thread's stack, from below others too (code that never restored)."""
+    """Remove ``mode`` from the thread's stack, even from below modes that code never removed."""
     from torch.overrides import _pop_mode, _push_mode
 
     above = []

@@ -1,15 +1,17 @@
-"""The TorchFunctionMode that answers for an execution what torch would ask of the process's default.
+"""The TorchFunctionMode that gives functions an execution's default dtype, not the process's.
 
-Which functions ask is found by running them, not listed. A default dtype has a part in a result only
-where no floating operand and no dtype settles it; then the result has the process's default, or the
-complex dtype that belongs to it:
+There is no list of functions that use the default: the mode finds them by running them. A default
+dtype affects a result only where no floating operand and no dtype argument decides. Then the result
+has the process's default, or the complex dtype that belongs to it:
 
-- what makes tensors is asked on the meta device what it would make, and then told the dtype;
-- what has integral operands casts them to the default first, which is what torch's type promotion does
-  (`TensorIterator`, INT_TO_FLOAT: the operands are cast to the common dtype before anything is computed);
-  where the result has another dtype than that default all the same, the default had no part in it.
+- A function that makes tensors is first run on the meta device, which shows the dtype of its
+  result. Then it is called with the wanted dtype.
+- Integral operands of a function are cast to the wanted default first. torch's type promotion does
+  the same (`TensorIterator`, INT_TO_FLOAT: the operands are cast to the common dtype before
+  anything is computed). If the result has another dtype than that default, the default had no part
+  in it.
 
-A module of its own, imported on first use: torch need not be there when the package is imported.
+This is a separate module, imported on first use, so that the package can be imported without torch.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 from sglang_distguard import _core
 
-#: Floating dtype -> the complex one that type promotion makes of it (c10 `toComplexType`).
+#: Floating dtype -> the complex dtype that type promotion derives from it (c10 `toComplexType`).
 _COMPLEX = {
     torch.float16: torch.complex32,
     torch.float32: torch.complex64,
     torch.float64: torch.complex128,
     torch.bfloat16: torch.complex64,
 }
-#: Never asked twice: they change something, and what they return no default decides.
+#: Never called twice: they have side effects, and no default affects what they return.
 _ONCE = frozenset(
     {
         torch.Tensor.backward,
@@ -40,12 +42,12 @@ _ONCE = frozenset(
 
 
 def process_default() -> torch.dtype:
-    """The default dtype of the process: the C function, for `torch.get_default_dtype` is patched."""
+    """Return the process's default dtype, by the C function: `get_default_dtype` is patched."""
     return torch._C.get_default_dtype()
 
 
 class DefaultDtypeMode(TorchFunctionMode):
-    """Answers with the dtype that the running execution carries; stateless."""
+    """Gives functions the default dtype that the running execution carries; holds no state."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -61,7 +63,7 @@ class DefaultDtypeMode(TorchFunctionMode):
 
 
 def _is_settled(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether no default can have a part: a dtype is given, or a floating operand is."""
+    """Whether no default can affect the result: a dtype or a floating operand is given."""
     if func in _ONCE or kwargs.get("dtype") is not None:
         return True
     operands = [value for name, value in kwargs.items() if name != "out"]
@@ -73,7 +75,7 @@ def _settles(value: Any) -> bool:
         return value.is_floating_point() or value.is_complex()
     if isinstance(value, torch.dtype):
         return True
-    # Arrays and scalars of numpy say their own dtype; a subclass of float, float64, does not.
+    # Arrays and scalars of numpy bring their own dtype, except float64, a subclass of float.
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     return kind in ("f", "c") and not isinstance(value, (float, complex))
 
@@ -111,16 +113,16 @@ class _Call:
         return self._promoted() if operands else self._made()
 
     def _made(self) -> Any:
-        """Of a function that makes tensors of what are none."""
+        """Return the result of a function that makes tensors from other arguments."""
         if self._kwargs.get("out") is not None:
-            return self._func(*self._args, **self._kwargs)  # its dtype is what is made
+            return self._func(*self._args, **self._kwargs)  # the result has its dtype
         try:
-            # Takes no memory, draws no random numbers.
+            # The meta device takes no memory and draws no random numbers.
             probe = self._func(*self._args, **{**self._kwargs, "device": "meta"})
-        except Exception:  # it makes nothing on a device, or refuses what it was given
+        except Exception:  # it takes no device, or refuses its arguments
             return self._made_without_a_device()
-        # Some meta kernels are Python (`torch._refs`) and ask `torch.get_default_dtype`, which answers
-        # with the wanted one already.
+        # Some meta kernels are Python (`torch._refs`) and call `torch.get_default_dtype`, which
+        # returns the wanted dtype already.
         defaults = {*self._process, self._wanted, _COMPLEX.get(self._wanted)}
         if not isinstance(probe, torch.Tensor) or probe.dtype not in defaults:
             return self._func(*self._args, **self._kwargs)
@@ -136,7 +138,7 @@ class _Call:
             random.restore()
             try:
                 return self._told(first.dtype)
-            except TypeError:  # takes no dtype: scalars that it makes tensors of itself
+            except TypeError:  # takes no dtype: it makes tensors of scalars itself
                 second = self._converted(scalars=True)
                 return second if self._is_wanted(first, second) else first
 
@@ -154,7 +156,7 @@ class _Call:
         return _COMPLEX[self._wanted] if dtype.is_complex else self._wanted
 
     def _promoted(self) -> Any:
-        """Of a function of integral tensors."""
+        """Return the result of a function of integral tensors."""
         out = self._kwargs.get("out")
         if out is None and _is_in_place(self._func):
             return self._func(*self._args, **self._kwargs)
@@ -178,7 +180,7 @@ class _Call:
             return self._func(*self._args, **self._kwargs)
 
     def _is_wanted(self, first: Any, result: Any) -> bool:
-        """Whether all that has the process's default in ``first`` has the wanted one in ``result``."""
+        """Whether what has the process's default in ``first`` has the wanted one in ``result``."""
         wanted = (self._wanted, _COMPLEX.get(self._wanted))
         pairs = zip(_parts(first), _parts(result), strict=False)
         return all(
@@ -191,7 +193,7 @@ class _Call:
         return self._told(self._process_dtype(first))
 
     def _first_converted(self, _first: Any) -> Any:
-        """With the first operand in the wanted dtype: the others are masks, weights that must be whole."""
+        """Call with the first operand converted; others are masks or weights that stay integral."""
         self_, *others = self._args
         return self._func(self_.to(self._wanted), *others, **self._kwargs)
 
@@ -199,7 +201,7 @@ class _Call:
         return self._converted(scalars=_is_where(self._func))
 
     def _converted(self, *, scalars: bool) -> Any:
-        """With all operands in the wanted dtype."""
+        """Call with all operands in the wanted dtype."""
         condition = _condition(self._func, self._args, self._kwargs)
 
         def operand(value: Any) -> Any:
@@ -241,7 +243,7 @@ def _is_where(func: Callable[..., Any]) -> bool:
 
 
 def _condition(func: Callable[..., Any], args: Any, kwargs: Any) -> Optional[Any]:
-    """The argument of `where` that is no operand: torch wants it as it is."""
+    """Return the condition of `where`, which is no operand and must not be converted."""
     if not _is_where(func):
         return None
     if "condition" in kwargs:
@@ -251,7 +253,7 @@ def _condition(func: Callable[..., Any], args: Any, kwargs: Any) -> Optional[Any
 
 
 class _Restored:
-    """Lets a call be made twice and draw random numbers once."""
+    """Restores the random state, so that a call made twice draws random numbers once."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._state = torch.get_rng_state()
@@ -265,7 +267,7 @@ class _Restored:
         pass
 
     def restore(self) -> None:
-        """As it was before the first call."""
+        """Restore the random state that was there before the first call."""
         torch.set_rng_state(self._state)
         for device, state in self._of_devices.items():
             torch.cuda.set_rng_state(state, device)

@@ -1,11 +1,12 @@
-"""What a configuration or a runner writes into the environment through SGLang's ``envs``: its scope's own.
+"""Per-scope overlay over ``os.environ`` for SGLang's ``envs``.
 
-0.5.23 hands decisions on in environment variables, which every later runner of the process reads:
-resolving ``ServerArgs`` (``handle_environment_variables``, ``model_overrides``) and constructors write
-them. Here such a write stays in the scope; a read there finds it before the process's variable.
+0.5.23 passes decisions on in environment variables, which every later runner of the process reads.
+Resolving ``ServerArgs`` (``handle_environment_variables``, ``model_overrides``) and constructors
+write them. Here such a write stays in the scope, and a read there finds it before the process's
+variable.
 
-What resolving writes is kept with the ``ServerArgs`` as well: SGLang resolves them once, and they may
-be published again, copied, or pickled.
+What resolving writes is also kept with the ``ServerArgs``, because SGLang resolves them only once,
+and they may be published again, copied, or pickled.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ from typing import Any, Optional
 
 from sglang_distguard import _core
 
-#: (text, or None when the variable was cleared; whether it was set to None, which SGLang keeps apart
-#: from the text "None"). A plain tuple: processes without distguard unpickle it, too.
+#: (text, or None when the variable was cleared; whether it was set to None, which SGLang
+#: distinguishes from the text "None"). A plain tuple, because processes without the guard unpickle
+#: it too.
 Written = tuple[Optional[str], bool]
 #: Variable -> what was written last.
 Writes = dict[str, Written]
 
 _ATTRIBUTE = "_sglang_distguard_environment"
-#: The default scope's; ``of_scope`` answers for the others.
+#: Writes of the default scope; ``of_scope`` has those of the current scope.
 _writes: Writes = {}
 of_scope = _core.ScopedGlobal(globals(), "_writes", dict)
 
 
 def find(name: str) -> Optional[Written]:
-    """What the running code finds in place of the process's variable; None: the process's.
+    """Return what the current scope has written to variable ``name``; None if nothing.
 
-    Dynamo traces it, in forwards that read a variable.
+    Dynamo traces this function in forwards that read a variable.
     """
     return of_scope.value.get(name)
 
 
 def is_own() -> bool:
-    """Whether what the running code writes is a runner's, not the process's."""
+    """Whether writes of the running code belong to a runner, not to the process."""
     execution = _core.current_execution()
     return execution is not None and execution.owns_environment
 
 
 def write(name: str, written: Optional[Written]) -> None:
-    """Note what the running code wrote; None: as if it never had."""
+    """Record what the running code wrote to variable ``name``; None removes the record."""
     writes: Writes = of_scope.value
     if written is None:
         writes.pop(name, None)
@@ -54,7 +56,7 @@ def write(name: str, written: Optional[Written]) -> None:
 
 
 def resolve(server_args: Any) -> None:
-    """Resolve ``server_args`` unless they are; the current scope has then what they have written."""
+    """Resolve ``server_args`` once, and give the current scope what resolving them has written."""
     of_scope.value = {}
     with _core.owning_environment():
         server_args.resolve_once()
@@ -65,14 +67,15 @@ def resolve(server_args: Any) -> None:
 
 
 def written_by(server_args: Any) -> Writes:
-    """What resolving ``server_args`` under the guard has written; a copy."""
+    """Return a copy of what resolving ``server_args`` under the guard has written."""
     return dict(getattr(server_args, _ATTRIBUTE, {}))
 
 
 def ask_scopes_first(field: Any) -> None:
-    """Let ``field``, which a scope has written, be asked for there; the others stay SGLang's own.
+    """Make reads of ``field``, which a scope has written, look in the current scope first.
 
-    On the field itself: a class's method would make every reading of every variable slower.
+    Other fields stay SGLang's own. The field object itself is changed, because a method of the
+    class would make every read of every variable slower.
     """
     if "get" not in vars(field):
         field.get = functools.partial(_get, field, field.get)
@@ -112,7 +115,7 @@ def _is_set(field: Any, original: Callable[[], bool]) -> bool:
 
 
 def adopt(scope: Optional[_core.Scope], writes: Writes) -> None:
-    """Make ``writes`` what ``scope`` has written."""
+    """Replace what ``scope`` has written by ``writes``."""
     fields = vars(sys.modules["sglang.srt.environ"])["envs"]
     for name in writes:
         ask_scopes_first(getattr(fields, name))
@@ -120,7 +123,9 @@ def adopt(scope: Optional[_core.Scope], writes: Writes) -> None:
 
 
 def hand_over(environ: Any) -> None:
-    """Give the process what the default scope has: where its runner looks once the guard is out.
+    """Write what the default scope has into the process's environment, and end the overlay.
+
+    Runners of the default scope read it there once the guard is uninstalled.
 
     Args:
         environ: ``sglang.srt.environ``.

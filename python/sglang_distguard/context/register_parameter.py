@@ -1,4 +1,4 @@
-"""A way to register parameters of torch modules that belongs to one thread."""
+"""A per-thread override of torch's ``Module.register_parameter``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ _override: ContextVar[Optional[RegisterParameter]] = ContextVar("register_parame
 
 
 def of_thread() -> Optional[RegisterParameter]:
-    """What the calling thread calls for ``Module.register_parameter``; None for torch's own."""
+    """Return the calling thread's ``Module.register_parameter``; None for torch's own."""
     return _override.get()
 
 
 @contextmanager
 def thread_register_parameter(function: Optional[RegisterParameter]) -> Iterator[None]:
-    """Make ``Module.register_parameter`` ``function`` for the calling thread inside the with block."""
+    """Override ``Module.register_parameter`` on the calling thread in the with block.
+
+    Args:
+        function: the override; None for torch's own.
+    """
     token = _override.set(function)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Reaches the scoped globals of patched SGLang modules, and finds the scope of a context."""
+"""Access to the scoped globals of patched SGLang modules, and to the scope of a context."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CONTEXT_MODULE = "sglang.srt.runtime_context"
 
 
 def find_accessor(module: str, name: str) -> Optional[_core.ScopedGlobal]:
-    """The accessor of ``module``.``name``; None when the module is not imported or not patched."""
+    """Return the accessor of ``module.name``; None if the module is not imported or not patched."""
     namespace = getattr(sys.modules.get(module), "__dict__", {})
     found: Optional[_core.ScopedGlobal] = namespace.get(accessor_name(name))
     return found
 
 
 def accessor(module: str, name: str) -> _core.ScopedGlobal:
-    """The accessor of ``module``.``name``.
+    """Return the accessor of ``module.name``.
 
     Raises:
         NotSupported: the module is not imported or not patched.
@@ -36,9 +36,9 @@ def accessor(module: str, name: str) -> _core.ScopedGlobal:
 
 
 def context_snapshot() -> dict[str, Any]:
-    """SGLang's own `snapshot_context` of the current scope, for its `restore_context`.
+    """Return SGLang's `snapshot_context` of the current scope, for its `restore_context`.
 
-    0.5.23 keeps the stamp itself, not a copy, and writes into it afterwards.
+    The stamp is copied, because 0.5.23 keeps the stamp itself and writes into it afterwards.
     """
     snapshot = vars(sys.modules[CONTEXT_MODULE])["snapshot_context"]()
     parallel = snapshot.get("__parallel__", {})
@@ -53,7 +53,7 @@ def scope_active(scope: Optional[_core.Scope]) -> AbstractContextManager[None]:
 
 
 def scope_of_context(context: Any) -> Optional[_core.Scope]:
-    """The scope whose RuntimeContext is ``context``; None for SGLang's default one.
+    """Return the scope whose RuntimeContext is ``context``; None for SGLang's default scope.
 
     A context that no scope has yet (made by ``create_context``) gets a new scope.
     """
@@ -71,13 +71,13 @@ def scope_of_context(context: Any) -> Optional[_core.Scope]:
 
 
 class _Keeps:
-    """Keeps a scope alive through the ``ServerArgs`` published there, and goes nowhere with a copy."""
+    """Keeps a scope alive through the ``ServerArgs`` published there; copies of it are None."""
 
     def __init__(self, scope: Optional[_core.Scope]) -> None:
         self._scope = scope
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Processes without distguard unpickle it, too.
+        # Processes without the guard unpickle it too.
         return type(None), ()
 
     def __copy__(self) -> None:
@@ -91,7 +91,7 @@ _KEPT = "_sglang_distguard_scope"
 
 
 def keep_published(server_args: Any) -> None:
-    """Let the current scope live as long as ``server_args``, just published there, does.
+    """Keep the current scope alive as long as ``server_args``, which were just published there.
 
     The task or thread that published may end long before another one builds the runner.
     """
@@ -99,14 +99,14 @@ def keep_published(server_args: Any) -> None:
 
 
 def keep_pending(scope: _core.Scope) -> None:
-    """``keep_published`` for ``scope``, to which what was published elsewhere has been moved."""
+    """Do ``keep_published`` for ``scope``, into which a publish in another scope was moved."""
     server_args = accessor(CONTEXT_MODULE, "_CONTEXT").value_in(scope)._server_args
     if server_args is not None:
         setattr(server_args, _KEPT, _Keeps(scope))
 
 
 def scopes_of_published(server_args: Any) -> list[Optional[_core.Scope]]:
-    """The scopes in which ``server_args``, this very object, is what was published last."""
+    """Return the scopes whose last publish was ``server_args``, the same object."""
     contexts = accessor(CONTEXT_MODULE, "_CONTEXT")
     return [
         scope
@@ -119,11 +119,11 @@ def scopes_of_published(server_args: Any) -> list[Optional[_core.Scope]]:
 def of_published(server_args: Any) -> AbstractContextManager[object]:
     """Run a with block in the scope where ``server_args`` was published.
 
-    That decides before any context: stages of a start-up may run in tasks, threads or pools of
-    their own. What nobody published is left to SGLang's own complaint.
+    The object decides before any context, because stages of a start-up may run in separate tasks,
+    threads or pools. If it was never published, nothing is done and SGLang raises its own error.
 
     Raises:
-        AmbiguousBuild: it was published more than once, and none of that is the running code's.
+        AmbiguousBuild: it was published more than once, and never by the running code.
     """
     if server_args is None:
         return nullcontext()
@@ -131,16 +131,16 @@ def of_published(server_args: Any) -> AbstractContextManager[object]:
     found = scopes_of_published(server_args)
     if here in found and (here is not None or _core.current_execution() is not None):
         return nullcontext()
-    # A runner that lives has its own; one that is to be built has not.
+    # Prefer scopes without a living runner: a runner is still to be built there.
     open_ones = [scope for scope in found if not _core.live_runners(scope)] or found
     if not open_ones:
         return nullcontext()
     if len(open_ones) > 1:
         labels = sorted("(default)" if scope is None else scope.label for scope in open_ones)
         raise AmbiguousBuild(
-            f"this ServerArgs object was published {len(open_ones)} times ({', '.join(labels)}), and "
-            "the running thread or task did not do it: which runner is meant cannot be told. Publish "
-            "a copy of its own for each runner (copy.copy), or build in the thread that published",
+            f"this ServerArgs object was published {len(open_ones)} times ({', '.join(labels)}), "
+            "but not by the running thread or task, so it does not identify one runner. Publish a "
+            "separate copy for each runner (copy.copy), or build in the thread that published",
             scopes=labels,
         )
     return _core.resuming(open_ones[0])

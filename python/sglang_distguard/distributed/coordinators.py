@@ -1,6 +1,7 @@
-"""SGLang's world and model-parallel groups as values: read, stamped into a scope, checked, undone.
+"""Read, stamp, compare and destroy SGLang's world and model-parallel groups.
 
-Names are those of sglang 0.5.23 (`parallel_state` globals and `ParallelContext` fields).
+Names are those of sglang 0.5.23 (`parallel_state` globals and `ParallelContext` fields). Functions
+that read or set those globals raise NotSupported when SGLang is not patched.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ FIELDS: dict[str, Optional[str]] = {
     "_PDMUX_PREFILL_TP_GROUP": None,
 }
 
-#: A tag under which nobody sends.
+#: A tag that no send uses.
 _NO_TAG = 2**30 + 7
 _OWN = "_sglang_distguard_own"
 
-#: Flags of a configuration with which groups are made.
+#: Flags of the configuration with which groups are made.
 FLAGS = (
     "_ENABLE_CUSTOM_ALL_REDUCE",
     "_ENABLE_MSCCLPP",
@@ -44,24 +45,25 @@ FLAGS = (
     "_ENABLE_FLASHINFER_ALLREDUCE_ONLY",
 )
 
-#: True while a draft worker's groups stand in for the shared ones.
+#: True while a draft worker's groups temporarily replace the shared ones.
 PATCHED = ("_TP_STATE_PATCHED", "_PP_STATE_PATCHED")
 
-#: In the groups of several ranks, beside the globals above: a coordinator of the world with them.
+#: With several ranks, an additional key of ``Groups``: the world coordinator made with the groups.
 OWN_WORLD = "own world"
 
 Groups = dict[str, Any]
 
 
 def read() -> Groups:
-    """Global -> GroupCoordinator (or None) in the current scope."""
+    """Return module global -> GroupCoordinator (or None) in the current scope."""
     return {name: accessor(MODULE, name).value for name in FIELDS}
 
 
 def find() -> Groups:
-    """The groups of the current scope or, when it has none that live, of SGLang's default one.
+    """Return the live groups of the current scope, else those of SGLang's default scope.
 
-    Not those that one runner owns: they are nobody else's.
+    Groups that one runner owns are skipped, because no other runner may use them. All values are
+    None when no groups are found.
     """
     for scope in (_core.current_scope(), None):
         found = read_in(scope)
@@ -71,24 +73,24 @@ def find() -> Groups:
 
 
 def read_in(scope: Optional[_core.Scope]) -> Groups:
-    """Global -> GroupCoordinator (or None) in ``scope``."""
+    """Return module global -> GroupCoordinator (or None) in ``scope``."""
     return {name: accessor(MODULE, name).value_in(scope) for name in FIELDS}
 
 
 def _is_owned(found: Groups) -> bool:
-    """Whether one runner owns these."""
+    """Whether one runner owns the groups ``found``."""
     owned = (_core.resource(key) or {} for key in all_keys() if key != GROUPS)
     return any(found["_TP"] is groups["_TP"] for groups in owned if groups)
 
 
 def write(groups: Groups) -> None:
-    """Set the globals of the current scope."""
+    """Set the globals of the current scope to ``groups``."""
     for name in FIELDS:
         accessor(MODULE, name).value = groups[name]
 
 
 def stamp(groups: Groups) -> None:
-    """Give the current scope ``groups``, as if it had built them itself."""
+    """Stamp ``groups`` into the current scope, as if the scope had built them."""
     parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
     parallel.override_permanently(
         **{
@@ -103,7 +105,7 @@ def stamp(groups: Groups) -> None:
 
 
 def widths(groups: Groups) -> dict[str, int]:
-    """The widths that live groups really have, by the name of the setting."""
+    """Return the actual widths of live ``groups``, by the name of the setting."""
     sizes = {
         "tp_size": "_TP",
         "pp_size": "_PP",
@@ -116,7 +118,10 @@ def widths(groups: Groups) -> dict[str, int]:
 
 
 def identity(groups: Groups) -> Optional[int]:
-    """What tells these groups from others made later; None when they are gone or incomplete."""
+    """Return a number that distinguishes ``groups`` from groups made later.
+
+    None when they are destroyed or incomplete.
+    """
     if groups["_TP"] is None or groups["_PP"] is None:
         return None
     coordinators = [groups[name] for name in FIELDS]
@@ -126,9 +131,9 @@ def identity(groups: Groups) -> Optional[int]:
 
 
 def swapped(shared: Groups) -> Optional[Groups]:
-    """The groups of the default or the current scope if somebody put others there than ``shared``.
+    """Return groups that replaced ``shared`` in the default or current scope; None without any.
 
-    Not so a draft's own, which SGLang puts there for a with block and says so
+    A draft's own groups do not count: SGLang puts them there for a with block and sets a flag
     (0.5.23: `patch_tensor_parallel_group`, `patch_pipeline_parallel_group`).
     """
     for scope in {None: None, _core.current_scope(): None}:
@@ -142,7 +147,7 @@ def swapped(shared: Groups) -> Optional[Groups]:
 
 
 def unset() -> None:
-    """The current scope has no groups any more, those of others stay: it may be given other widths.
+    """Remove the groups from the current scope only, so that it may be given other widths.
 
     0.5.23: `publish` compares the new widths with the groups and ranks that are stamped.
     """
@@ -153,26 +158,27 @@ def unset() -> None:
 def destroy_and_unset(groups: Groups) -> None:
     """Destroy the coordinators in ``groups`` and unset the current scope's globals.
 
-    One coordinator backs several globals when widths agree (0.5.23: `_ATTN_TP is _TP`);
-    ``GroupCoordinator.destroy`` may be called again.
+    One coordinator backs several globals when widths agree (0.5.23: `_ATTN_TP is _TP`). That is
+    harmless, because ``GroupCoordinator.destroy`` may be called again.
     """
     write(dict.fromkeys(FIELDS))
     destroy(groups)
 
 
 def destroy(groups: Groups) -> None:
-    """Destroy the coordinators in ``groups``, whoever refers to them."""
+    """Destroy the coordinators in ``groups``, even if other objects refer to them."""
     for coordinator in groups.values():
         if coordinator is not None:
             coordinator.destroy()
 
 
 def sever(groups: Groups) -> None:
-    """Close the connections of the coordinators in ``groups``, whoever refers to them.
+    """Close the connections of the coordinators in ``groups``, even if other objects refer to them.
 
     Destroying a process group closes nothing while a model's layers refer to it (0.5.23: the logits
-    processor does). gloo closes every connection of a group when a receive times out (torch 2.14.1),
-    and then whoever waits for this rank on another gets an error. Other backends abort.
+    processor does). gloo closes every connection of a group when a receive times out (torch
+    2.14.1). Other ranks that wait for this rank then get an error. Groups of other backends are
+    aborted.
     """
     import torch
 
@@ -181,16 +187,16 @@ def sever(groups: Groups) -> None:
             with suppress(RuntimeError):
                 group.abort()
             continue
-        for other in range(group.size()):  # one that is gone fails at once, and closes nothing
+        for other in range(group.size()):  # for a dead rank it fails at once and closes nothing
             with suppress(RuntimeError):
                 if other != group.rank():
                     group.recv([torch.zeros(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
 
 
 def forget_dead_names() -> None:
-    """Drop what SGLang keeps of coordinators that are gone.
+    """Remove SGLang's entries of coordinators that were garbage-collected.
 
-    0.5.23: `_groups` has a weak reference to each one ever made, by name, and loses none.
+    0.5.23: `_groups` has a weak reference to every coordinator ever made, by name. It removes none.
     """
     known = vars(sys.modules[MODULE]).get("_groups", {})
     for name in [name for name, coordinator in list(known.items()) if coordinator() is None]:
@@ -198,7 +204,7 @@ def forget_dead_names() -> None:
 
 
 def process_groups() -> list[Any]:
-    """The process groups that torch knows and SGLang made (it names them "tp:device", "pp:cpu" …)."""
+    """Return torch's process groups that SGLang made (it names them "tp:device", "pp:cpu" …)."""
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     return [
         group
@@ -208,13 +214,15 @@ def process_groups() -> list[Any]:
 
 
 def destroy_process_groups(keep: list[Any], prefix: str = "") -> None:
-    """Destroy what SGLang made since ``keep`` was read and no coordinator owns any more.
+    """Destroy the process groups that a failed build has made since ``keep`` was read.
 
-    A GroupCoordinator that fails between its two `new_group` calls leaves the first behind.
+    A GroupCoordinator that fails between its two `new_group` calls leaves the first group without
+    an owner.
 
     Args:
-        keep: what was there before.
-        prefix: begins the names of what is meant: another runner's may have come in between.
+        keep: the process groups that existed before (``process_groups``).
+        prefix: only groups whose names begin with it are destroyed, because another runner's
+            groups may have been made in between.
     """
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     kept = {id(group) for group in keep}
@@ -224,7 +232,7 @@ def destroy_process_groups(keep: list[Any], prefix: str = "") -> None:
 
 
 def default_process_group() -> Optional[Any]:
-    """torch's default process group, None before it is initialised."""
+    """Return torch's default process group; None before it is initialised."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
@@ -232,13 +240,13 @@ def default_process_group() -> Optional[Any]:
 
 
 def world_identity() -> Optional[int]:
-    """Identity of torch's default process group."""
+    """Return the identity of torch's default process group; None without one."""
     group = default_process_group()
     return None if group is None else id(group)
 
 
 def shared_identity() -> Optional[int]:
-    """Identity of the groups that the process shares, or that somebody made without the guard."""
+    """Return the identity of the shared groups, or of groups made without the guard."""
     shared = _core.resource(GROUPS)
     if shared is None:
         return identity(find())
@@ -246,14 +254,15 @@ def shared_identity() -> Optional[int]:
 
 
 def own_identity() -> Optional[int]:
-    """Identity of the groups that the current scope owns."""
+    """Return the identity of the groups that the current scope owns; None without any."""
     return identity(read())
 
 
 def own_default_group() -> Optional[Any]:
-    """What torch's default process group is to the runner whose method runs: its own world's.
+    """Return the group that the running runner uses as torch's default process group.
 
-    None outside of runners' methods.
+    It belongs to the world coordinator that was made with the runner's groups. None outside of
+    runners' methods.
     """
     parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
     coordinator = parallel._stamp.get("world_group")
@@ -261,28 +270,31 @@ def own_default_group() -> Optional[Any]:
 
 
 def mark_own(coordinator: Any) -> Any:
-    """Mark a coordinator of the world as made with runners' groups; returns it."""
+    """Mark a world coordinator as made together with a runner's groups, and return it."""
     setattr(coordinator, _OWN, True)
     return coordinator
 
 
 def identities() -> dict[str, Optional[int]]:
-    """What is really there, by registry key, whatever the registry says."""
+    """Return the identities of the live world and groups, by registry key.
+
+    They are read from torch and SGLang, not from the registry.
+    """
     try:
         groups = identity(find())
-    except NotSupported:  # SGLang is not patched: nothing of it is ours to know
+    except NotSupported:  # SGLang is not patched, so its groups cannot be read
         groups = None
     return {WORLD: world_identity(), GROUPS: groups}
 
 
 def parts(coordinator: Any) -> list[Any]:
-    """torch's process groups behind a GroupCoordinator; none after ``destroy``."""
+    """Return torch's process groups behind a GroupCoordinator; none after ``destroy``."""
     both = (getattr(coordinator, "device_group", None), getattr(coordinator, "cpu_group", None))
     return [group for group in both if group is not None]
 
 
 def is_alive(coordinator: Any) -> bool:
-    """Whether torch still knows the coordinator's groups: `destroy_process_group` forgets them."""
+    """Whether torch still lists the coordinator's groups; `destroy_process_group` removes them."""
     c10d = sys.modules["torch.distributed.distributed_c10d"]
     known = c10d._world.pg_map
     made = parts(coordinator)

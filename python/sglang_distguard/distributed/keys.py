@@ -6,33 +6,33 @@ from typing import Optional
 
 from sglang_distguard import _core
 
-#: Registry keys of what the process shares.
+#: Registry keys of state that the process shares.
 WORLD = "world"
 GROUPS = "groups"
 
 
 def own_key(scope: Optional[_core.Scope]) -> str:
-    """Registry key of the groups that the runners of ``scope`` own, in a world of several ranks."""
+    """Return the registry key of the groups that ``scope`` owns in a world of several ranks."""
     return f"{GROUPS}:{0 if scope is None else scope.id}"
 
 
 def key_in_use(scope: Optional[_core.Scope]) -> str:
-    """Registry key of the groups that ``scope`` uses: its own if it has any, else the shared ones."""
+    """Return the registry key of the groups that ``scope`` uses: its own, else the shared ones."""
     own = own_key(scope)
     return own if _core.is_ready(own) else GROUPS
 
 
 def all_keys() -> tuple[str, ...]:
-    """Registry keys of all groups there are, shared and owned; the shared ones' always."""
+    """Return the registry keys of all groups; the key of the shared groups is always included."""
     owned = (key for key in _core.ready_keys() if key.startswith(f"{GROUPS}:"))
     return (GROUPS, *sorted(owned))
 
 
-#: Registry key.
+#: Registry key of the process settings.
 PROCESS = "process"
 
 
 def experts_key() -> str:
-    """Registry key of the current scope's expert metadata."""
+    """Return the registry key of the current scope's expert metadata."""
     scope = _core.current_scope()
     return f"experts:{0 if scope is None else scope.id}"

@@ -1,4 +1,4 @@
-"""Groups that one runner owns, in a world of several ranks: until when, and who destroys them."""
+"""Groups that one runner owns in a world of several ranks: when and how they are destroyed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_distguard.errors import DistGuardError, LeaseBroken, StateInUse
 
 
 def destroy_if_vacant(scope: Optional[_core.Scope]) -> None:
-    """Destroy what the runners of ``scope`` own, unless one lives there or is about to be built."""
+    """Destroy the groups of ``scope``, unless a runner lives there or is about to be built."""
     if world.ranks() is None:
         return
     with _core.Vacancy(scope) as is_vacant:
@@ -24,13 +24,16 @@ def destroy_if_vacant(scope: Optional[_core.Scope]) -> None:
 
 
 def destroy_of(scope: Optional[_core.Scope]) -> None:
-    """Destroy what ``scope``, claimed by the calling thread, owns, so that it may have other widths."""
+    """Destroy the groups that ``scope`` owns, so that it may be given other widths.
+
+    The calling thread must have claimed ``scope``.
+    """
     if world.ranks() is None:
         return
     with scope_active(scope):
         stamped = coordinators.read()["_TP"]
         destroy_unless_leased(own_key(scope), scope)
-        # What somebody else made, and nobody has adopted yet, stays.
+        # Groups that user code made and that are not adopted yet stay.
         if stamped is not None and (_is_shared(stamped) or not coordinators.is_alive(stamped)):
             coordinators.unset()
 
@@ -41,8 +44,12 @@ def _is_shared(tensor_parallel: object) -> bool:
 
 
 def destroy_orphaned() -> None:
-    """Destroy what runners owned that were collected without ``close``: destructors run no Python."""
-    # The keys first: what another thread makes between the two has a living scope.
+    """Destroy the groups of runners that were collected without ``close``.
+
+    Destructors run no Python, so they cannot destroy the groups themselves.
+    """
+    # Read the keys first. In the other order, groups that another thread makes in between would
+    # seem to have no living scope.
     keys = all_keys()
     alive = {own_key(scope) for scope in (None, *_core.live_scopes())}
     for key in keys:
@@ -51,7 +58,7 @@ def destroy_orphaned() -> None:
 
 
 def destroy_unless_leased(key: str, scope: Optional[_core.Scope]) -> None:
-    """Destroy the groups under ``key``, which ``scope`` has made, unless somebody leases them."""
+    """Destroy the groups under ``key``, which ``scope`` has made, unless a runner leases them."""
 
     def unset(made: coordinators.Groups) -> None:
         with scope_active(scope):
@@ -61,17 +68,17 @@ def destroy_unless_leased(key: str, scope: Optional[_core.Scope]) -> None:
 
 
 def break_communicators(handle: _core.RunnerHandle) -> None:
-    """Destroy what ``handle``'s runner computes over: this rank has left a step half-done.
+    """Destroy the communicators of ``handle``'s runner, because this rank left a step half-done.
 
-    The next collective here would meet one of that step on another rank. Whoever waits there for
-    this rank hears at once (``groups.sever``), and every runner that uses the same communicators
-    raises LeaseBroken from now on.
+    The next collective here would meet one of that step on another rank. Ranks that wait for this
+    rank get an error at once (``coordinators.sever``). Every runner that uses the same
+    communicators raises LeaseBroken from now on.
     """
     try:
         handle.check()
-    except LeaseBroken:  # they are gone: what is there now is not what it computed over
+    except LeaseBroken:  # they are destroyed already; present communicators are others
         return
-    except DistGuardError:  # closed meanwhile
+    except DistGuardError:  # the runner was closed meanwhile
         pass
     with settings.runner_scope(handle.name), forced():
         _destroy(key_in_use(handle.scope), coordinators.destroy, sever=True)
@@ -87,9 +94,7 @@ def _destroy(
         with tearing_down(key) as (state,):
             if sever:
                 coordinators.sever(made)
-            if state.origin != "adopted":  # somebody else's are let go
+            if state.origin != "adopted":  # user code's groups are only forgotten
                 destroy(made)
-    except (
-        StateInUse
-    ):  # a runner that is being built took a lease meanwhile, or it is going already
+    except StateInUse:  # a runner being built took a lease, or another thread tears it down
         return

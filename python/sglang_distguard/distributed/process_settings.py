@@ -1,8 +1,8 @@
 """Settings that SGLang applies to the whole process: runners that live at once must agree on them.
 
 0.5.23: `enable_batch_invariant_mode` replaces kernels in torch's dispatcher,
-`set_float32_matmul_precision("high")` is torch-wide, and `monkey_patch_p2p_access_check` takes the check
-out of SGLang's own modules; what is done is never undone.
+`set_float32_matmul_precision("high")` is torch-wide, and `monkey_patch_p2p_access_check` removes
+the check from SGLang's own modules. SGLang never undoes these changes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from sglang_distguard import _core
 from sglang_distguard.distributed.keys import PROCESS
 from sglang_distguard.sync.single_flight import run_once
 
-#: Setting -> the value for which SGLang changes the process for good; the other leaves it alone.
-_FOR_GOOD = {
+#: Setting -> the value for which SGLang changes the process permanently; the other changes nothing.
+_PERMANENT = {
     "enable_deterministic_inference": True,
     "enable_tf32_matmul": True,
     "enable_p2p_check": False,
@@ -22,7 +22,7 @@ _FOR_GOOD = {
 
 
 def switches() -> dict[str, Any]:
-    """What the current scope's configuration asks for."""
+    """Return the process settings that the current scope's configuration asks for."""
     from sglang.srt.runtime_context import get_exec, get_parallel
 
     execution = get_exec()
@@ -36,17 +36,19 @@ def switches() -> dict[str, Any]:
 
 
 def agree() -> None:
-    """Join the settings that the runners of this process live with, or be the first.
+    """Join the process settings of the living runners, or be the first to choose them.
 
     Raises:
-        SpecMismatch: a runner lives with others, or one did that cannot be undone.
+        SpecMismatch: a living runner has other settings, or an earlier one made a change that
+            cannot be undone.
+        StateInUse, AcquireTimeout, DeadlockError, PoisonedState: see ``run_once``.
     """
     requested = switches()
     known: Optional[dict[str, Any]] = _core.resource(PROCESS)
     if known not in (None, requested) and all(
-        requested[name] == value for name, value in known.items() if value == _FOR_GOOD[name]
+        requested[name] == value for name, value in known.items() if value == _PERMANENT[name]
     ):
-        _core.forget(PROCESS)  # more may be set; nothing happens while a runner holds it
+        _core.forget(PROCESS)  # more may be set; does nothing while a runner holds it
     run_once(
         PROCESS,
         requested,
@@ -59,5 +61,5 @@ def agree() -> None:
 
 
 def _identity() -> Optional[int]:
-    # There is no object that these settings are; what the registry knows is all there is.
+    # No live object represents these settings; only the registry knows them.
     return None if _core.resource(PROCESS) is None else 0

@@ -1,4 +1,7 @@
-"""Shared state is closed while it is destroyed: refused while runners hold it, unless forced."""
+"""Teardown of shared state: refused while runners hold it, unless forced.
+
+Threads that request the state wait until its teardown has ended.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.sync import event_log
 
 _force: ContextVar[bool] = ContextVar("sglang_distguard.force", default=False)
-#: What the running code has closed and is destroying.
+#: Registry key -> teardown that the running code has begun.
 _active: ContextVar[Mapping[str, _core.Teardown]] = ContextVar(
     "sglang_distguard.teardown", default=MappingProxyType({})
 )
@@ -20,12 +23,16 @@ _active: ContextVar[Mapping[str, _core.Teardown]] = ContextVar(
 
 @contextmanager
 def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
-    """Close shared state to everybody else while the with block destroys it: all keys or none.
+    """Begin the teardown of ``keys``, all or none; the with block destroys their state.
 
-    What an outer with block has closed is destroyed as a part of that.
+    A key that an outer with block tears down already is part of that teardown.
+
+    Yields:
+        One teardown for each key.
 
     Raises:
-        StateInUse: runners hold it, or another thread is initialising it or tearing it down.
+        StateInUse: runners hold the state (unless ``forced``), or another thread is initialising
+            it or tearing it down.
     """
     outer = _active.get()
     begun: dict[str, _core.Teardown] = {}
@@ -57,7 +64,11 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
 
 @contextmanager
 def forced(force: bool = True) -> Iterator[None]:
-    """What is torn down inside the with block is so also while runners hold it."""
+    """Allow teardowns in the with block even while runners hold the state.
+
+    Args:
+        force: False refuses them as usual.
+    """
     token = _force.set(force)
     try:
         yield
@@ -66,6 +77,6 @@ def forced(force: bool = True) -> Iterator[None]:
 
 
 def keeps_adopted(key: str) -> bool:
-    """Whether the running code takes down what somebody else made: that is not destroyed."""
+    """Whether the running code tears down adopted state under ``key``, which is not destroyed."""
     state = _active.get().get(key)
     return state is not None and state.origin == "adopted"

@@ -1,4 +1,4 @@
-"""torch's default process group as its leader leaves it, and what has to be undone with it."""
+"""The world: torch's default process group, and what must be undone when it is destroyed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sglang_distguard.distributed.ranks.log import Ranks, open_ranks
 
 @dataclass(frozen=True)
 class World:
-    """One world.
+    """One world, as its leader made it.
 
     Attributes:
-        coordinator: SGLang's `_WORLD`; None when nobody has asked SGLang for one yet.
-        ranks: who has to agree in it; None for one rank.
-        process_group: kept, so that no other object gets its ``id`` while it counts as the world.
-        excepthook: what ``sys.excepthook`` was before torch put its own on top, and torch's.
+        coordinator: SGLang's `_WORLD`; None while no code has asked SGLang for one.
+        ranks: the ranks that must agree in it; None for one rank.
+        process_group: kept so that no other object gets its ``id`` while it counts as the world.
+        excepthook: ``sys.excepthook`` before torch installed its own, and torch's; None when torch
+            installed none.
     """
 
     coordinator: Any
@@ -30,23 +31,30 @@ class World:
     excepthook: Optional[tuple[Any, Any]] = None
 
     def restore_excepthook(self) -> None:
-        """Take torch's excepthook out again, unless somebody put another on top.
+        """Remove torch's excepthook, unless other code has installed another on top.
 
-        torch 2.14.1 chains one to the last at every ``init_process_group`` and never takes it out:
-        each world would stay in memory, and prefix tracebacks once more with its rank.
+        torch 2.14.1 chains a hook to the previous one at every ``init_process_group`` and never
+        removes it. Each world would stay in memory, and prefix tracebacks once more with its rank.
         """
         if self.excepthook is not None and sys.excepthook is self.excepthook[1]:
             sys.excepthook = self.excepthook[0]
 
 
 def ranks() -> Optional[Ranks]:
-    """Who has to agree in the world there is; None for one rank, or none."""
+    """Return the ranks that must agree in the present world; None for one rank or no world."""
     world: Optional[World] = _core.resource(WORLD)
     return None if world is None else world.ranks
 
 
 def make(initialise: Callable[[], Any]) -> World:
-    """Run ``initialise``, which leaves a world and returns SGLang's coordinator of it, or raises."""
+    """Run ``initialise`` and return the world that it made.
+
+    Args:
+        initialise: makes the world and returns SGLang's coordinator of it.
+
+    Raises:
+        Whatever ``initialise`` raised; ``sys.excepthook`` is restored before.
+    """
     before = sys.excepthook
     try:
         coordinator = initialise()

@@ -1,4 +1,4 @@
-"""sglang.srt.distributed.bootstrap: whose runtime is initialised, and how often."""
+"""sglang.srt.distributed.bootstrap: in which scope a runtime is initialised, and how often."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ MODULE = "sglang.srt.distributed.bootstrap"
 
 
 def _init_parallel_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang sets its flag first and never clears it (0.5.23), so that a retry "ran twice".
+    """Restore SGLang's run-once flag on failure, and clear it before each run if reuse is allowed.
 
-    What may run once is guarded where it happens, by the world and groups hooks.
+    SGLang sets the flag first and never clears it (0.5.23), so a retry fails with "ran twice". The
+    work that may run only once is guarded by the world and groups hooks.
     """
 
     @functools.wraps(original)
@@ -37,7 +38,7 @@ def _init_parallel_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _init_layer_runtime(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes the model's configuration (0.5.23), which says whose it is."""
+    """Run in the scope that the argument ``model_config`` identifies (0.5.23)."""
 
     @functools.wraps(original)
     def init_layer_runtime(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Answers that SGLang remembers for the whole process and that follow from one runner's configuration: they
-are forgotten where another is published, and every scope has its own.
+"""Process-wide lru_caches whose results depend on the configuration: each scope gets its own cache.
+
+A scope's cache is dropped when another configuration is published there.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from sglang_distguard.context.scopes import CONTEXT_MODULE, find_accessor
 from sglang_distguard.patching import Replace
 
 
-class _OfEachConfiguration:
-    """Stands in the place of an ``lru_cache``."""
+class _PerConfigCache:
+    """Replacement for an ``lru_cache``, with one cache per scope and configuration."""
 
     def __init__(self, cached: Any) -> None:
         functools.update_wrapper(self, cached)
-        self.__wrapped__ = cached.__wrapped__  # as with an lru_cache: what is remembered nowhere
+        self.__wrapped__ = cached.__wrapped__  # the uncached function, as in an lru_cache
         self._cached = cached
         self._new = functools.lru_cache(**cached.cache_parameters())
-        # (configuration, what was remembered of it); also in the default scope, where one runner may follow
-        # another.
+        # (configuration, its cache). The default scope has such a pair too, because one runner may
+        # follow another there.
         namespace = {"__name__": cached.__module__, cached.__name__: (None, cached)}
-        self._remembered = ScopedGlobal(namespace, cached.__name__, lambda: (None, None))
+        self._entry = ScopedGlobal(namespace, cached.__name__, lambda: (None, None))
 
     @property
     def _own(self) -> Any:
         context = find_accessor(CONTEXT_MODULE, "_CONTEXT")
         if context is None:
-            return self._cached  # the guard was taken out before the context was imported (again)
+            return self._cached  # the guard was uninstalled before the context was imported (again)
         now = context.value._server_args
-        configuration, cache = self._remembered.value
+        configuration, cache = self._entry.value
         if cache is None or configuration is not now:
             cache = self._new(self.__wrapped__)
-            self._remembered.value = (now, cache)
+            self._entry.value = (now, cache)
         return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,19 +45,20 @@ class _OfEachConfiguration:
         return getattr(self._own, name)  # cache_info, cache_clear …
 
 
-def _of_each_configuration(cached: Any) -> Any:
-    return cached if isinstance(cached, _OfEachConfiguration) else _OfEachConfiguration(cached)
+def _per_configuration(cached: Any) -> Any:
+    return cached if isinstance(cached, _PerConfigCache) else _PerConfigCache(cached)
 
 
 _BATCH = "sglang.srt.model_executor.forward_batch_info"
 _IMPORTS_IT = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 _MOE = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
 _FP8 = "sglang.kernels.ops.gemm.fp8_kernel"
-# 0.5.23. The first two ask for the configuration, the last whether torch.compile is at work. Other caches
-# ask for environment variables that no configuration writes, or are of architectures not tested.
+# 0.5.23. The first two functions read the configuration, the last whether torch.compile is active.
+# Other caches read environment variables that no configuration writes, or belong to architectures
+# that are not tested.
 CHANGES = (
-    Replace(_BATCH, "_dp_tp_moe_masks_pad_rows", _of_each_configuration),
-    Replace(_IMPORTS_IT, "_dp_tp_moe_masks_pad_rows", _of_each_configuration),
-    Replace(_MOE, "get_moe_configs", _of_each_configuration),
-    Replace(_FP8, "get_w8a8_channelwise_fp8_configs", _of_each_configuration),
+    Replace(_BATCH, "_dp_tp_moe_masks_pad_rows", _per_configuration),
+    Replace(_IMPORTS_IT, "_dp_tp_moe_masks_pad_rows", _per_configuration),
+    Replace(_MOE, "get_moe_configs", _per_configuration),
+    Replace(_FP8, "get_w8a8_channelwise_fp8_configs", _per_configuration),
 )

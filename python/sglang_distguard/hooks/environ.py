@@ -1,4 +1,4 @@
-"""sglang.srt.environ: what a runner or its configuration writes through ``envs`` is its scope's."""
+"""sglang.srt.environ: writes of a runner or configuration through ``envs`` stay in its scope."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _set(original: Callable[..., Any]) -> Callable[..., Any]:
         if environment.is_own():
             _write(self, (str(value), value is None))
             return
-        _write(self, None)  # what is written last counts
+        _write(self, None)  # the last write counts
         original(self, value)
 
     return set

@@ -16,7 +16,7 @@ _FIELDS = ("num_layers", "num_physical_experts", "num_logical_experts", "ep_size
 
 
 def experts_spec(metadata: Any) -> dict[str, Any]:
-    """What two settings of one scope must agree on: the numbers of layers and experts."""
+    """Return what two settings of one scope must agree on: the numbers of layers and experts."""
     return {field: getattr(metadata, field, None) for field in _FIELDS}
 
 
@@ -31,7 +31,7 @@ def _set_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
             original(value, allow_overwrite=True)
             return
         key = experts_key()
-        _core.forget(key)  # of a runner that is gone; nothing happens while one holds it
+        _core.forget(key)  # left by a runner that is gone; does nothing while a runner holds it
 
         def observe() -> Optional[int]:
             current = namespace["get_global_expert_location_metadata"]()

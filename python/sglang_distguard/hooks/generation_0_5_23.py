@@ -56,7 +56,7 @@ HOOKS = (
 
 
 def changes() -> list[Change]:
-    """Everything this generation changes."""
+    """Return all changes of this generation."""
     scoped = process_globals.scoped()
     found: list[Change] = [
         Scoped(module, name) for module, names in scoped.items() for name in names

@@ -1,7 +1,8 @@
-"""What is given a runner, or a part of one, works for that one: the argument decides before any context.
+"""Functions that are given a runner, or a part of one, run in the scope of that runner.
 
-Batches are made around a runner's own methods, by code that may be in no runner's scope or in another's.
-A test compares the rows with SGLang's text.
+The argument decides before any context. Batches are made outside of a runner's own methods, by
+code that may be in no runner's scope or in another runner's. A test compares the rows with SGLang's
+text.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ GIVEN = (
     ("sglang.srt.managers.scheduler_components.dp_attn", "prepare_mlp_sync_batch_raw"),
 )
 _BATCHES = "sglang.srt.managers.schedule_batch"
-#: Methods of a batch that read the configuration, or call what does (0.5.23).
+#: Methods of a batch that read the configuration, or call code that does (0.5.23).
 _OF_BATCHES = (
     "prepare_for_extend prepare_for_decode mix_with_running check_decode_mem retract_decode "
     "new_tokens_required_next_decode mamba_lazy_prealloc_at_boundary mamba_lazy_spec_prepare "
     "maybe_evict_swa release_req"
 )
-#: On a batch and a parameter: the runner's pool, which says whose it is (``hooks.model_runner``).
+#: Name of a batch's attribute and of a parameter: the request pool, which identifies its runner
+#: (``hooks.model_runner``).
 _POOL = "req_to_token_pool"
 
 CHANGES = (

@@ -1,13 +1,13 @@
-"""Whatever captures a graph is alone, also what does so past the runner's methods.
+"""Every capture of a graph runs alone, including captures outside of the runner's methods.
 
-Draft workers capture graphs of their own after their runner has (0.5.23: `init_cuda_graphs` of
-`speculative/*_worker_v2.py`), and some graphs are captured in the middle of a forward: vision
-encoders, buckets of rows. All of them go through a graph runner's `capture` - draft runners inherit
-it - or through one of the context managers below; most through several, and who is in the phase
-enters it again at once.
+Draft workers capture graphs of their own after their runner has captured (0.5.23:
+`init_cuda_graphs` of `speculative/*_worker_v2.py`). Some graphs are captured in the middle of a
+forward: vision encoders, buckets of rows. All captures go through a graph runner's `capture`, which
+draft runners inherit, or through one of the context managers below. Most go through several. A
+thread that is already in the capture phase enters it again at once.
 
-The phase cannot be at `model_capture_mode`: prefill graphs are captured without it, and a CPU graph of
-an encoder-decoder is replayed in it.
+`model_capture_mode` is not the place to enter the phase: prefill graphs are captured without it,
+and a CPU graph of an encoder-decoder is replayed in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sglang_distguard.runner.captures import capture_alone
 from sglang_distguard.runner.collective_steps import step_among_ranks
 from sglang_distguard.runner.handle import find_handle
 
-#: On a context manager, while it is entered: what ends its visit.
+#: Attribute of a context manager, while it is entered: the stack that ends its visit.
 _VISIT = "_sglang_distguard_visit"
 
 
@@ -51,7 +51,7 @@ def _enter(error_mode: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def __enter__(self: Any) -> Any:
-            # What asks for "thread_local" says that other threads may use CUDA meanwhile.
+            # "thread_local" means that other threads may use CUDA during the capture.
             if getattr(self, error_mode) != "global":
                 return original(self)
             with ExitStack() as stack:

@@ -1,7 +1,7 @@
-"""torch_memory_saver: a runner's memory is released and resumed for itself, and while it does nothing else.
+"""torch_memory_saver: release and resume the memory of one runner, while it does nothing else.
 
-SGLang's Scheduler does it (0.5.23, `SchedulerWeightUpdaterManager`), by tags that all memory of the
-process shares: releasing "weights" would take every other runner's away.
+SGLang's Scheduler does this (0.5.23, `SchedulerWeightUpdaterManager`) by tags that all memory of
+the process shares. Releasing "weights" would take away the weights of every other runner.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SAVER = "_TorchMemorySaverAdapterReal"
 
 
 def tag_of_scope(tag: str) -> str:
-    """``tag`` for memory of the current scope's runner alone; the default scope's is SGLang's own."""
+    """Return ``tag`` for memory of the current scope only; the default scope uses SGLang's tag."""
     scope = _core.current_scope()
     return tag if scope is None else f"{tag} of scope {scope.id}"
 
@@ -45,7 +45,7 @@ def _cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CHANGES = (
-    # With several ranks they meet in a barrier.
+    # With several ranks, the ranks meet in a barrier.
     *(
         Within(
             _MANAGER,

@@ -1,4 +1,4 @@
-"""sglang.srt.configs.model_config: a model's configuration knows the ServerArgs that it was made from."""
+"""sglang.srt.configs.model_config: a ModelConfig refers to the ServerArgs it was made from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _MADE_FROM = "_sglang_distguard_made_from"
 
 
 class _MadeFrom:
-    """Goes nowhere with a copy: a copy may be made for another runner."""
+    """Reference to ``ServerArgs`` that copies lose: a copy may be made for another runner."""
 
     def __init__(self, server_args: Any) -> None:
         self.server_args = server_args
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()  # processes without distguard unpickle it, too
+        return type(None), ()  # processes without the guard unpickle it too
 
 
 def made_from(model_config: Any) -> Optional[Any]:
-    """The ServerArgs that ``ModelConfig.from_server_args`` was given; None if it was not so made."""
+    """Return the ServerArgs from which ``from_server_args`` made ``model_config``, else None."""
     known = getattr(model_config, "__dict__", {}).get(_MADE_FROM)
     return known.server_args if isinstance(known, _MadeFrom) else None
 

@@ -1,4 +1,4 @@
-"""sglang.srt.model_loader.utils: the default dtype of a load is the loading execution's."""
+"""sglang.srt.model_loader.utils: the default dtype of a load belongs to its execution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sglang.srt.model_executor.model_runner: a runner's methods run in its own scope, on any thread."""
+"""sglang.srt.model_executor.model_runner: a runner's methods run in its scope, on any thread."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ MODULE = "sglang.srt.model_executor.model_runner"
 
 
 class Steps(NamedTuple):
-    """Public methods of ModelRunner that are alike to others: in a phase, or in none and why."""
+    """Public methods of ModelRunner that are treated alike: their phase, or why they have none."""
 
     names: str
-    #: rust/core/src/phases.rs says which of them overlap.
+    #: rust/core/src/phases.rs says which phases overlap.
     phase: Optional[Phase] = None
-    #: Compute together with the other ranks, so in their turn (docs/COLLECTIVES.md).
+    #: They compute together with the other ranks, so each has a turn (docs/COLLECTIVES.md).
     are_collective: bool = False
     why_in_no_phase: str = ""
-    #: Read nothing that is scoped: no hook.
+    #: They read nothing that is scoped, so they have no hook.
     is_plain: bool = False
 
 
@@ -66,8 +66,8 @@ TABLE = (
     Steps(
         "maybe_join_ep_ranks post_capture_elastic_ep_recover",
         are_collective=True,
-        why_in_no_phase="work with elastic expert parallelism only, which is refused with several ranks "
-        "and has nobody to join with one",
+        why_in_no_phase="work with elastic expert parallelism only, which is refused with several "
+        "ranks; with one rank there is no other rank to join",
     ),
     Steps(
         "initialize init_startup_observability init_msprobe init_weight_updater "
@@ -79,13 +79,13 @@ TABLE = (
         "maybe_enable_batch_invariant_mode check_quantized_moe_compatibility init_torch_distributed "
         "maybe_precompile_model_kernels_after_loading maybe_init_dwdp init_lora_manager apply_torch_tp "
         "configure_kv_cache_dtype",
-        why_in_no_phase="called by the constructor, which is in the phase for loads",
+        why_in_no_phase="called by the constructor, which is in the load phase",
     ),
     Steps(
         "init_kv_cache_configurator init_kv_index_translator init_ngram_embedding_manager "
         "maybe_init_watermark_state maybe_init_hisparse_coordinator init_routed_experts_capturer "
         "init_indexer_capturer",
-        why_in_no_phase="called by alloc_memory_pool, which is in the phase for loads",
+        why_in_no_phase="called by alloc_memory_pool, which is in the load phase",
     ),
     Steps(
         "supports_sampling_observer get_pp_proxy_dspark_hidden_size "
@@ -117,7 +117,7 @@ _PHASES: dict[str, Phase] = {
 
 
 def phase_of(step: str) -> Phase:
-    """Which phase a step of ``_PHASES`` of the current scope's runner is in."""
+    """Return the phase of ``step``, a key of ``_PHASES``, for the current scope's runner."""
     phase = _PHASES[step]
     return phase if phase != "capture" or _captures() else "load"
 
@@ -138,7 +138,7 @@ def _captures() -> bool:
 
 
 def _step_of(name: str) -> Optional[_core.StepOf]:
-    """What the method ``name`` runs in; None where it reads nothing that is scoped."""
+    """Return the step in which method ``name`` runs; None if it reads nothing that is scoped."""
     if name in _PLAIN:
         return None
     phase = _PHASES.get(name)
@@ -158,7 +158,7 @@ def _step_of(name: str) -> Optional[_core.StepOf]:
 
 @contextmanager
 def _in_python(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
-    """A step that captures, or one of several ranks."""
+    """Run a step that captures, or a step with several ranks."""
     with scope_active(handle.scope):
         phase = phase_of(step) if step in _PHASES else None
     with step_among_ranks(
@@ -176,7 +176,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if find_handle(self) is not None:  # a subclass calling up
+        if find_handle(self) is not None:  # a subclass calls its base constructor
             original(self, *args, **kwargs)
             return
         server_args = signature.bind_partial(self, *args, **kwargs).arguments.get("server_args")
@@ -196,7 +196,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Batches know the pool of requests, and by it whose they are (``hooks.given_runners``)."""
+    """Mark the request pool, by which batches find their runner (``hooks.given_runners``)."""
     step_of = _step_of("alloc_memory_pool")
     assert step_of is not None
 

@@ -43,7 +43,7 @@ _WIDTHS = (
 
 
 def world_spec(call: dict[str, Any]) -> dict[str, Any]:
-    """What two requests for a world must agree on. Port, init method and timeout may differ."""
+    """Return what two requests for a world must agree on; port, init method, timeout may differ."""
     world_size, rank = call["world_size"], call["rank"]
     local_rank = call["local_rank"]
     if call["distributed_init_method"] == "env://":
@@ -60,7 +60,7 @@ def world_spec(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def adopted_world_spec(distributed: Any, requested: dict[str, Any]) -> dict[str, Any]:
-    """The spec of a world that somebody else initialised; torch does not know the local rank."""
+    """Return the spec of a world that user code initialised; torch does not know the local rank."""
     return {
         **requested,
         "world_size": distributed.get_world_size(),
@@ -70,7 +70,7 @@ def adopted_world_spec(distributed: Any, requested: dict[str, Any]) -> dict[str,
 
 
 def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
-    """What two requests for groups must agree on: every width, and what is fixed with them."""
+    """Return what two requests for groups must agree on: all widths, flags and arguments."""
     widths = {width: getattr(parallel, width) for width in _WIDTHS}
     flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in coordinators.FLAGS}
     return {**widths, **flags, **call}
@@ -79,7 +79,7 @@ def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
 def _undo_world(
     namespace: dict[str, Any], *, default: Any, coordinator: Any, made: list[Any]
 ) -> None:
-    """Destroy what was made since the arguments were looked at."""
+    """Destroy what was made since the arguments were read."""
     if coordinator is None and namespace["_WORLD"] is not None:
         namespace["_WORLD"].destroy()
         namespace["_WORLD"] = None
@@ -97,7 +97,7 @@ def _undo_groups(parallel: Any, *, stamp: dict[str, Any], made: list[Any], prefi
 
 @contextmanager
 def _deadline(world_size: int) -> Iterator[None]:
-    """Do not wait 30 minutes, as torch would, for ranks that never come to the rendezvous."""
+    """Do not wait 30 minutes, as torch would, for ranks that never arrive at the rendezvous."""
     if world_size == 1:
         yield
         return
@@ -110,8 +110,8 @@ def _deadline(world_size: int) -> Iterator[None]:
         if isinstance(error, DistGuardError) or time.monotonic() - begun < seconds * 0.9:
             raise
         raise AgreementTimeout(
-            f"the world of {world_size} ranks did not come up within {seconds:.1f} s "
-            f"({describe(error)}). Look whether all ranks live and were given the same address; "
+            f"the world of {world_size} ranks was not initialised within {seconds:.1f} s "
+            f"({describe(error)}). Check that all ranks are alive and were given the same address. "
             "agreement_timeout=... changes the deadline.",
             name="world",
             world_size=world_size,
@@ -131,7 +131,7 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
         undoing = ExitStack()
 
         def initialise() -> world.World:
-            # Looked at by the leader only: what there was before it began is not its to undo.
+            # Read by the leader only. It must not undo what existed before it began.
             undoing.callback(
                 _undo_world,
                 namespace,
@@ -140,7 +140,7 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
                 made=coordinators.process_groups(),
             )
             if namespace["_WORLD"] is not None and not coordinators.is_alive(namespace["_WORLD"]):
-                namespace["_WORLD"] = None  # left by a world destroyed elsewhere
+                namespace["_WORLD"] = None  # left by a world that other code destroyed
 
             def make() -> Any:
                 with _deadline(requested["world_size"]):
@@ -151,14 +151,14 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
 
         def adopt() -> tuple[Any, dict[str, Any]]:
             actual = adopted_world_spec(namespace["torch"].distributed, requested)
-            # SGLang's own coordinator of it, unless this caller is about to be refused.
+            # SGLang makes its own coordinator, unless this caller is about to be refused.
             return (
                 initialise() if actual == requested else world.make(lambda: namespace["_WORLD"])
             ), actual
 
         refused = _core.resource(WORLD)
         if refused is not None and refused.coordinator is None:
-            _core.forget(WORLD)  # who adopted it was refused: adopt it as a whole
+            _core.forget(WORLD)  # the caller that adopted it was refused: adopt it completely
         run_once(
             WORLD,
             requested,
@@ -173,7 +173,7 @@ def _init_distributed_environment(original: Callable[..., Any]) -> Callable[...,
 
 
 def _init_world_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The first collective of a world: all ranks agree on it, so that one that is missing is named."""
+    """Let all ranks agree on the first collective of a world, so that a missing rank is named."""
 
     @functools.wraps(original)
     def init_world_group(*args: Any, **kwargs: Any) -> Any:
@@ -216,7 +216,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             if coordinators.identity(coordinators.read()) is None:
                 coordinators.write(
                     dict.fromkeys(coordinators.FIELDS)
-                )  # left by groups destroyed elsewhere
+                )  # left by groups that other code destroyed
             made = {}
             if ranks is not None:
                 made[coordinators.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
@@ -248,20 +248,20 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             return
         owned_groups.destroy_orphaned()
         if own:
-            owned_groups.destroy_unless_leased(key, scope)  # of a runner that was collected
+            owned_groups.destroy_unless_leased(key, scope)  # left by a collected runner
         server_args = namespace["get_parallel"].__globals__["get_server_args"]()
         _refuse_growing(server_args)
         if not may_overlap(key):
             _refuse_stages(requested["pp_size"])
-        # Widths as they came out, not as they were asked for.
+        # The resulting widths, not the requested ones.
         spec = specs.model_spec(server_args) | specs.plain(requested)
         spec["groups"] = "own" if own else "share"
 
         def undo() -> None:
-            if led:  # here it went well, and not on another rank
+            if led:  # it succeeded on this rank, and failed on another
                 owned_groups.destroy_unless_leased(key, scope)
 
-        # Whoever joins what is there takes a turn, too: the ranks must join with the same runner.
+        # A caller that joins existing groups takes a turn too: all ranks must join with one runner.
         name = f"runner {specs.name_for(spec)}"
         with agreement.turn(ranks, name, spec, keep=True, undo=undo):
             acquire()
@@ -270,7 +270,10 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
 
 
 def _refuse_growing(server_args: Any) -> None:
-    """Elastic expert parallelism changes torch's default group (0.5.23); a runner's own cannot grow."""
+    """Refuse elastic expert parallelism: a runner's own default group cannot grow.
+
+    Elastic expert parallelism changes torch's default group (0.5.23).
+    """
     backend = getattr(server_args, "elastic_ep_backend", None)
     if backend is not None:
         raise NotSupported(
@@ -282,18 +285,22 @@ def _refuse_growing(server_args: Any) -> None:
 
 
 def _refuse_stages(stages: int) -> None:
-    """Stages of a pipeline call the same step one after the other, so that no turn has them all."""
+    """Refuse a pipeline whose steps take turns.
+
+    Its stages call the same step one after the other, so no turn has all of them.
+    """
     if stages > 1:
         raise NotSupported(
             f"pp_size={stages} with steps that take turns on all ranks "
-            '(groups="share", GPUs, and CPUs with AMX or of arm64): a stage would wait in its turn '
-            'for the one before. Use pp_size=1; on other CPUs groups="own" runs pipelines.',
+            '(groups="share", GPUs, arm64 CPUs and CPUs with AMX) is not supported: a stage would '
+            "wait in its turn for the stage before it. Use pp_size=1. On other CPUs, "
+            'groups="own" supports pipelines.',
             pp_size=stages,
         )
 
 
 def _own_world(namespace: dict[str, Any], backend: Optional[str]) -> Any:
-    """One more coordinator of the whole world (0.5.23: memory and load barriers go over it)."""
+    """Make one more coordinator of the whole world (0.5.23: memory and load barriers use it)."""
     shared = namespace["_WORLD"]
     coordinator = namespace["init_world_group"](
         ranks=list(range(shared.world_size)),
@@ -330,7 +337,7 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(original)
     def destroy_distributed_environment() -> None:
-        # torch destroys all with the world
+        # torch destroys all groups with the world
         with tearing_down(WORLD, *all_keys()) as (state, *_groups):
             if state.origin == "adopted":
                 namespace["_WORLD"] = None
@@ -341,7 +348,7 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 
 
 def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., Any]:
-    """All or nothing, also where SGLang itself would destroy the groups and then fail (0.5.23)."""
+    """Destroy all or nothing, even where SGLang destroys the groups and then fails (0.5.23)."""
 
     @functools.wraps(original)
     def cleanup_dist_env_and_memory(*args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""sglang.srt.utils.patch_torch: torch is patched once, also when two runners update weights at once.
+"""sglang.srt.utils.patch_torch: torch is patched once, even if two runners update weights at once.
 
-0.5.23 asks whether it was, and then replaces `reduce_tensor` and keeps what was there: two at once would
-keep SGLang's own, which calls what is kept, without end.
+0.5.23 checks whether torch is patched, keeps the present `reduce_tensor` and replaces it. Two
+threads at once would keep SGLang's own function, which calls the kept one: an endless recursion.
 """
 
 from __future__ import annotations

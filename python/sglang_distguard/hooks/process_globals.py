@@ -1,7 +1,7 @@
-"""How each process-global of SGLang is treated: the one list that hooks and documentation read.
+"""The treatment of each process-global of SGLang: the one table that hooks and documents read.
 
-Add a line to treat one more: a scoped module global or class attribute needs nothing else. Names and
-behaviour are those of sglang 0.5.23.
+To treat another one, add a row. A scoped module global or class attribute needs nothing else. Names
+and behaviour are those of sglang 0.5.23.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from sglang_distguard.hooks import unmanaged_globals
 
 
 class How(StrEnum):
-    """The four treatments (ARCHITECTURE.md), and leaving alone what does no harm."""
+    """The four treatments (ARCHITECTURE.md), and a value for globals that need none."""
 
     SHARED = "shared"  # one per process, single-flight through the registry
     SCOPED = "scoped"  # every runner has its own
     THREAD_LOCAL = "thread-local"  # the calling thread has its own while it loads
     EXCLUDED = "excluded"  # phases that may not overlap
-    HARMLESS = "harmless"  # the same for every runner, or only ever grows
+    HARMLESS = "harmless"  # equal for every runner, or a cache that only grows
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """One process-global, how it is treated, and why.
+    """One process-global, its treatment, and the reason for it.
 
     Attributes:
-        module: where it is.
-        name: of the module's global; "Class.attribute" for a class's.
+        module: module that has the global.
+        name: name of the module global, or "Class.attribute" for a class attribute.
         how: the treatment.
-        reason: why this one.
-        by: module of ``sglang_distguard`` that does it; empty where every scope simply has its own
-            value (``patching``), and where nothing is to be done.
+        reason: why the global gets this treatment.
+        by: module of ``sglang_distguard`` that implements it. Empty where every scope simply has
+            its own value (``patching``), and where nothing is to be done.
     """
 
     module: str
@@ -45,7 +45,7 @@ class Treatment:
 
 
 def _rows(how: How, *lines: tuple[str, ...]) -> tuple[Treatment, ...]:
-    """One row for each name of ``(module, names, reason)`` or ``(module, names, reason, by)``."""
+    """Return one row per name of ``(module, names, reason)`` or ``(module, names, reason, by)``."""
     return tuple(
         Treatment(line[0], name, how, *line[2:]) for line in lines for name in line[1].split()
     )
@@ -55,7 +55,7 @@ _SRT = "sglang.srt."
 _STATE = _SRT + "distributed.parallel_state"
 _EXECUTOR = _SRT + "model_executor."
 _COMPILER = (
-    "torch 2.14 keeps what is set of its configuration per thread (torch.utils._config_module)"
+    "torch 2.14 keeps settings of this configuration per thread (torch.utils._config_module)"
 )
 
 TREATMENTS: tuple[Treatment, ...] = (
@@ -64,50 +64,51 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             "torch.distributed",
             "default_process_group process_groups",
-            "the world: torch allows one; methods of a runner that owns its groups get its own world",
+            "the world: torch allows only one; methods of a runner that owns its groups get the "
+            "runner's own world",
             "hooks.process_groups",
         ),
         (_STATE, "_WORLD", "coordinator of the world", "hooks.parallel_state"),
         (
             "sys",
             "excepthook",
-            "torch puts one on top for each world; it is taken out with it",
-            "world",
+            "torch installs one for each world; it is removed with the world",
+            "distributed.world",
         ),
         (
             "torch",
             "float32_matmul_precision allow_tf32",
-            "enable_tf32_matmul: runners that live at once agree",
+            "changed by enable_tf32_matmul; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
         (
             _SRT + "batch_invariant_ops.batch_invariant_ops",
             "_batch_invariant_MODE _batch_invariant_LIB _original_torch_bmm",
-            "enable_deterministic_inference: runners that live at once agree",
+            "changed by enable_deterministic_inference; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
         (
             "torch",
             "bmm",
-            "enable_deterministic_inference: runners that live at once agree",
+            "changed by enable_deterministic_inference; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
         (
             _SRT + "distributed.device_communicators.custom_all_reduce_utils",
             "gpu_p2p_access_check",
-            "enable_p2p_check: runners that live at once agree",
+            "depends on enable_p2p_check; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
         (
             _SRT + "distributed.device_communicators.custom_all_reduce",
             "CustomAllreduce.__del__",
-            "enable_p2p_check: runners that live at once agree",
+            "depends on enable_p2p_check; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
         (
             "torch.multiprocessing.reductions",
             "reduce_tensor rebuild_cuda_tensor _reduce_tensor_original _rebuild_cuda_tensor_original",
-            "replaced by the first runner that is given tensors, for all",
+            "replaced once for all runners, by the first one that is given tensors",
             "hooks.patch_torch",
         ),
         (
@@ -130,21 +131,22 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _SRT + "environ",
             "envs.*",
-            "environment variables that a configuration or a runner writes through envs, and others read",
+            "environment variables that a configuration or a runner writes through envs and other "
+            "code reads",
             "hooks.environ",
         ),
         (
             "os",
             "environ[self.name]",
-            "the same, where a field of envs writes its variable",
+            "as envs.*: the variable that a field of envs writes",
             "hooks.environ",
         ),
         (
             _STATE,
             " ".join(FIELDS),
-            "handles: the scope's own groups or the shared ones; a draft may patch its own",
+            "the scope's own groups or the shared ones; a draft may patch in its own groups",
         ),
-        (_STATE, " ".join(PATCHED), "a draft's patch of the groups above"),
+        (_STATE, " ".join(PATCHED), "true while a draft's groups replace the groups above"),
         (
             _STATE,
             " ".join(FLAGS),
@@ -174,30 +176,30 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _EXECUTOR + "forward_batch_info",
             "_dp_tp_moe_masks_pad_rows",
-            "a remembered answer about one runner's widths",
+            "cached result that depends on one runner's widths",
             "hooks.caches",
         ),
         (
             _SRT + "layers.moe.moe_runner.triton_utils.fused_moe_triton_config",
             "get_moe_configs",
-            "remembered answers, which deterministic inference changes",
+            "cached results that depend on deterministic inference",
             "hooks.caches",
         ),
         (
             "sglang.kernels.ops.gemm.fp8_kernel",
             "get_w8a8_channelwise_fp8_configs",
-            "remembered answers, which torch.compile changes",
+            "cached results that depend on torch.compile",
             "hooks.caches",
         ),
         (
             "sglang.kernels.fused_op",
             "_forced_backend",
-            "from an environment variable, which a configuration may write",
+            "read from an environment variable that a configuration may write",
         ),
         (
             _SRT + "model_loader.weight_utils",
             "_PREFETCH_BLOCK_SIZE",
-            "from an environment variable, which a configuration may write",
+            "read from an environment variable that a configuration may write",
         ),
         (_SRT + "utils.offloader", "_instance", "offloads one model's layers"),
         (_SRT + "distributed.naive_distributed", "_instance", "made for one runner's offloader"),
@@ -206,7 +208,7 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _SRT + "distributed.device_communicators.pynccl_allocator",
             "_graph_pool_id _active_symmetric_memory_context",
-            "the graphs' memory, and the running code's allocations, of one runner",
+            "memory of one runner's graphs, and allocations of its running code",
         ),
         (
             _SRT + "layers.attention.flashinfer_backend",
@@ -243,18 +245,26 @@ TREATMENTS: tuple[Treatment, ...] = (
             "_in_torch_compile_warmup _pcg_capture_stream",
             "true while one runner compiles or captures",
         ),
-        (_SRT + "layers.layer_boundary.factories", "_stack", "layer stack of the model in build"),
+        (
+            _SRT + "layers.layer_boundary.factories",
+            "_stack",
+            "layer stack of the model that is being built",
+        ),
         (
             _SRT + "layers.layer_boundary.adapters.attention",
             "ATTN_TP_CONTEXT",
             "written by one model's constructor, read in its forwards",
         ),
-        (_SRT + "layers.rotary_embedding.factory", "_ROPE_DICT", "modules: a model owns its own"),
-        (_SRT + "models.torch_native_llama", "tp_size tp_rank", "from one runner's groups"),
+        (
+            _SRT + "layers.rotary_embedding.factory",
+            "_ROPE_DICT",
+            "cache of modules; each model must own its modules",
+        ),
+        (_SRT + "models.torch_native_llama", "tp_size tp_rank", "read from one runner's groups"),
         (
             _SRT + "models.transformers",
             "_TRANSFORMERS_MOE_LAYERS",
-            "one model's layers by name: another's of the same name would compute in their place",
+            "one model's layers by name; another's layer of that name would compute in its place",
         ),
         (_SRT + "layers.cp.base", "_STRATEGY", "made from one runner's configuration"),
         (
@@ -270,17 +280,17 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _SRT + "layers.quantization.unquant",
             "_BF16_GEMM_BACKEND _enable_bf16_splitk_gemm",
-            "from one runner's configuration",
+            "read from one runner's configuration",
         ),
         (
             _SRT + "layers.quantization.fp8_utils",
             "FP8_GEMM_RUNNER_BACKEND",
-            "from one runner's configuration",
+            "read from one runner's configuration",
         ),
         (
             _SRT + "layers.quantization.fp4_utils",
             "FP4_GEMM_RUNNER_BACKEND",
-            "from one runner's configuration",
+            "read from one runner's configuration",
         ),
         (
             _SRT + "layers.moe.moe_runner.triton_utils",
@@ -293,13 +303,13 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             "torch",
             "default_dtype",
-            "SGLang holds it for the whole weight load",
+            "SGLang keeps it set for the whole weight load",
             "hooks.torch_dtype",
         ),
         (
             "torch",
             "compiling",
-            "true while one thread compiles: layers compute in another way then",
+            "true while one thread compiles; layers compute differently then",
             "hooks.torch_compiler",
         ),
         (
@@ -326,14 +336,15 @@ TREATMENTS: tuple[Treatment, ...] = (
         (
             _EXECUTOR + "runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
             "_hook_refcount _original_wait_stream",
-            "counts the captures for which torch's Stream.wait_stream is replaced; nothing else computes then",
+            "counts the captures for which torch's Stream.wait_stream is replaced; nothing else "
+            "computes during a capture",
             "hooks.graph_captures",
         ),
         (
             _SRT + "layers.activation",
             "_ACTIVATION_REGISTRY",
-            "functions without weights that all models use; switched to what torch.compile can trace while "
-            "graphs are captured, when nothing else computes",
+            "functions without weights that all models use; while graphs are captured, when "
+            "nothing else computes, they are switched to code that torch.compile can trace",
             "hooks.model_runner",
         ),
     ),
@@ -344,16 +355,16 @@ _BY_KEY = {(row.module, row.name): row for row in TREATMENTS}
 
 
 def find(module: str, name: str) -> Optional[Treatment]:
-    """How ``module``.``name`` is treated; None when no line is about it.
+    """Return the row of ``module``.``name``; None if there is none.
 
-    A line about "name.*" is about every attribute of ``name`` that has none of its own.
+    A row named "name.*" is the row of every attribute of ``name`` that has no row of its own.
     """
     every = f"{name.partition('.')[0]}.*"
     return _BY_KEY.get((module, name)) or _BY_KEY.get((module, every))
 
 
 def scoped() -> dict[str, list[str]]:
-    """Module -> its globals and class attributes that every scope has its own value of."""
+    """Return module -> its globals and class attributes that are scoped without a hook."""
     found: dict[str, list[str]] = {}
     for row in TREATMENTS:
         if row.how is How.SCOPED and not row.by:
@@ -362,7 +373,7 @@ def scoped() -> dict[str, list[str]]:
 
 
 def markdown() -> str:
-    """The table of ARCHITECTURE.md; a test keeps the two equal."""
+    """Return the table of docs/process-globals.md; a test compares the two."""
     lines = ["| module | global | treatment | reason |", "|---|---|---|---|"]
     lines += [
         f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason} |" for row in TREATMENTS

@@ -1,4 +1,4 @@
-"""torch.distributed: groups in use are not destroyed, and in a turn they are created as agreed."""
+"""torch.distributed: groups in use are not destroyed; in a turn, groups are created as agreed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MODULE = "torch.distributed.distributed_c10d"
 
 
 def _concerned(group: Any) -> tuple[str, ...]:
-    """What goes with ``group``: torch destroys every group with the default one (2.14.1)."""
+    """Return the registry keys of all state that is destroyed with ``group``.
+
+    torch destroys every group with the default one (2.14.1).
+    """
     if group is None or group is coordinators.default_process_group():
         return (*all_keys(), WORLD)
     world = _core.resource(WORLD)
@@ -37,7 +40,7 @@ def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     def destroy_process_group(group: Any = None) -> None:
         concerned = _concerned(group)
         if any(keeps_adopted(key) for key in concerned):
-            return  # 0.5.23: `cleanup_dist_env_and_memory` destroys once more, whoever made it
+            return  # 0.5.23: `cleanup_dist_env_and_memory` destroys again, adopted or not
         with tearing_down(*concerned) as states:
             original(group)
             for state in states:
@@ -66,7 +69,7 @@ def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any
         if creating is not None:
             call = signature.bind(*args, **kwargs).arguments
             members = call["global_ranks_in_group"]  # empty for the default group
-            # Not groups with strangers, say a trainer: those do not come to meet.
+            # Not groups with other programs, such as a trainer: those do not come to the meeting.
             agreed = not members or creating.names(call["group_name"])
             size, is_member = call["group_size"], not members or _rank() in members
             if agreed and is_member and size > 1:
@@ -93,10 +96,11 @@ def _rendezvous(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _get_default_group(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang runs some collectives over torch's default group: a runner has a copy of its own.
+    """Give the methods of a runner its own copy of torch's default group.
 
-    Only in its methods: what others do over the default group stays theirs. `new_group` names its
-    own store by this group, so that in a turn it is the real one on every rank.
+    SGLang runs some collectives over the default group. Code outside of a runner's methods uses the
+    real group. `new_group` names its own store by this group, so in a turn it is the real group on
+    every rank.
     """
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""sglang.srt.runtime_context: whose context `publish` configures and `use_context` activates."""
+"""sglang.srt.runtime_context: which context `publish` configures and `use_context` activates."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from sglang_distguard.context.scopes import (
 from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.patching import Around
 
-#: Our key in SGLang's snapshot, beside its own "__parallel__".
+#: The guard's key in SGLang's snapshot, beside SGLang's own "__parallel__".
 _ENVIRONMENT = "__environment__"
 
 
 def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang's `publish` replaces the one context of the process (0.5.23: "last-publish-wins").
+    """Publish into the caller's own context, or into a fresh one if a runner lives there.
 
-    Here it replaces only the caller's own, and only while no runner lives in it; else the running
-    code gets a scope of its own, in which SGLang's code makes a fresh context by itself. What was
-    published and not built, by code that has ended, is put aside (rust/core/src/scopes.rs).
+    SGLang's `publish` replaces the one context of the process (0.5.23: "last-publish-wins"). Here
+    it replaces only the caller's own context, and only while no runner lives in it. Otherwise the
+    running code gets a scope of its own, in which SGLang's code makes a fresh context by itself.
+    A publish by code that ended without building is set aside (rust/core/src/scopes.rs).
     """
     namespace = original.__globals__
 
     @functools.wraps(original)
     def publish(server_args: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of a runner that was collected: SGLang compares with its groups.
+        # SGLang would compare with the groups of a runner that was garbage-collected.
         owned_groups.destroy_if_vacant(_core.current_scope())
         name = settings.current().name or ""
-        # Groups of several ranks stay where all ranks know them.
+        # Groups of several ranks stay in the scope where all ranks know them.
         movable = world.ranks() is None
         here = accessor(CONTEXT_MODULE, "_CONTEXT").value._server_args
         is_other = here is not None and here is not server_args
@@ -50,7 +51,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
                 keep_published(server_args)
                 publishing.succeed()
             except BaseException:
-                # SGLang's own way back from a failed launch; it writes into the same objects.
+                # SGLang restores a failed launch in this way. It writes into the same objects.
                 if before is not None:
                     namespace["restore_context"](before)
                 raise
@@ -60,7 +61,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _use_context(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang's `use_context` swaps the process's context; here it is the calling thread's."""
+    """Swap the context of the calling thread only; SGLang's `use_context` swaps the process's."""
 
     @functools.wraps(original)
     def use_context(context: Any) -> Iterator[Any]:
@@ -71,7 +72,7 @@ def _use_context(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _create_context(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What its configuration writes is for the new context's scope (``scope_of_context``)."""
+    """Keep what resolving writes for the new context's scope (``scope_of_context``)."""
 
     @functools.wraps(original)
     def create_context(server_args: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
-"""SGLang's source patcher (debug_utils, 0.5.23) compiles an edited copy of a function's text into the function.
+"""SGLang's source patcher (debug_utils, 0.5.23) may not edit functions that the guard changes.
 
-Of a function that the guard has changed the copy would be plain SGLang's: it would run in no step of its
-runner, or read another runner's globals. Such an edit is refused; all others are SGLang's own business.
+The patcher compiles an edited copy of a function's text into the function. If the guard has changed
+the function, the copy would be plain SGLang code. It would run in no step of its runner, or read
+another runner's globals. Such an edit is refused. All other edits are left to SGLang.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ def _patch_function(original: Callable[..., Any]) -> Callable[..., Any]:
     def patch_function(*, target: Any, **edits: Any) -> Any:
         if is_changed(target.__code__):
             _refuse(
-                target, "is one that the guard changes, and the edited copy would not be changed"
+                target, "the guard changes this function, and the edited copy would lack the change"
             )
         before = target.__code__
         state = original(target=target, **edits)
         read = unscoped_reads(target)
         if read:
             target.__code__ = before
-            _refuse(target, f"would then use {', '.join(read)}, of which each runner has its own")
+            _refuse(
+                target,
+                f"the edit would use {', '.join(read)}, of which each runner has its own value",
+            )
         return state
 
     return patch_function
@@ -37,9 +41,9 @@ def _patch_function(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refuse(target: Any, why: str) -> None:
     name = f"{target.__module__}.{target.__qualname__}"
     raise NotSupported(
-        f"SGLang's source patcher cannot edit {name} while the guard is installed: it {why}. It is as "
-        "it was. Edit a function that it calls or that calls it, or, with one runner in the process, "
-        "edit after sglang_distguard.uninstall()",
+        f"SGLang's source patcher cannot edit {name} while the guard is installed: {why}. "
+        "The function was left unchanged. Edit a function that it calls, or one that calls it. "
+        "With one runner in the process, you can also edit after sglang_distguard.uninstall()",
         requested=name,
     )
 

@@ -1,8 +1,9 @@
-"""threading, concurrent.futures, multiprocessing.pool: work runs as the execution that handed it over.
+"""threading, concurrent.futures, multiprocessing.pool: work runs as the execution that submits it.
 
-A thread belongs to the code that starts it; work in a pool to the code that hands it over, and not to
-what made the pool or its threads. asyncio carries contexts by itself, also to other threads and loops
-(`run_coroutine_threadsafe`, `to_thread`). Costs one ContextVar read per thread or task of no runner.
+A thread belongs to the code that starts it. Work in a pool belongs to the code that submits it, not
+to the code that made the pool or its threads. asyncio carries contexts by itself, also to other
+threads and loops (`run_coroutine_threadsafe`, `to_thread`). The cost is one ContextVar read per
+thread or task that belongs to no runner.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
         run = self.run
 
         def run_as_execution() -> None:
-            del self.run  # the instance attribute below: it would keep thread and execution alive
+            del self.run  # the attribute set below would keep thread and execution alive
             with _core.run_as(execution), default_dtype.intercepting():
                 run()
 
@@ -41,7 +42,7 @@ def _start(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _carried(function: Callable[..., Any], execution: Any) -> Callable[..., Any]:
-    """``function``, run as ``execution`` wherever it is called."""
+    """Return ``function`` wrapped so that it runs as ``execution`` wherever it is called."""
 
     @functools.wraps(function)
     def carried(*args: Any, **kwargs: Any) -> Any:
@@ -51,37 +52,37 @@ def _carried(function: Callable[..., Any], execution: Any) -> Callable[..., Any]
     return carried
 
 
-def _hands_over(position: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a method of a pool whose argument at ``position`` is what the pool's threads run."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def hand_over(*args: Any, **kwargs: Any) -> Any:
-            execution = _core.carried_execution()
-            # Processes of a pool are other processes; what they run is pickled.
-            if execution is None or not _has_threads(args[0]) or len(args) <= position:
-                return original(*args, **kwargs)
-            given = list(args)
-            given[position] = _carried(args[position], execution)
-            with _core.run_as(None):  # threads that the pool starts for it are nobody's
-                return original(*given, **kwargs)
-
-        return hand_over
-
-    return make
-
-
-def _of_nobody(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Threads that a pool or a service starts are its own: they outlive the code that made it."""
+def _hands_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Hook a method (self, func, ...) of a pool whose threads run ``func``."""
 
     @functools.wraps(original)
-    def of_nobody(*args: Any, **kwargs: Any) -> Any:
+    def hand_over(*args: Any, **kwargs: Any) -> Any:
+        execution = _core.carried_execution()
+        # A pool of processes runs its work in other processes, and pickles it.
+        if execution is None or not _has_threads(args[0]):
+            return original(*args, **kwargs)
+        given = list(args)
+        if len(given) > 1:
+            given[1] = _carried(given[1], execution)
+        elif "func" in kwargs:
+            kwargs["func"] = _carried(kwargs["func"], execution)
+        with _core.run_as(None):  # threads that the pool starts for it belong to no runner
+            return original(*given, **kwargs)
+
+    return hand_over
+
+
+def _without_execution(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Start threads of a pool or a service for no runner: they outlive the code that made it."""
+
+    @functools.wraps(original)
+    def without_execution(*args: Any, **kwargs: Any) -> Any:
         if _core.current_execution() is None:
             return original(*args, **kwargs)
         with _core.run_as(None):
             return original(*args, **kwargs)
 
-    return of_nobody
+    return without_execution
 
 
 def _has_threads(pool: Any) -> bool:
@@ -93,14 +94,14 @@ def _has_threads(pool: Any) -> bool:
 
 CHANGES = (
     Around("threading", "Thread.start", _start),
-    Around("concurrent.futures.thread", "ThreadPoolExecutor.submit", _hands_over(1)),
+    Around("concurrent.futures.thread", "ThreadPoolExecutor.submit", _hands_over),
     *(
         # (self, func, ...): `apply`, `map` and `starmap` go through them (CPython 3.11 to 3.13).
-        Around("multiprocessing.pool", f"Pool.{name}", _hands_over(1))
+        Around("multiprocessing.pool", f"Pool.{name}", _hands_over)
         for name in ("apply_async", "_map_async", "imap", "imap_unordered")
     ),
-    Around("multiprocessing.pool", "Pool.__init__", _of_nobody),
-    Around("multiprocessing.pool", "Pool._repopulate_pool_static", _of_nobody),
+    Around("multiprocessing.pool", "Pool.__init__", _without_execution),
+    Around("multiprocessing.pool", "Pool._repopulate_pool_static", _without_execution),
     # One thread for all progress bars of the process, started by the first (tqdm 4.67).
-    Around("tqdm._monitor", "TMonitor.__init__", _of_nobody),
+    Around("tqdm._monitor", "TMonitor.__init__", _without_execution),
 )

@@ -1,6 +1,7 @@
-"""torch.compiler: while one thread compiles, code that another runs eagerly is not told that it is compiled.
+"""torch.compiler: `is_compiling` is true only on the thread that compiles.
 
-2.14 keeps it in a flag of the process; SGLang's layers compute in another way where it is set.
+torch 2.14 keeps it in a flag of the process. SGLang's layers compute differently where the flag is
+set, so code that another thread runs eagerly meanwhile must not see it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _compile_session_context(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 CHANGES = (
-    # `is_compiling` reads it. The process's is still torch.export's.
+    # `is_compiling` reads it. torch.export still uses the flag of the process.
     Raised("torch.compiler", "_is_compiling_flag", compile_flag.is_here),
     Around("torch.compiler", "_compile_session_context", _compile_session_context),
 )

@@ -1,4 +1,4 @@
-"""torch: the default dtype that is set inside a runner's methods is the running execution's."""
+"""torch: a default dtype that is set in a runner's methods belongs to the running execution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _set_default_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
 def _get_default_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_default_dtype() -> Any:
-        # Under torch.compile the builtin is what Dynamo knows; loads are never compiled.
+        # Under torch.compile, Dynamo knows only the builtin. Loads are never compiled.
         if default_dtype.is_traced():
             return original()
         return default_dtype.in_force() or original()

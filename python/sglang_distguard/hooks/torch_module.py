@@ -1,4 +1,4 @@
-"""torch.nn: who replaces ``Module.register_parameter`` while it builds a model replaces its thread's."""
+"""torch.nn: a model's replacement of ``Module.register_parameter`` applies to its thread only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _register_parameter(original: Callable[..., Any]) -> Callable[..., Any]:
         if override is None:
             original(self, name, param)
             return
-        # What replaces it calls what it replaced, which is torch's.
+        # The override calls the function that it replaced, which is torch's.
         with thread_register_parameter(None):
             override(self, name, param)
 

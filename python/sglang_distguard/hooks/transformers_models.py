@@ -1,4 +1,4 @@
-"""sglang.srt.models.transformers: parameters go to the device in the thread that builds, and no other."""
+"""sglang.srt.models.transformers: only the building thread moves parameters to the device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ MODULE = "sglang.srt.models.transformers"
 
 
 def _init_on_device_without_buffers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang replaces ``nn.Module.register_parameter`` of the process for a with block (0.5.23).
+    """Replace ``nn.Module.register_parameter`` on the calling thread only.
 
-    Parameters that another thread registers meanwhile are made anew, with arguments they do not take;
-    and of two such blocks the one that is left last leaves the other's function in place for good.
-    Here SGLang's own code runs with a stand-in for ``nn``, and what it puts there is the thread's.
+    SGLang replaces it in the whole process for a with block (0.5.23). Parameters that another
+    thread registers meanwhile are made again, with arguments that they do not take. Of two such
+    blocks, the one that ends last leaves the other's function in place permanently. Here SGLang's
+    own code runs with a stand-in for ``nn``. The function that it sets there applies to the calling
+    thread.
     """
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""unittest.mock: what a patch of a scoped global puts back is what was there in the running code's scope."""
+"""unittest.mock: a patch of a scoped global restores the value of the running code's scope."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from sglang_distguard.patching.module_attributes import WithScopedAttributes
 
 
 def _get_original(original: Callable[..., Any]) -> Callable[..., Any]:
-    """It looks into the module's namespace (CPython 3.11 to 3.13), which is the default scope's."""
+    """Find the value to restore in the current scope.
+
+    The original looks into the module's namespace (CPython 3.11 to 3.13), which has the values of
+    the default scope.
+    """
 
     @functools.wraps(original)
     def get_original(self: Any) -> Any:

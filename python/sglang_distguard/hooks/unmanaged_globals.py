@@ -1,4 +1,4 @@
-"""The lines of ``process_globals`` for which nothing is done: what is the same for every runner, or only ever grows.
+"""Rows of ``process_globals`` without treatment: equal for every runner, or caches that only grow.
 
 ``tests/test_unmanaged_globals.py`` shows that no logits depend on any of them.
 """
@@ -6,43 +6,44 @@
 from __future__ import annotations
 
 _SRT = "sglang.srt."
-_MACHINE = "remembers what machine and installation this is"
-_KERNEL = "remembers a kernel, by what it is asked for"
-_FIELDS = "remembers what fields SGLang's own classes have"
+_MACHINE = "caches a hardware or installation property"
+_KERNEL = "kernel cache keyed by its arguments"
+_FIELDS = "caches the fields of SGLang's own classes"
 
 #: (module, names, reason)
 LINES: tuple[tuple[str, str, str], ...] = (
     (
         "torch",
         "rng",
-        "drawn from for weights that the checkpoint replaces (what no checkpoint has stays as random as "
-        "with one runner), and to sample with a temperature, which is as random, too",
+        "used to initialise weights, which the checkpoint replaces, and to sample with a "
+        "temperature; samples, and weights missing in the checkpoint, are as random as with one "
+        "runner",
     ),
     (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
     (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
-    ("logging", "flash_attn", "level of another library's log"),
+    ("logging", "flash_attn", "log level of another library"),
     ("threading", "threads:tqdm._monitor.TMonitor", "redraws progress bars"),
     (
         "threading",
         "threads:concurrent.futures.thread._worker",
-        "a pool that reads files or compiles, and outlives it",
+        "threads of a pool that reads files or compiles; the pool outlives that work",
     ),
     (
         _SRT + "sampling.custom_logit_processor",
         "_cache_from_str",
-        "remembers classes, by the text that they are pickled as",
+        "class cache keyed by the pickled text of the class",
     ),
     (
         "logging",
         "torch torch.__trace torch._dynamo torch.fx.experimental.recording "
         "torch.fx.experimental.sym_node torch.fx.experimental.symbolic_shapes",
-        "torch.compile's log of itself",
+        "loggers of torch.compile",
     ),
     ("sys", "path", "packages that torch.compile imports add their own folders"),
     (
         "os",
         "environ['_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR']",
-        "address of a function of torch's, for what Inductor compiles",
+        "address of a torch function, for code that Inductor compiles",
     ),
     (
         _SRT + "utils.common",
@@ -56,11 +57,11 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (_SRT + "layers.moe.moe_runner.triton_utils.fused_moe", "_moe_support_tma", _MACHINE),
     (_SRT + "mem_cache.storage.mmap.mmap_allocator", "_has_madv_populate_write", _MACHINE),
     ("sglang.kernels.ops.attention.decode_attention", "_NUM_CU", _MACHINE),
-    ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']", "says what GPU this machine has"),
+    ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']", "names the GPU architecture of this machine"),
     (
         "torch",
         "num_threads",
-        "a runner on a GPU sets it to 1 and computes nothing on the CPU with more",
+        "a runner on a GPU sets it to 1 and computes nothing on the CPU with more threads",
     ),
     ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
     ("sglang.kernels.selector", "_platform", _MACHINE),
@@ -68,7 +69,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         "sglang.kernels.jit.utils.compile.cache",
         "_digest_cache",
-        "digests of files of the installation",
+        "digests of installed files",
     ),
     ("sglang.kernels.selector", "_resolve", _KERNEL),
     ("sglang.kernels.ops.gemm", "_FP8_SCALED_MM", _KERNEL),
@@ -86,12 +87,12 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         "sglang.kernels.ops.lora.dense.lora_tuning_config",
         "_logged_configs",
-        "a line of the log was written",
+        "records that a log line was written",
     ),
     (
         "sglang.kernels.ops.moe.moe_fused_gate",
         "_DUMMY_I32",
-        "a tensor that kernels are given and do not read, for each device",
+        "one tensor per device that kernels are given and do not read",
     ),
     (
         _SRT + "arg_groups.arg_utils",
@@ -103,17 +104,17 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         _SRT + "models.registry",
         "import_model_classes",
-        "remembers which model classes SGLang's own modules have",
+        "caches the model classes of SGLang's own modules",
     ),
     (
         "sglang.kernels.ops.attention.clamp_position",
         "_CLAMP_POSITION",
-        "remembers which kernel serves which device and dtype",
+        "caches which kernel serves which device and dtype",
     ),
     (
         _SRT + "layers.moe.fused_moe_triton.layer",
         "_deferred_finalize_info_logged",
-        "a line of the log was written",
+        "records that a log line was written",
     ),
     (
         _SRT + "models.deepseek_common.attention_backend_handler",
@@ -129,12 +130,12 @@ LINES: tuple[tuple[str, str, str], ...] = (
         _SRT + "models.gemma3_causal",
         "Gemma3ForCausalLM._can_set_experts_implementation_cached_value "
         "EmbeddingGemmaModel._can_set_experts_implementation_cached_value",
-        "what transformers remembers of a class",
+        "value that transformers caches for a class",
     ),
     (
         _SRT + "models.transformers",
         "TransformersBase.hf_to_sglang_mapper",
-        "names of weights, of each subclass, made with it",
+        "names of weights of each subclass, created with the subclass",
     ),
     (_SRT + "compilation.compilation_config", "SPLIT_OPS", "names of ops, appended at import"),
     (_SRT + "utils.invariants", "_REGISTRY", "names of checks, added at import"),
@@ -154,17 +155,21 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         _SRT + "observability.req_time_stats",
         "global_diff_realtime_monotonic",
-        "offset of two clocks",
+        "offset between two clocks",
     ),
-    (_SRT + "utils.common", "show_time_cost", "asks for a time that nothing in 0.5.23 takes"),
+    (
+        _SRT + "utils.common",
+        "show_time_cost",
+        "enables time measurements that no code of 0.5.23 makes",
+    ),
     (
         "torch.distributed.distributed_c10d._world",
         "pg_group_ranks",
-        "ranks of a group for weight updates; torch refuses a second group of a name",
+        "ranks of a group for weight updates; torch refuses a second group of the same name",
     ),
     (
         _SRT + "utils.common",
         "_allowed_media_domains _media_url_max_file_size_bytes",
-        "limits of media downloads, of the last configuration that says any; not of a forward",
+        "limits of media downloads, from the last configuration that sets any; unused in forwards",
     ),
 )

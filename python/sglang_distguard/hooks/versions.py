@@ -1,4 +1,4 @@
-"""Chooses the adapter for the installed SGLang by what its source defines, not by its version."""
+"""Choose the hooks for the installed SGLang by what its source defines, not by its version."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sglang_distguard.errors import NotSupported
 from sglang_distguard.hooks import generation_0_5_23
 from sglang_distguard.patching import Change, ModulePlan, find_source
 
-#: Generation -> what it changes. Newest first: the first whose needs are all met is taken.
+#: Generation -> its changes. Newest first: the first generation whose needs are all met is used.
 GENERATIONS: dict[str, Callable[[], Sequence[Change]]] = {
     "runtime contexts (sglang 0.5.23)": generation_0_5_23.changes,
 }
 
 
 def installed_version() -> Optional[str]:
-    """Version of the installed sglang distribution, None when there is none."""
+    """Return the version of the installed sglang distribution; None if there is none."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
@@ -25,10 +25,10 @@ def installed_version() -> Optional[str]:
 
 
 def choose() -> list[ModulePlan]:
-    """Plan all changes for the installed SGLang; imports and touches nothing of it.
+    """Plan all changes for the installed SGLang, without importing or changing any of it.
 
     Raises:
-        NotSupported: no generation fits; says what each lacks.
+        NotSupported: no generation fits; the message says what SGLang lacks for each.
     """
     version = installed_version()
     if find_source("sglang.srt.server_args") is None:

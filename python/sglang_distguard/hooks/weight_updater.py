@@ -1,8 +1,8 @@
 """sglang.srt.model_executor.model_runner_components.weight_updater: works in its runner's scope.
 
-Whoever updates weights calls this part of a runner, not the runner (0.5.23, `tp_worker`). An update
-that captures graphs anew is in the phase for captures from the start: two that went there from the
-phase for loads would wait for each other.
+Code that updates weights calls this part of a runner, not the runner (0.5.23, `tp_worker`). An
+update that captures graphs again is in the capture phase from the start. Two updates that entered
+it from the load phase would wait for each other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from sglang_distguard.runner.handle import find_handle
 from sglang_distguard.sync.phases import Phase
 
 MODULE = "sglang.srt.model_executor.model_runner_components.weight_updater"
-#: They change nothing of the runner, and wait for other processes: its forwards go on, unless it has
-#: several ranks, where each of these has a turn (docs/COLLECTIVES.md).
+#: These methods change nothing of the runner, and wait for other processes. Forwards of the runner
+#: continue meanwhile, unless it has several ranks: then each of these methods has a turn
+#: (docs/COLLECTIVES.md).
 _BESIDE_FORWARDS = frozenset({"init_weights_update_group", "receive_weights_from_distributed"})
 #: Parameter of `update_weights_from_disk`.
 _RECAPTURE = "recapture_cuda_graph"

@@ -1,4 +1,4 @@
-"""How SGLang is changed and changed back. Knows nothing of what is changed: that is `targets`."""
+"""Change SGLang's modules and restore them; which changes are made is decided in `hooks`."""
 
 from sglang_distguard.patching.code_swap import is_changed, unscoped_reads
 from sglang_distguard.patching.foreign_readers import readers

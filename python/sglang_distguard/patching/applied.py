@@ -1,4 +1,4 @@
-"""What was done to one module, in a form that can be undone."""
+"""The changes that were made to one module, in a form that can be undone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeHook = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Applied:
-    """What was done to one module, in a form that can be undone."""
+    """The changes that were made to one module, in a form that can be undone."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -36,28 +36,28 @@ class Applied:
             raise
 
     def prepare_again(self) -> None:
-        """The module's code was executed anew in its namespace; what is not there is ours to put."""
+        """Remove the scoped attributes; the module was executed again, and new ones are added."""
         if self._class is not None:
             module_attributes.take_attributes(self.module, self._class)
 
     def take_over(self, other: Applied) -> None:
-        """Undo, in its time, also what is to be undone of another execution of the module."""
+        """Make ``undo`` also undo ``other``, which belongs to another execution of the module."""
         self._restore = {**other._restore, **self._restore}
         self._injected = [*other._injected, *self._injected]
 
     def inject(self, name: str, value: object, owner: Any = None) -> None:
         """Add ``name`` to the module, or to the class ``owner``."""
         owner = self.module if owner is None else owner
-        if name not in vars(owner):  # else it is of an earlier execution of the module
+        if name not in vars(owner):  # else an earlier execution of the module injected it
             self._injected.append((owner, name))
         setattr(owner, name, value)
 
     def give_attributes(self, accessors: Mapping[str, ScopedGlobal]) -> None:
-        """See ``modules``."""
+        """Make ``accessors`` attributes of the module (see ``module_attributes``)."""
         self._class = module_attributes.give_attributes(self.module, accessors)
 
     def born(self, code: CodeType, codes: Mapping[CodeType, CodeType]) -> CodeType:
-        """``code`` of the whole module, with functions that are born as ``codes`` says."""
+        """The whole module's ``code``, changed to create its functions with the new ``codes``."""
         consts = list(code.co_consts)
         for index, own in enumerate(consts):
             if isinstance(own, CodeType) and own in codes:
@@ -71,13 +71,14 @@ class Applied:
             self._note_born(inner, changed)
 
     def swap(self, codes: dict[CodeType, CodeType], functions: Sequence[FunctionType]) -> None:
-        """Give live functions other code."""
-        # Inner functions that do not live yet get the plan's code back, the others their own object.
+        """Replace the code of live functions."""
+        # Undo gives the plan's code to inner functions that are created later, and to all other
+        # functions their own code object.
         self._restore.update({new: old for old, new in codes.items()})
         self._restore.update(code_swap.swap_code(functions, codes))
 
     def hook(self, function: FunctionType, qualname: str, make: MakeHook) -> None:
-        """Let ``function`` call what ``make`` makes of it."""
+        """Make ``function`` call the hook that ``make`` returns for it."""
         if function.__globals__ is not vars(self.module):
             raise NotSupported(f"{qualname} is defined outside {self.module.__name__}")
         original = code_swap.detached(function)
@@ -95,18 +96,22 @@ class Applied:
         self._attributes.append((name, before, value))
 
     def undo(self, functions: Optional[Sequence[FunctionType]] = None) -> None:
-        """Put everything back; ``functions``: of the module, when the caller has looked for them."""
-        # Also copies and inner functions made since: all of them carry code of ours.
+        """Undo all changes.
+
+        Args:
+            functions: the live functions of the module, when the caller has already found them.
+        """
+        # This includes copies and inner functions made since: all of them have the guard's code.
         code_swap.swap_code(
             code_swap.functions_of(self.module) if functions is None else functions, self._restore
         )
         if self._class is not None:
             module_attributes.take_attributes(self.module, self._class)
         for name, before, ours in reversed(self._attributes):
-            # Somebody patched on top: taking ours away would take theirs with it.
+            # Otherwise other code has patched on top: removing ours would remove its patch, too.
             if vars(self.module).get(name) is ours:
                 setattr(self.module, name, before)
-        # Accessors stay, inert: what is suspended in the middle of a function goes on with its code.
+        # Accessors stay, inert: a function suspended in its body resumes with the changed code.
         for owner, name in self._injected:
             if name in vars(owner) and not isinstance(vars(owner)[name], (OwnFlag, ScopedGlobal)):
                 delattr(owner, name)

@@ -1,8 +1,9 @@
-"""Keeps what was compiled from SGLang's text between processes, as Python keeps .pyc files.
+"""Cache code compiled from SGLang's text between processes, as Python caches .pyc files.
 
-A file per rewritten module, named by a digest of all that it was made from: text, file name, Python and
-this package's own code. Written whole or not at all; what does not fit, or is damaged, is made anew. A
-folder that other users may write to is not used: what is in it is run as code.
+There is one file per rewritten module. Its name is a digest of everything that it was made from:
+text, file name, Python and this package's own code. A file is written whole or not at all. A file
+that does not match, or is damaged, is made again. A folder that other users may write to is not
+used, because its content is run as code.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-#: Names the folder; "0" or empty: nothing is kept.
+#: Environment variable with the path of the folder; "0" or empty: nothing is cached.
 VARIABLE = "SGLANG_DISTGUARD_CACHE"
 _DIGEST = 32  # bytes
 
 
 @functools.cache
 def _folder() -> Optional[Path]:
-    """Where files are kept; None when nowhere."""
+    """The folder of the cached files; None when nothing is cached."""
     named = os.environ.get(VARIABLE)
     if named is not None and named.strip() in ("", "0"):
         return None
@@ -35,7 +36,7 @@ def _folder() -> Optional[Path]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-    except (OSError, RuntimeError):  # not writable, or nobody's home
+    except (OSError, RuntimeError):  # not writable, or the user has no home folder
         return None
     others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return None if found.st_uid != os.getuid() or others_write else folder
@@ -43,7 +44,7 @@ def _folder() -> Optional[Path]:
 
 @functools.cache
 def _made_by() -> bytes:
-    """What makes the values: this Python, and the text of this package's own rewriting."""
+    """Digest of what computes the values: this Python, and the text of this package's modules."""
     digest = hashlib.sha256(f"{sys.implementation.cache_tag} {sys.hexversion}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -51,11 +52,11 @@ def _made_by() -> bytes:
 
 
 def kept(made_from: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """The value of ``make()``, made now or by an earlier process.
+    """Return the value of ``make()``, computed now or by an earlier process.
 
     Args:
-        made_from: all that the value depends on, of what ``repr`` tells apart.
-        make: returns what ``marshal`` takes.
+        made_from: everything that the value depends on; unequal items must have unequal ``repr``.
+        make: returns a value that ``marshal`` supports.
     """
     folder = _folder()
     if folder is None:

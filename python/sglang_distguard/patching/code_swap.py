@@ -1,7 +1,7 @@
-"""Swaps the code of live functions, and puts it back.
+"""Swap the code of live functions, and restore it.
 
-A function keeps its identity, so every module that did `from x import f`, every closure and every
-registry that holds it sees the change, and nothing has to be looked for to undo it.
+A function keeps its identity. So every module that did `from x import f`, every closure and every
+registry that holds it sees the change, and undoing needs no search for such references.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ATTRIBUTES = ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR", "LOAD_METHOD")
 
 
 def functions_of(module: ModuleType) -> list[FunctionType]:
-    """Every live function whose globals are this module's, wherever it is held.
+    """All live functions whose globals are this module's, wherever they are referenced.
 
-    A function refers to its globals, so the collector finds also those that only a closure, a
-    decorator or a registry holds. One C loop over all tracked objects (measured: 80 ms with
-    sglang imported); for several modules at once use ``functions_by_module``.
+    A function refers to its globals. So the garbage collector also finds functions that only a
+    closure, a decorator or a registry holds. This is one C loop over all tracked objects (measured:
+    80 ms with sglang imported). For several modules at once use ``functions_by_module``.
     """
     if gc.get_freeze_count():
         return functions_by_module([module])[id(module)]
@@ -53,14 +53,14 @@ def functions_by_module(modules: Iterable[ModuleType]) -> dict[int, list[Functio
 
 
 def _tracked() -> list[Any]:
-    """Every object that the collector tracks, also those behind ``gc.freeze``.
+    """All objects that the garbage collector tracks, including those behind ``gc.freeze``.
 
-    Frozen ones are hidden from ``get_objects`` and ``get_referrers`` (CPython 3.11): they are thawed
-    for a moment, and frozen again together with what else lives.
+    ``get_objects`` and ``get_referrers`` do not return frozen objects (CPython 3.11). They are
+    thawed for a moment, and frozen again together with all other live objects.
     """
     if not gc.get_freeze_count():
         return gc.get_objects()
-    gc.collect()  # what is garbage would be kept by freezing it
+    gc.collect()  # freezing would keep garbage alive
     gc.unfreeze()
     try:
         return gc.get_objects()
@@ -71,10 +71,10 @@ def _tracked() -> list[Any]:
 def swap_code(
     functions: Iterable[FunctionType], codes: Mapping[CodeType, CodeType]
 ) -> dict[CodeType, CodeType]:
-    """Give every function whose code is a key the code it maps to.
+    """Give every function whose code is a key of ``codes`` the code that the key maps to.
 
     Returns:
-        What was given -> what was there: equal to the key, and the function's own object.
+        New code -> former code. The former code equals the key, but is the function's own object.
     """
     swapped = {}
     for function in functions:
@@ -87,10 +87,10 @@ def swap_code(
 
 
 def trampoline(function: FunctionType, hook_name: str) -> CodeType:
-    """Code for ``function`` that calls the module global ``hook_name`` with what it is given.
+    """Code for ``function`` that calls the module global ``hook_name`` with the same arguments.
 
-    From outside it is the function's own: parameters, names, file, line. A generator function stays
-    one: SGLang decorates some with ``contextmanager``.
+    From outside it looks like the function's own code: parameters, names, file, line. A generator
+    function stays a generator function, because SGLang decorates some with ``contextmanager``.
     """
     code = function.__code__
     names = code.co_varnames
@@ -109,8 +109,8 @@ def trampoline(function: FunctionType, hook_name: str) -> CodeType:
     text = f"def made({', '.join([*parameters, *filter(None, [others])])}): return {call}"
     module = compile(text, code.co_filename, "exec", dont_inherit=True)
     made = next(it for it in module.co_consts if isinstance(it, CodeType))
-    # Free variables are declared, for the closure must fit, and never read: the code has no
-    # COPY_FREE_VARS (CPython 3.11+), which is what would look at them.
+    # Free variables are declared because the closure must fit. They are never read: the code lacks
+    # COPY_FREE_VARS (CPython 3.11+), the instruction that would read them.
     return made.replace(
         co_name=code.co_name,
         co_qualname=code.co_qualname,
@@ -120,12 +120,12 @@ def trampoline(function: FunctionType, hook_name: str) -> CodeType:
 
 
 def is_changed(code: CodeType) -> bool:
-    """Whether ``code``, or a function in it, is what the guard made of SGLang's."""
+    """Whether the guard changed ``code`` or a function in it."""
     return any(name.startswith(MARK) for it in with_nested(code) for name in it.co_names)
 
 
 def unscoped_reads(function: FunctionType) -> list[str]:
-    """Globals of its module that every scope has for itself and that ``function`` reaches directly."""
+    """Scoped globals of its module that ``function`` reaches directly, without their accessors."""
     codes = list(with_nested(function.__code__))
     used = {name for code in codes for name in code.co_names}
     scoped = frozenset(name for name in used if accessor_name(name) in function.__globals__)
@@ -133,8 +133,8 @@ def unscoped_reads(function: FunctionType) -> list[str]:
 
 
 def reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str]:
-    """Those of ``names`` that ``code`` reaches by one of the instructions ``by``."""
-    if names.isdisjoint(code.co_names):  # holds globals and attributes, so only a first look
+    """The ``names`` that ``code`` reaches with one of the instructions ``by``."""
+    if names.isdisjoint(code.co_names):  # globals and attributes together: only a quick first check
         return set()
     found = dis.get_instructions(code)
     return {it.argval for it in found if it.opname in by and it.argval in names}
@@ -158,10 +158,10 @@ def detached(function: FunctionType) -> FunctionType:
 
 
 def resolve_function(owner: object, qualname: str) -> FunctionType:
-    """The innermost plain function behind ``owner.qualname``: below decorators and descriptors.
+    """The innermost plain function behind ``owner.qualname``, below decorators and descriptors.
 
     Raises:
-        NotSupported: there is none.
+        NotSupported: there is no such function.
     """
     *path, last = qualname.split(".")
     for name in path:

@@ -1,4 +1,7 @@
-"""Finds who reads scoped globals and class attributes of other modules, in source text, without importing any."""
+"""Find the modules that read scoped globals or class attributes of other modules.
+
+Only source text is searched; no module is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from sglang_distguard.patching.plan import Reads
 from sglang_distguard.patching.source import ModuleFile, files_below
 from sglang_distguard.patching.syntax import owned
 
-#: An import of something of SGLang's: module and names, or module alone. One expression over every
-#: file, and then plain sets: an expression that names what is looked for takes ten times as long.
+#: An import from SGLang: module and names, or module alone. One expression runs over every file,
+#: and plain sets do the rest: an expression that contains the wanted names takes ten times as long.
 _IMPORT = re.compile(
     r"^[ \t]*(?:from[ \t]+(sglang\.[\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)"
     r"|import[ \t]+(sglang\.[\w.]+))",
@@ -21,9 +24,9 @@ _WORD = re.compile(r"\w+")
 
 
 def readers(scoped: Mapping[str, Sequence[str]], package: str) -> list[Reads]:
-    """Who in ``package`` seems to read one of ``scoped``, module -> names, of another module.
+    """Find modules in ``package`` that seem to read ``scoped`` names (module -> names) of others.
 
-    What seems to and does not is planned for and left as it is.
+    A module that only seems to read one is planned for, too, and stays unchanged.
     """
     files = files_below(package)
     looked_for = sorted((module, sorted(names)) for module, names in scoped.items())

@@ -1,8 +1,8 @@
-"""Makes functions read scoped attributes, of other modules and of classes, through their accessors.
+"""Make functions read scoped attributes of other modules and of classes through their accessors.
 
-``m.X`` becomes ``m._distguard_scoped_X.value``, and so does ``C.X``, also as ``cls.X`` in a class method
-of ``C``; ``from m import X`` inside a function imports the accessor and takes its value, so that it is
-the value of the scope in which the function runs.
+``m.X`` becomes ``m._distguard_scoped_X.value``. ``C.X`` is changed alike, also as ``cls.X`` in a
+class method of ``C``. ``from m import X`` inside a function imports the accessor and takes its
+value. So the name has the value of the scope in which the function runs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from sglang_distguard.patching.syntax import Function, ScopeTransformer, accesso
 
 
 class Elsewhere(ScopeTransformer):
-    """Redirects ``wanted``, (owner, attribute); ``visit`` the whole module.
+    """Redirect the ``wanted`` (owner, attribute) pairs; ``visit`` takes the whole module.
 
-    ``_meaning`` has the names that mean a module, or something of one, at the node being visited.
+    ``_meaning`` maps names at the node being visited to the module, or object of a module, that
+    each means.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Elsewhere(ScopeTransformer):
         return ast.copy_location(ast.Attribute(accessor, "value", node.ctx), node)
 
     def _owner_of(self, node: ast.expr) -> Optional[str]:
-        """The dotted name of what ``node`` is, if it is a module or something in one."""
+        """The dotted name of the module, or of the object in a module, that ``node`` means."""
         if isinstance(node, ast.Name):
             return self._meaning.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -100,8 +101,8 @@ class Elsewhere(ScopeTransformer):
     def _refuse_at_import(self, node: ast.stmt | ast.expr, name: str) -> None:
         if not self.in_function:
             raise NotSupported(
-                f"{self._source.module}, line {node.lineno}, copies {name} when it is imported: every "
-                "runner would see that copy",
+                f"{self._source.module}, line {node.lineno}, copies {name} when it is imported: "
+                "every runner would see that copy",
                 module=self._source.module,
             )
 
@@ -113,7 +114,7 @@ def _is_class_method(node: Function) -> bool:
 
 
 def _imported(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, str]]:
-    """(name, what it means) of absolute imports; SGLang 0.5.23 has no others."""
+    """Yield (name, its dotted meaning) of absolute imports; SGLang 0.5.23 has no other imports."""
     for node in nodes:
         if isinstance(node, ast.Import):
             for it in node.names:

@@ -1,6 +1,6 @@
-"""Takes over every execution of chosen modules: first imports, imports anew, and reloads.
+"""Take over every execution of chosen modules: first imports, repeated imports, and reloads.
 
-A finder in front of all others lets them find a module, and wraps its loader for that one execution.
+A finder in front of all others asks them for the module, and wraps its loader for one execution.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, Optional
 
-#: Called with a module, its code, and what executes code as it; the code is None when only the loader
-#: knows how to execute it: then it is called with None.
+#: Called with a module, its code, and a function that executes code as the module. When only the
+#: loader knows how to execute the module, the code is None, and that function must be called with
+#: None.
 Execute = Callable[[ModuleType, Optional[CodeType], Callable[[Optional[CodeType]], None]], None]
 
 
 class Watcher(MetaPathFinder):
-    """Has ``execute`` execute every module whose name is in ``names``.
+    """Finder that lets ``execute`` execute every module whose name is in ``names``.
 
-    What it raises fails the import.
+    An exception from ``execute`` fails the import.
     """
 
     def __init__(self, names: Container[str], execute: Execute) -> None:
@@ -30,19 +31,19 @@ class Watcher(MetaPathFinder):
         self._execute = execute
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Start watching."""
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
     ) -> Optional[ModuleSpec]:
-        """The spec that the other finders give, with a loader of ours."""
+        """Return the spec of the other finders, with its loader wrapped."""
         if fullname not in self._names:
             return None
         for finder in sys.meta_path:
@@ -56,7 +57,7 @@ class Watcher(MetaPathFinder):
 
 
 class _TakenOver(Loader):
-    """A loader for one execution; the module keeps the one that it stands for."""
+    """Wrapper of a loader for one execution; the module keeps the wrapped loader."""
 
     def __init__(self, loader: Any, execute: Execute) -> None:
         self._loader = loader
@@ -66,17 +67,17 @@ class _TakenOver(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
-        """As the loader does."""
+        """Create the module as the wrapped loader does."""
         module: Optional[ModuleType] = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """As the loader does, through ``execute``."""
+        """Execute the module as the wrapped loader does, through ``execute``."""
         for holder, name in ((module.__spec__, "loader"), (module, "__loader__")):
             if getattr(holder, name, None) is self:
                 setattr(holder, name, self._loader)
         code: Optional[CodeType] = None
-        # Others may do more than this one, which executes its code in the module's namespace.
+        # This loader only executes its code in the module's namespace; other loaders may do more.
         if type(self._loader) is SourceFileLoader:
             code = self._loader.get_code(module.__name__)
 
@@ -96,9 +97,9 @@ def is_initializing(name: str) -> bool:
 
 
 def _importer(name: str) -> Optional[int]:
-    """The thread that looks for the module ``name`` or executes it now.
+    """The thread that is now searching for the module ``name`` or executing it.
 
-    It holds the module's lock from before it asks the finders (CPython 3.11 to 3.14).
+    That thread holds the module's lock from before it asks the finders (CPython 3.11 to 3.14).
     """
     reference = vars(importlib._bootstrap)["_module_locks"].get(name)
     lock = None if reference is None else reference()
@@ -107,7 +108,7 @@ def _importer(name: str) -> Optional[int]:
 
 
 def unfinished(names: Iterable[str]) -> list[str]:
-    """Those of the modules that are being imported now."""
+    """The modules in ``names`` that are being imported now."""
     return [name for name in names if is_initializing(name) or _importer(name) is not None]
 
 
@@ -117,13 +118,13 @@ def is_mine(name: str) -> bool:
 
 
 def let_finish(name: str, timeout: float) -> bool:
-    """Wait for the import of the module ``name`` in another thread to end, in whatever way.
+    """Wait until the import of the module ``name`` in another thread ends, with or without success.
 
     Returns:
         Whether it has ended; False after ``timeout`` seconds.
     """
-    # As the import statement itself waits (CPython 3.11 to 3.14), which knows no timeout: a thread
-    # that is given up ends with the import.
+    # The import statement itself waits in this way (CPython 3.11 to 3.14), without a timeout. A
+    # waiting thread that is abandoned after the timeout ends with the import.
     wait: Callable[[str], None] = vars(importlib._bootstrap)["_lock_unlock_module"]
     waiter = threading.Thread(target=wait, args=(name,), name=f"import of {name}", daemon=True)
     waiter.start()

@@ -1,9 +1,9 @@
-"""Makes scoped globals ordinary attributes of their module for code outside of it.
+"""Make scoped globals ordinary attributes of their module for code outside the module.
 
-Functions of the module reach a scoped global through its accessor. What reads, writes or deletes it as an
-attribute - ``m.X = 1``, ``getattr``, ``from m import X``, ``mock.patch.object`` - means the same: the
-running code's scope, SGLang's default one outside of every runner. A subclass of the module's class with a
-data descriptor for each name does it.
+Functions of the module reach a scoped global through its accessor. Other code reads, writes or
+deletes it as an attribute: ``m.X = 1``, ``getattr``, ``from m import X``, ``mock.patch.object``.
+Both mean the value in the running code's scope, and outside of every runner the value in SGLang's
+default scope. The module gets a subclass of its class, with a data descriptor for each name.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class _Attribute:
 
 
 class WithScopedAttributes(ModuleType):
-    """What the subclasses share; found by ``isinstance``."""
+    """Common base of these subclasses, for ``isinstance`` checks."""
 
 
 def give_attributes(module: ModuleType, accessors: Mapping[str, ScopedGlobal]) -> type[ModuleType]:
-    """Make ``accessors``, by name, attributes of ``module``; returns the class that it had."""
+    """Make ``accessors``, by name, attributes of ``module``, and return its former class."""
     before = type(module)
     attributes: dict[str, Any] = {
         name: _Attribute(name, accessor) for name, accessor in accessors.items()
@@ -63,6 +63,6 @@ def give_attributes(module: ModuleType, accessors: Mapping[str, ScopedGlobal]) -
 
 
 def take_attributes(module: ModuleType, before: type[ModuleType]) -> None:
-    """Give ``module`` its class back, unless that has been changed since."""
+    """Restore the class of ``module`` to ``before``, unless other code has changed it since."""
     if issubclass(type(module), WithScopedAttributes) and before in type(module).__mro__:
         module.__class__ = before

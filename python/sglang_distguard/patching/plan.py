@@ -1,4 +1,4 @@
-"""What is to be changed in one module, checked against its source, applied to it and undone."""
+"""The plan of changes to one module: checked against its source, applied, and undone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from sglang_distguard.patching.with_blocks import Block
 
 @dataclass(frozen=True)
 class Scoped:
-    """Every scope has its own value of a module global or class attribute (see ``hooks.process_globals``)."""
+    """A module global or class attribute of which every scope has its own value.
+
+    See ``hooks.process_globals``.
+    """
 
     module: str
     name: str
@@ -31,7 +34,10 @@ class Scoped:
 
 @dataclass(frozen=True)
 class Reads:
-    """``module`` may read ``of``.``name``, scoped elsewhere (``of`` may be "module.Class"): the scope's."""
+    """``module`` may read ``of``.``name``, which is scoped, and must get the running scope's value.
+
+    ``of`` is another module, or "module.Class".
+    """
 
     module: str
     of: str
@@ -40,9 +46,9 @@ class Reads:
 
 @dataclass(frozen=True)
 class Raised:
-    """``module``'s functions see its flag ``name`` raised where ``here()`` is true, too.
+    """Functions of ``module`` see its flag ``name`` as set while ``here()`` is true, too.
 
-    Everybody else, and what is written, means the process's.
+    All other code reads the process's flag. Every write sets the process's flag.
     """
 
     module: str
@@ -52,10 +58,10 @@ class Raised:
 
 @dataclass(frozen=True)
 class Around:
-    """``make(original)`` returns what runs instead of the function at ``module``.``qualname``.
+    """``make(original)`` returns a hook that runs instead of the function ``module``.``qualname``.
 
-    The hook is called with the arguments of the call and may call ``original``; for a generator
-    function it must be a generator function too.
+    The hook is called with the arguments of the call and may call ``original``. For a generator
+    function the hook must be a generator function, too.
     """
 
     module: str
@@ -68,8 +74,8 @@ class Within:
     """The body of ``module``.``qualname`` runs in a with block: ``with manager(argument): …``.
 
     Attributes:
-        module: where it is.
-        qualname: of the function.
+        module: the function's module.
+        qualname: the function's qualified name.
         manager: called with the value of ``argument``; returns a context manager.
         argument: name of a parameter; None for the first.
     """
@@ -82,7 +88,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Replace:
-    """``make(original)`` takes the place of an attribute that is not a Python function."""
+    """``make(original)`` returns the replacement of an attribute that is not a Python function."""
 
     module: str
     name: str
@@ -91,7 +97,10 @@ class Replace:
 
 @dataclass(frozen=True)
 class AroundMethods:
-    """``Around`` for every public method and property of a class, and for its constructor if asked."""
+    """``Around`` for every public method and property of a class.
+
+    ``make_init``, if given, makes the hook of its constructor.
+    """
 
     module: str
     classname: str
@@ -110,7 +119,7 @@ class AroundMethods:
 
 @dataclass(frozen=True)
 class WithinMethods:
-    """``Within`` for every public method of a class for which there is a manager."""
+    """``Within`` for every public method of a class for which ``manager_for`` returns a manager."""
 
     module: str
     classname: str
@@ -139,7 +148,7 @@ Change = Union[Scoped, Reads, Raised, Around, AroundMethods, Within, WithinMetho
 
 @dataclass
 class ModulePlan:
-    """The changes of one module. Planned from source, before anything is imported or touched.
+    """The changes of one module, planned from source before anything is imported or changed.
 
     Raises (from ``check``):
         NotSupported: the source lacks something a change needs.
@@ -147,7 +156,7 @@ class ModulePlan:
 
     source: ModuleSource
     changes: Sequence[Change]
-    #: What was done to each module object of that name: one that is imported anew is another one.
+    #: The changes made to each module object of that name; importing it again makes another object.
     _applied: list[Applied] = field(default_factory=list, init=False)
 
     @property
@@ -225,12 +234,13 @@ class ModulePlan:
         *,
         again: bool = False,
     ) -> None:
-        """Change the imported ``module``; nothing happens when that is done already.
+        """Change the imported ``module``; do nothing when it is changed already.
 
         Args:
             module: the module itself.
-            functions: its live functions, when the caller has looked for them already.
-            again: its code was executed anew: what that defined is changed, what was before stays so.
+            functions: its live functions, when the caller has already found them.
+            again: the module's code was executed again. The functions that this defined are
+                changed; earlier functions stay changed.
         """
         if module in self.applied_to and not again:
             return
@@ -244,16 +254,18 @@ class ModulePlan:
         self.finish(applied)
 
     def begin(self, module: ModuleType, code: CodeType) -> tuple[Applied, CodeType]:
-        """Prepare ``module`` for being executed, first or anew, as the code that is returned.
+        """Prepare the execution of ``module``, for the first time or again, as the returned code.
 
-        Its functions are born changed: nobody has to look for them, which takes 50 ms for each module.
+        Its functions are created with changed code. This saves a search for them, which takes 50 ms
+        for each module.
 
         Args:
             module: the module itself.
-            code: all of its own.
+            code: code of the whole module.
 
         Returns:
-            What is to be given to ``finish`` after the execution, or undone; the code to execute.
+            The changes, which the caller must pass to ``finish`` after the execution, or undo; and
+            the code to execute.
         """
         applied = Applied(module)
         with applied.undone_on_error():
@@ -264,7 +276,7 @@ class ModulePlan:
         return applied, code
 
     def finish(self, applied: Applied) -> None:
-        """Do what is left when the module has been executed and its functions are changed."""
+        """Make the remaining changes, once the module is executed and its functions are changed."""
         module = applied.module
         before = next((it for it in self._applied if it.module is module), None)
         if before is not None:
@@ -284,12 +296,12 @@ class ModulePlan:
         self._applied.append(applied)
 
     def keep(self, failed: Applied) -> bool:
-        """A module that was changed before stays changed when executing it anew has failed.
+        """Keep a formerly changed module changed, after executing it again has failed.
 
-        Its functions, old and new, have one code: undoing the new ones would undo all.
+        Its old and new functions share the same code: undoing the new functions would undo all.
 
         Returns:
-            Whether it was changed before; otherwise ``failed`` is to be undone.
+            Whether the module was changed before; otherwise the caller must undo ``failed``.
         """
         before = next((it for it in self._applied if it.module is failed.module), None)
         if before is not None:
@@ -297,10 +309,11 @@ class ModulePlan:
         return before is not None
 
     def undo(self, functions: Optional[Mapping[int, Sequence[FunctionType]]] = None) -> None:
-        """Put everything back; nothing happens when nothing was applied.
+        """Undo all changes; do nothing when none were applied.
 
         Args:
-            functions: the live functions of modules, by ``id``, when the caller has looked for them.
+            functions: the live functions of each module, by the module's ``id``, when the caller
+                has already found them.
         """
         applied, self._applied = self._applied, []
         for it in applied:
@@ -308,7 +321,7 @@ class ModulePlan:
 
     @property
     def applied_to(self) -> list[ModuleType]:
-        """The modules that are changed now: one, and those that were imported before it."""
+        """The module objects that are changed now: the current one and those imported before it."""
         return [it.module for it in self._applied]
 
     @property
@@ -316,7 +329,7 @@ class ModulePlan:
         return bool(self._rewrite.replaced or self._redirected_names)
 
     def _inject_globals(self, applied: Applied) -> None:
-        """What functions of the module ask for; it need not have been executed."""
+        """Add the globals that changed functions use; the module need not have been executed."""
         namespace = vars(applied.module)
         for name in self._scoped_names:
             if "." not in name:
@@ -328,7 +341,7 @@ class ModulePlan:
             applied.inject(_manager_name(within.qualname), within.manager)
 
     def _inject_attributes(self, applied: Applied) -> None:
-        """What is asked for through the module or its classes, once they are there."""
+        """Add the accessors that are reached through the module or its classes, once they exist."""
         namespace = vars(applied.module)
         own: dict[str, ScopedGlobal] = {}
         for name in self._scoped_names:
@@ -349,17 +362,17 @@ class ModulePlan:
             function = code_swap.resolve_function(module, within.qualname)
             if _manager_name(within.qualname) not in function.__code__.co_names:
                 raise NotSupported(
-                    f"{self.module}.{within.qualname} is not the function that the source file defines; "
-                    "was it changed at run time? Install before that",
+                    f"{self.module}.{within.qualname} is not the function that the source file "
+                    "defines. Was it changed at run time? Call install() before that change",
                     module=self.module,
                     missing=[within.qualname],
                 )
 
     def _check_no_raw_access(self, codes: Iterable[tuple[CodeType, str]]) -> None:
-        """No function may still reach a scoped global directly: it would see another runner's.
+        """Refuse functions that still reach a scoped global directly.
 
-        Fails when the running code is not what the source on disk says, and for an attribute that
-        is reached in another way than through its class (``self.X``).
+        They would see another runner's value. This fails when the running code differs from the
+        source on disk, and for an attribute that is not reached through its class (``self.X``).
         """
         names = frozenset(name for name in self._redirected_names if "." not in name)
         attributes = frozenset(
@@ -367,26 +380,27 @@ class ModulePlan:
         )
         for code, qualname in codes:
             if not code.co_flags & inspect.CO_OPTIMIZED:
-                # A module's own code, or a class's: it runs once, or a frame keeps it (CPython 3.11).
+                # The body of a module or class: it runs once, or a frame keeps it (CPython 3.11).
                 continue
             raw = code_swap.reached(code, code_swap.GLOBALS, names)
             raw |= code_swap.reached(code, code_swap.ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
-                    f"{self.module}.{qualname} uses {sorted(raw)} in a way that cannot be redirected, or "
-                    "is not the function that the source file defines; was it changed at run time?",
+                    f"{self.module}.{qualname} uses {sorted(raw)} in a way that cannot be "
+                    "redirected, or is not the function that the source file defines. Was it "
+                    "changed at run time?",
                     module=self.module,
                 )
 
 
 def _manager_name(qualname: str) -> str:
-    """The module global that a function's body asks for its with block."""
+    """Name of the module global that a function's body calls for its with block."""
     return f"{MARK}within_{qualname.replace('.', '__')}"
 
 
 @cache
 def _definitions(source: ModuleSource) -> tuple[str, ...]:
-    """Qualified names of the functions and classes a module defines, in order, each once."""
+    """Qualified names of the functions and classes that a module defines, in order, each once."""
     return tuple(kept(("definitions", source.text), lambda: _read_definitions(source)))
 
 

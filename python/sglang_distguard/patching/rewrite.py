@@ -1,8 +1,8 @@
-"""Recompiles a module's functions so that chosen module globals are read through an accessor.
+"""Recompile a module's functions so that they read chosen module globals through an accessor.
 
-`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`; attributes of
-classes and of other modules, `C.X` and `m.X`, are `elsewhere`'s. Nothing but the accessor differs: same
-file, same lines, same constants. Works on source text alone.
+`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`. Attributes
+of classes and of other modules, `C.X` and `m.X`, are rewritten by `foreign_reads`. Nothing but the
+accessor differs: same file, same lines, same constants. The rewriting needs only source text.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sglang_distguard.patching.with_blocks import Block, Enclose
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What to change in one module.
+    """The code to change in one module.
 
     Attributes:
-        replaced: code as SGLang compiled it -> the same code with accessors.
-        initials: global -> code of an expression that makes a fresh scope's first value: the one
-            the module itself assigns to it at import.
+        replaced: code as Python compiles SGLang's text -> the same code with accessors.
+        initials: global -> code of the expression for its first value in a fresh scope: the
+            expression that the module itself assigns to it at import.
     """
 
     replaced: dict[CodeType, CodeType]
@@ -44,18 +44,18 @@ def rewrite(
     elsewhere: frozenset[tuple[str, str]] = frozenset(),
     blocks: frozenset[tuple[str, Block]] = frozenset(),
 ) -> Rewrite:
-    """Plan the rewriting of ``names`` in ``source``, and of the attributes that are ``elsewhere``.
+    """Rewrite ``names``, and the attributes in ``elsewhere``, where ``source`` uses them.
 
     Args:
-        source: of the module.
-        names: its own globals; "Class.attribute" for a class's.
-        elsewhere: (owner, attribute); the owner is another module, or "module.Class".
+        source: source of the module.
+        names: the module's own globals; "Class.attribute" for an attribute of a class.
+        elsewhere: (owner, attribute) pairs; the owner is another module, or "module.Class".
         blocks: (qualified name, block) of functions whose bodies run in a with block.
 
     Raises:
-        NotSupported: a name is not assigned exactly once at the level of its module or class, a
+        NotSupported: a name is not assigned exactly once at the level of its module or class; a
             function binds it in a way that has no attribute form (an import, a def, an except
-            clause), or an attribute is copied where no scope is in force, at import.
+            clause); or an attribute is copied at import, where no scope is in force.
     """
     made_from = (source.module, source.filename, source.text)
     wanted = (sorted(names), sorted(elsewhere), sorted(blocks))
@@ -71,7 +71,7 @@ def _rewritten(
     elsewhere: frozenset[tuple[str, str]],
     blocks: frozenset[tuple[str, Block]],
 ) -> tuple[list[tuple[CodeType, CodeType]], dict[str, CodeType]]:
-    """The fields of a ``Rewrite``, as what ``store`` keeps."""
+    """The fields of a ``Rewrite``, in a form that ``code_cache`` can store."""
     tree = ast.parse(source.text, source.filename)
     initials = _initial_values(source, tree, names)
     changed = ast.parse(source.text, source.filename)
@@ -98,12 +98,12 @@ def _compile(tree: ast.AST, source: ModuleSource, mode: str = "exec") -> CodeTyp
 
 
 def nested(code: CodeType) -> list[CodeType]:
-    """The functions and classes that ``code`` itself makes."""
+    """The code objects of the functions and classes directly inside ``code``."""
     return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
 def with_nested(code: CodeType) -> Iterator[CodeType]:
-    """``code``, and all that is made in it."""
+    """Yield ``code`` and all code objects nested in it."""
     yield code
     for inner in nested(code):
         yield from with_nested(inner)
@@ -131,12 +131,13 @@ def _initial_values(
         if len(values) != 1:
             level = "class" if "." in name else "module"
             raise NotSupported(
-                f"{source.module}.{name} is assigned {len(values)} times at {level} level, not once",
+                f"{source.module}.{name} is assigned {len(values)} times at {level} level, not "
+                "once",
                 module=source.module,
             )
     initials = {}
     for name, (value,) in found.items():
-        # Inside a lambda, so that globals it reads are this scope's own too
+        # Inside a lambda, so that the globals that it reads are those of the same scope
         # (runtime_context: `_CONTEXT = RuntimeContext(parallel=_PARALLEL)`).
         text = f"lambda: ({ast.unparse(value)})"
         thunk = ast.parse(text, source.filename, "eval")
@@ -147,7 +148,7 @@ def _initial_values(
 
 
 def _assigned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.expr]]:
-    """(name, value) of what a module and the classes in it assign."""
+    """Yield (name, value) of each assignment in a module and in its classes."""
     for statement in body:
         if isinstance(statement, ast.ClassDef):
             yield from _assigned(statement.body, f"{prefix}{statement.name}.")
@@ -159,9 +160,10 @@ def _assigned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.
 
 
 class _Accessors(ScopeTransformer):
-    """Turns global `X` into `_distguard_scoped_X.value` inside functions.
+    """Turn global `X` into `_distguard_scoped_X.value` inside functions.
 
-    Code at module and class level runs once, at import, in the module's own namespace: it stays.
+    Code at module and class level stays unchanged: it runs once, at import, in the module's own
+    namespace.
     """
 
     def __init__(
@@ -210,7 +212,7 @@ class _Accessors(ScopeTransformer):
 
 
 def _bound_without_a_target(node: ast.AST) -> Iterator[str]:
-    """Names that ``node`` binds and that have no form as an attribute."""
+    """Names that ``node`` binds in a way that has no attribute form."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
     elif isinstance(node, ast.NamedExpr):

@@ -1,4 +1,4 @@
-"""Where the source of a module comes from, imported or not. Never imports anything of sglang."""
+"""Find and read the source of modules, imported or not. Nothing of sglang is ever imported."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ModuleSource:
 def find_source(module: str) -> Optional[ModuleSource]:
     """Return the source of ``module`` without importing it, or None when there is no such module.
 
-    Only the top-level package is looked up through the import system (that imports nothing);
-    the rest is a path below it, so that ``install()`` can look before sglang is imported.
+    Only the top-level package is looked up through the import system, which imports nothing. The
+    rest is a path below it. So ``install()`` can read the source before sglang is imported.
     """
     path = _path_of(module)
     return None if path is None or not path.is_file() else _read(module, path)
@@ -33,7 +33,7 @@ def find_source(module: str) -> Optional[ModuleSource]:
 
 @dataclass(frozen=True)
 class ModuleFile:
-    """Where a module's source is, and what tells one content of the file from another, as .pyc files do."""
+    """A module's source file, with size and time to detect changed content, as .pyc files do."""
 
     module: str
     filename: str
@@ -46,7 +46,7 @@ class ModuleFile:
 
 
 def files_below(package: str) -> list[ModuleFile]:
-    """Every module of ``package``, with those of its packages; none when there is no such."""
+    """The source files of all modules below ``package``; empty when there is no such package."""
     top, *rest = package.split(".")
     spec = importlib.util.find_spec(top)
     found = []
@@ -70,7 +70,8 @@ def _read(module: str, path: Path) -> ModuleSource:
         return ModuleSource(module, str(path), path.read_text(encoding="utf-8"))
     except OSError as error:
         raise NotSupported(
-            f"the source of {module} cannot be read ({error}); distguard needs the .py files of SGLang",
+            f"the source of {module} cannot be read ({error}). The guard needs the .py files of "
+            "SGLang",
             module=module,
         ) from error
 

@@ -1,6 +1,6 @@
-"""What rewriting needs to know of Python's syntax, and how an accessor is called.
+"""Python syntax for the rewriting: names of accessors, and the scope that each name belongs to.
 
-Which scope a name belongs to is asked of Python's own symbol tables, walked beside the syntax tree.
+The scopes come from Python's own symbol tables, which are walked in parallel with the syntax tree.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import symtable
 from collections.abc import Iterator
 from typing import Union
 
-#: Begins every global that changed code asks for. One leading underscore: two are mangled in classes.
+#: Prefix of the globals that changed code uses. One leading underscore: two are mangled in classes.
 MARK = "_distguard_"
 _PREFIX = f"{MARK}scoped"
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
@@ -29,7 +29,7 @@ def accessor_name(name: str) -> str:
 
 
 def owned(module: str, name: str) -> tuple[str, str]:
-    """(owner, attribute) of a global of ``module``: the module, or "module.Class" of "Class.attribute"."""
+    """(owner, attribute) of a global; the owner of "Class.attribute" is "module.Class"."""
     owner, _, attribute = f"{module}.{name}".rpartition(".")
     return owner, attribute
 
@@ -46,17 +46,17 @@ def own_nodes(owner: Union[ast.Module, Function]) -> Iterator[ast.AST]:
 
 
 class ScopeTransformer(ast.NodeTransformer):
-    """Visits a module and knows the symbol table of the scope in which each node is evaluated.
+    """Visitor of a module that knows the symbol table of the scope in which each node is evaluated.
 
-    Decorators, defaults and annotations of a function, and what a comprehension's first loop is over,
-    belong to the scope around it.
+    Decorators, defaults and annotations of a function belong to the scope around the function. So
+    does the iterable of a comprehension's first loop.
     """
 
     def __init__(self, table: symtable.SymbolTable) -> None:
         self._table = table
-        #: Tables of nested scopes that were not met yet, by (name, line): both walks are in order.
+        #: Tables of nested scopes not visited yet, by (name, line): both walks have the same order.
         self._nested = _nested(table)
-        #: Names bound by the comprehensions around the node that have no table (see `_inlined`).
+        #: Names bound by the comprehensions around the node that have no table (see `_enter`).
         self._bound: frozenset[str] = frozenset()
         self.in_function = False
 
@@ -71,7 +71,7 @@ class ScopeTransformer(ast.NodeTransformer):
         return symbol.is_global() or self._table.get_type() == "module"
 
     def is_bound_here(self, name: str) -> bool:
-        """Whether ``name`` is bound in the scope of the node being visited, not in one around it."""
+        """Whether ``name`` is bound in the scope of the node being visited, not around it."""
         if name in self._bound:
             return True
         try:
@@ -123,7 +123,7 @@ class ScopeTransformer(ast.NodeTransformer):
         node.bases = [self.visit(base) for base in node.bases]
         node.keywords = [self.visit(keyword) for keyword in node.keywords]
         outer = self._enter(node.name, node.lineno), self.in_function
-        # A class body runs where the class is made; the methods in it are functions again.
+        # A class body runs where the class is created; the methods in it are functions again.
         self.in_function = False
         self.entering_class(node)
         node.body = [made for it in node.body for made in self._statements(it)]
@@ -151,8 +151,10 @@ class ScopeTransformer(ast.NodeTransformer):
         return node
 
     def _enter(self, name: str, line: int, inlined: frozenset[str] = frozenset()) -> _Outer:
-        """Go into a scope. Python 3.12 inlines comprehensions (PEP 709): those have no table of their own,
-        what they use is in the one around them, and what they bind is ``inlined``.
+        """Enter a scope, and return the outer one for ``_leave``.
+
+        Python 3.12 inlines comprehensions (PEP 709): they have no table of their own. The names
+        that they use are in the table around them, and the names that they bind are ``inlined``.
         """
         outer = self._table, self._nested, self._bound
         if inlined and not self._nested.get((name, line)):
@@ -171,7 +173,7 @@ _Outer = tuple[symtable.SymbolTable, _Nested, frozenset[str]]
 
 
 def _bound_by(node: Comprehension) -> frozenset[str]:
-    """What the loops of a comprehension bind; a walrus binds in the function around it."""
+    """Names that the loops of a comprehension bind; a walrus binds in the function around it."""
     return frozenset(
         it.id
         for loop in node.generators

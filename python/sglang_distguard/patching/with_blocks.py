@@ -1,7 +1,7 @@
-"""Puts the body of functions into a with block, in place: no frame more, and nothing else differs.
+"""Put the body of functions into a with block, in place and without an additional frame.
 
-``def f(self, x): BODY`` becomes ``def f(self, x): with MANAGER(self): BODY``: same name, parameters, file and
-lines. A docstring stays one.
+``def f(self, x): BODY`` becomes ``def f(self, x): with MANAGER(self): BODY``. Nothing else differs:
+name, parameters, file and lines stay the same. A docstring stays a docstring.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from sglang_distguard.patching.syntax import Function
 
 
 class Block(NamedTuple):
-    """What a function's body runs in.
+    """The with block that a function's body runs in.
 
     Attributes:
-        manager: module global that is called with the argument and returns a context manager.
+        manager: name of a module global that is called with the argument and returns a context
+            manager.
         argument: name of a parameter; None for the first.
     """
 
@@ -26,7 +27,7 @@ class Block(NamedTuple):
 
 
 class Enclose(ast.NodeTransformer):
-    """Encloses the functions that ``blocks`` names by qualified name; ``visit`` the whole module."""
+    """Enclose the functions in ``blocks``, by qualified name; ``visit`` takes the whole module."""
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = blocks
@@ -45,7 +46,7 @@ class Enclose(ast.NodeTransformer):
         return self._function(node)
 
     def _function(self, node: Function) -> ast.AST:
-        # Functions in functions have no qualified name by which they could be asked for.
+        # Functions inside functions have no qualified name by which ``blocks`` could select them.
         assert not isinstance(node, ast.Lambda)
         block = self._blocks.get(".".join([*self._path, node.name]))
         if block is not None:

@@ -1,1 +1,1 @@
-"""What exists once per process: the installed hooks, and what becomes of them at fork and exit."""
+"""State that exists once per process: the installed hooks, and their handling of fork and exit."""

@@ -1,4 +1,4 @@
-"""What becomes of the guard when its process forks, and when its interpreter exits."""
+"""The guard's handlers for forks of its process and for the exit of its interpreter."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.distributed.ranks.log import opened
 from sglang_distguard.process import installation
 
-#: Seconds that the exit waits for daemon threads that are inside a runner's method, or read a log.
+#: Seconds that the exit waits for daemon threads in a runner's method or reading a shared log.
 EXIT_GRACE = 5.0
 
 
 def _in_child() -> None:
-    """A forked child has one thread, and of its parent's world only the memory.
+    """Start the forked child with a fresh registry, in which inherited state cannot be adopted.
 
-    What is there now is named to the fresh registry, so that nobody adopts it: gloo's threads did
-    not come along, and its sockets are the parent's.
+    The child has one thread, and only the memory of its parent's world: gloo's threads do not exist
+    in it, and gloo's sockets are the parent's. So world and groups are registered as inherited.
     """
     _core.start_afresh()
     installation.after_fork_in_child()
@@ -35,7 +35,7 @@ def _at_exit() -> None:
 
 
 def watch() -> None:
-    """Register for forks and for the interpreter's exit; once per process, at import."""
+    """Register the handlers for forks and interpreter exit; once per process, at import."""
     os.register_at_fork(
         before=installation.before_fork,
         after_in_parent=installation.after_fork_in_parent,

@@ -1,4 +1,4 @@
-"""Puts the hooks in and takes them out. The one record of what is installed."""
+"""Install and uninstall the hooks. This module has the only record of the installation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Installation:
     watcher: Watcher
 
 
-# Lock order: this lock is outermost. It is never held while a hook runs, and reentrant because
+# Lock order: this lock is outermost. It is never held while a hook runs. It is reentrant because
 # planning or applying may import a module that is to be patched.
 _lock = threading.RLock()
 #: Seconds; planning and applying take two.
@@ -48,29 +48,30 @@ def install(
 ) -> None:
     """Make SGLang's ModelRunners safe to build and run together in this process.
 
-    Works before or after sglang is imported (modules imported later are patched as they come),
-    from any thread, and again: a further call only changes the settings it names.
+    Works before or after sglang is imported, and from any thread. Modules that are imported later
+    are patched at their import. A further call changes only the settings that it names.
 
     Args:
-        reuse: whether an equal request joins the world and groups that exist. Default: the
+        reuse: whether an equal request joins the existing world and groups. Default: the
             environment variable ``SGLANG_ALLOW_REUSE_DISTRIBUTED`` when set, else True.
         timeout: seconds that one wait for another thread's initialisation may take. Default: the
             environment variable ``SGLANG_DISTGUARD_TIMEOUT`` when set, else 300.
-        slow_after: seconds after which an initialisation that others wait for is logged, once, as
-            a warning with its thread's stack. Default: the environment variable
+        slow_after: seconds after which an initialisation that other threads wait for is logged,
+            once, as a warning with its thread's stack. Default: the environment variable
             ``SGLANG_DISTGUARD_SLOW_AFTER`` when set, else 30.
-        agreement_timeout: seconds that the ranks of a world of several may take for each step of
-            agreeing on a runner. Default: the environment variable
+        agreement_timeout: seconds that the ranks of a world of several ranks may take for each
+            stage of agreeing on a runner. Default: the environment variable
             ``SGLANG_DISTGUARD_AGREEMENT_TIMEOUT`` when set, else 60.
-        groups: what runners of a world of several ranks do about communicators. "own", the default:
-            each has its own, and may forward whenever it wants; "share": all use the same, and the
-            ranks agree on the order of every forward.
+        groups: the communicators of runners in a world of several ranks. "own", the default: each
+            runner has its own communicators, and may forward at any time. "share": all runners use
+            the same communicators, and the ranks agree on the order of every forward.
 
     Raises:
-        NotSupported: the installed SGLang lacks something the guard rests on.
-            Nothing was patched.
-        StateInUse: called by code that runs while the same thread imports a module to be patched.
-        AcquireTimeout: another thread does not end such an import.
+        NotSupported: the installed SGLang lacks something that the guard needs. Nothing was
+            patched.
+        StateInUse: the calling thread is in the middle of importing a module that is to be patched.
+        AcquireTimeout: another thread did not end such an import, ``install()`` or ``uninstall()``
+            within 300 seconds.
         TypeError, ValueError: an argument or environment variable is not usable.
     """
     until = time.monotonic() + _DEADLINE
@@ -92,13 +93,13 @@ def install(
 
 
 def _put_in() -> list[str]:
-    """Install, unless modules are being imported whose import began before: those are returned."""
+    """Install, unless imports of modules to be patched have begun; return the modules' names."""
     global _installation
     plans = {plan.module: plan for plan in versions.choose()}
     installation = _Installation(plans, Watcher(plans, _execute))
     try:
         installation.watcher.start()
-        # Looked for only now: whatever begins from now on is watched.
+        # Looked for only now: every import that begins from now on is watched.
         begun = imports.unfinished(plans)
         if begun:
             installation.watcher.stop()
@@ -113,36 +114,41 @@ def _put_in() -> list[str]:
 
 
 def _let_finish(begun: list[str], until: float) -> None:
-    """Wait for imports that nobody watches. Not under the lock: they import others that are watched.
+    """Wait until the imports in ``begun``, which are not watched, have ended.
+
+    The lock must not be held: these imports may import other modules, which are watched.
 
     Raises:
-        StateInUse: the calling thread itself is in the middle of one.
-        AcquireTimeout: one takes longer.
+        StateInUse: the calling thread itself is in the middle of such an import.
+        AcquireTimeout: an import has not ended at the time ``until``.
     """
     for name in begun:
         if imports.is_mine(name):
             raise StateInUse(
-                f"install() was called while {name} is being imported by the same thread: functions that "
-                "it is yet to define would stay without hooks. Call it before the import, or after it",
+                f"install() was called while the same thread is importing {name}: functions that "
+                "the module has not defined yet would stay without hooks. Call install() before or "
+                "after the import",
                 holders=[name],
             )
         if not imports.let_finish(name, until - time.monotonic()):
             raise AcquireTimeout(
-                f"{name} has been in the middle of its import, by another thread, for {_DEADLINE:.0f} s. "
-                "Look at what that does (py-spy dump), and call install() again; nothing was changed"
+                f"another thread has been importing {name} for {_DEADLINE:.0f} s. Nothing was "
+                "changed. Look at what that thread does (py-spy dump), and call install() again"
             )
 
 
 def uninstall() -> None:
-    """Take the hooks out: SGLang's modules are then as they were, object for object.
+    """Remove the hooks: SGLang's modules are then as they were, object for object.
 
-    Functions that others patched on top of ours keep their patches. Does nothing when not
+    Patches that other code put on top of the guard's hooks stay. Does nothing when the guard is not
     installed.
 
     Raises:
-        StateInUse: runners that need their own scope are still alive; they would silently read
-            another's configuration. ``close()`` them first. Or code of ours is running: a method of
-            a runner, or the with block of ``activate``.
+        StateInUse: runners that need their own scope are still alive: they would silently read
+            another runner's configuration. ``close()`` them first. Or a thread is in a method of a
+            runner, waits to enter one, or is in the with block of ``activate``.
+        AcquireTimeout: another thread did not end an ``install()``, ``uninstall()`` or the import
+            of a patched module within 300 seconds.
     """
     global _installation
     with _locked():
@@ -153,8 +159,8 @@ def uninstall() -> None:
         if held:
             raise StateInUse(
                 f"uninstall() refused: {len(held)} runner(s) have a scope of their own and would "
-                f"read another's configuration without the guard: {', '.join(sorted(held))}. "
-                "close() them first",
+                "read another runner's configuration without the guard: "
+                f"{', '.join(sorted(held))}. close() them first",
                 holders=sorted(held),
             )
         installation, _installation = _installation, None
@@ -165,10 +171,10 @@ def uninstall() -> None:
 
 
 def _refuse_inside() -> None:
-    """Code that our hooks let in would go on without what it was let in for.
+    """Refuse while code is running inside the hooks: it would continue without the guard.
 
     Raises:
-        StateInUse: a thread is in a method of a runner, in ``activate``, or waits for one of ours.
+        StateInUse: a thread is in a method of a runner, in ``activate``, or waits for a phase.
     """
     visits = [
         f"{visit['step'] or visit['phase']} of runner {visit['by']['runner']!r} "
@@ -179,18 +185,20 @@ def _refuse_inside() -> None:
     inside = sorted([*visits, *blocks])
     if inside:
         raise StateInUse(
-            f"uninstall() refused: {', '.join(inside)} would go on without the guard. Let it end first",
+            f"uninstall() refused: {', '.join(inside)} would continue without the guard. Wait "
+            "until that has ended",
             holders=inside,
         )
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    lock = _lock  # a fork inside the with block gives the child another one
+    lock = _lock  # a fork inside the with block gives the child another lock
     if not lock.acquire(timeout=_DEADLINE):
         raise AcquireTimeout(
-            f"another thread has been in install(), uninstall() or the import of a patched module for "
-            f"{_DEADLINE:.0f} s. Look at what it does (py-spy dump); nothing was changed"
+            "another thread has been in install(), uninstall() or the import of a patched module "
+            f"for {_DEADLINE:.0f} s. Nothing was changed. Look at what that thread does (py-spy "
+            "dump)"
         )
     try:
         yield
@@ -199,25 +207,25 @@ def _locked() -> Iterator[None]:
 
 
 def before_fork() -> None:
-    """Let another thread's ``install`` or ``uninstall`` finish: a child has all hooks or none."""
+    """Wait for another thread's ``install`` or ``uninstall``: a child has all hooks or none."""
     # Not for ever: that thread may wait for an import that the forking thread is in.
     _lock.acquire(timeout=10)
 
 
 def after_fork_in_parent() -> None:
     """Undo ``before_fork``."""
-    with suppress(RuntimeError):  # it had given up
+    with suppress(RuntimeError):  # ``before_fork`` had timed out
         _lock.release()
 
 
 def after_fork_in_child() -> None:
-    """Undo ``before_fork`` in the child, where no other thread can be at it."""
+    """Undo ``before_fork`` in the child, where no other thread can hold the lock."""
     global _lock
     _lock = threading.RLock()
 
 
 def is_installed() -> bool:
-    """Whether the hooks are in."""
+    """Whether the guard is installed in this process."""
     return _installation is not None
 
 
@@ -231,7 +239,7 @@ def _apply(plans: list[ModulePlan]) -> None:
 
 
 def _imported(name: str) -> Optional[ModuleType]:
-    """The module, when its import has finished; one that is being imported calls back."""
+    """The module, when its import has finished; otherwise its import calls ``_execute``."""
     return None if imports.is_initializing(name) else sys.modules.get(name)
 
 
@@ -240,9 +248,10 @@ def _execute(
     code: Optional[CodeType],
     run: Callable[[Optional[CodeType]], None],
 ) -> None:
-    """Execute a module that has a plan - imported, imported anew, reloaded - and change it.
+    """Execute a module that has a plan (imported, imported again, reloaded), and change it.
 
-    The lock is not held meanwhile: executing a module imports others, of which each has a lock, too.
+    The lock is not held during the execution, which imports other modules: each of those has a
+    lock, too.
     """
     begun: Optional[Applied] = None
     with _locked():
@@ -250,7 +259,7 @@ def _execute(
         if installation is not None and code is not None:
             begun, code = _or_out(lambda plan, own=code: plan.begin(module, own), module)
     try:
-        with _core.run_as(None):  # it is the process's, whoever imports it first
+        with _core.run_as(None):  # the module belongs to the process, not to the first importer
             run(code)
     except BaseException:
         if begun is not None:
@@ -263,14 +272,17 @@ def _execute(
         if begun is not None and _installation is installation:
             _or_out(lambda plan, it=begun: plan.finish(it), module)
             return
-        if begun is not None:  # the guard was taken out meanwhile
+        if begun is not None:  # the guard was uninstalled meanwhile
             begun.undo()
         if _installation is not None:
             _or_out(lambda plan: plan.apply(module, again=True), module)
 
 
 def _or_out(change: Callable[[ModulePlan], Made], module: ModuleType) -> Made:
-    """Half a guard is worse than none: when ``change`` fails, what is in comes out, and the import fails."""
+    """Make ``change``; when it fails, undo the installation, and let the import fail.
+
+    A partly installed guard is worse than none.
+    """
     global _installation
     assert _installation is not None
     try:

@@ -1,1 +1,1 @@
-"""A runner's handle, and the steps of a runner that are more than one native step."""
+"""A runner's handle, and the steps of a runner that need more than one native step."""

@@ -1,4 +1,4 @@
-"""Steps that compute together with other ranks: in one order, or over communicators of their own."""
+"""Steps that compute together with other ranks: in one order, or over separate communicators."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ from sglang_distguard.sync.phases import Phase
 def may_overlap(key: str) -> bool:
     """Whether runners of several ranks may compute at the same time, each rank in its own order.
 
-    Not over shared groups: their collectives would meet each other's. Nor on GPUs: all threads
-    launch on one stream by default, on which two communicators that wait in different orders on two
-    ranks wait for ever (NCCL user guide, "Using multiple NCCL communicators concurrently"). Nor
-    where SGLang reduces through memory that all groups of the process share (0.5.23:
-    `is_shm_available`, `sgl_kernel.shm_allreduce`, on CPUs with AMX and on arm64).
+    They may not in three cases:
+
+    - Over shared groups, because collectives of different runners would meet each other.
+    - On GPUs, because all threads launch on one stream by default. Two communicators that wait
+      there in different orders on two ranks wait forever (NCCL user guide, "Using multiple NCCL
+      communicators concurrently").
+    - Where SGLang reduces through memory that all groups of the process share (0.5.23:
+      `is_shm_available`, `sgl_kernel.shm_allreduce`, on CPUs with AMX and on arm64).
+
+    Args:
+        key: registry key of the groups that the runner uses.
     """
     from sglang.srt.runtime_context import get_device
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
@@ -35,7 +41,9 @@ def may_overlap(key: str) -> bool:
 
 
 def agree_on_one_more(server_args: Any) -> None:
-    """Let the ranks agree on a runner that initialises nothing, a draft say, in its target's scope.
+    """Let the ranks agree on a runner that initialises nothing, such as a draft runner.
+
+    Such a runner uses its target's scope.
 
     Raises:
         RanksDisagree, AgreementTimeout, RankFailed, StoreLost, AmbiguousBuild: see ``errors``.
@@ -50,14 +58,19 @@ def agree_on_one_more(server_args: Any) -> None:
 
 @contextmanager
 def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
-    """Run a step that computes together with other ranks; after one another where it must be.
+    """Run a step that computes together with other ranks, in a turn where that is necessary.
 
-    A step that raises leaves its communicators out of step, and so does one that is refused while
-    another thread is in one: other ranks may have let it in. They are destroyed (``distributed.owned_groups``).
+    A step that raises leaves its communicators out of step. So does a step that is refused because
+    another thread is in one, since other ranks may have admitted it. Such communicators are
+    destroyed (``distributed.owned_groups``).
+
+    Args:
+        handle: the runner's handle.
+        step: name of the method.
 
     Raises:
         StateInUse, AmbiguousBuild: another thread is in a step over the same communicators.
-        LeaseBroken: they were given up while this step waited for its turn.
+        LeaseBroken: the communicators were destroyed while this step waited for its turn.
         RankFailed, AgreementTimeout, StoreLost: see ``errors``.
     """
     ranks = world.ranks()
@@ -75,7 +88,7 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
             with _let_in(handle):
                 stack.enter_context(turn)
             handle.check()
-            # Before the others are told: those that wait for this rank hear at once.
+            # Break before the turn reports: ranks that wait for this rank get an error at once.
             with _whole(handle):
                 yield
     else:
@@ -97,21 +110,25 @@ def step_among_ranks(
     is_collective: bool = False,
     is_exclusive: bool = False,
 ) -> Iterator[None]:
-    """What a step is where it is more than one native step: with several ranks, or to capture.
+    """Run a step that needs more than one native step: with several ranks, or for a capture.
 
-    The phase comes last, inside of the step's turn if it takes one.
+    The step enters its phase last, within its turn if it takes one.
 
     Args:
-        handle: of the runner.
+        handle: the runner's handle.
         step: name of the method.
-        phase: which it is in.
-        is_collective: computes together with the other ranks.
-        is_exclusive: one thread at a time.
+        phase: phase of the method, if it has one.
+        is_collective: whether the step computes together with the other ranks.
+        is_exclusive: whether only one thread at a time may be in the step.
+
+    Raises:
+        NotSupported: see ``refuse_capture_without_turns``.
+        DistGuardError and its subclasses: see ``in_order`` and ``_core.Step``.
     """
     with ExitStack() as stack:
         with _let_in(handle) if is_exclusive else nullcontext():
             stack.enter_context(_core.step(handle, step, None, exclusive=is_exclusive))
-        if phase == "capture":  # before it is among the ranks: nothing is half-done then
+        if phase == "capture":  # before it meets other ranks, so that nothing is half-done
             refuse_capture_without_turns(handle)
         if is_collective:
             stack.enter_context(in_order(handle, step))
@@ -121,12 +138,12 @@ def step_among_ranks(
 
 
 def collective_step_of(name: str, phase: Phase, runner: str) -> _core.StepOf:
-    """What a method of a part of a runner runs in; with several ranks it takes its turn.
+    """Return the step of a method of a runner's part; with several ranks it is a collective step.
 
     Args:
-        name: the method's.
-        phase: the method's.
-        runner: attributes, with dots, from the part to the runner, or to what returns it.
+        name: name of the method.
+        phase: phase of the method.
+        runner: attributes, with dots, from the part to the runner or to a function that returns it.
     """
 
     def otherwise(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
@@ -137,14 +154,15 @@ def collective_step_of(name: str, phase: Phase, runner: str) -> _core.StepOf:
 
 @contextmanager
 def _let_in(handle: _core.RunnerHandle) -> Iterator[None]:
-    """Give the communicators up when the with block refuses a step: other ranks may let it in."""
+    """Destroy the communicators if the with block refuses a step: other ranks may admit it."""
     try:
         yield
     except (AmbiguousBuild, StateInUse) as error:
         if world.ranks() is not None:
             error.add_note(
-                "Other ranks may have let this step in, so that its collectives would meet those of "
-                "another: the runner's communicators are given up on this rank, and so on all."
+                "Other ranks may have admitted this step. Its collectives would meet those of "
+                "another step, so the runner's communicators are destroyed on this rank, and "
+                "therefore on all ranks."
             )
             owned_groups.break_communicators(handle)
         raise

@@ -23,7 +23,7 @@ _numbers = itertools.count(1)
 
 
 def find_handle(runner: Any) -> Optional[_core.RunnerHandle]:
-    """The handle of a runner built under the guard; None for any other object."""
+    """Return the handle of a runner built under the guard; None for any other object."""
     return getattr(runner, "__dict__", {}).get(_ATTRIBUTE)
 
 
@@ -31,17 +31,21 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     """Give a runner that is about to be constructed the current scope, and leases on shared state.
 
     The leases end with ``close``, or when the runner is garbage-collected.
+
+    Args:
+        runner: the object before its constructor runs.
+        args, kwargs: arguments of its constructor.
     """
     scope = _core.current_scope()
     ask = agreement.asked()
     name = settings.current().name or (ask.name if ask else None) or _default_name(args, kwargs)
     own = own_key(scope)
     used = own if _core.has_joined(own) else GROUPS
-    # What this scope joined and was torn down since is asked for, too: to be refused.
+    # A key that this scope joined and that was torn down since is included, so that it is refused.
     keys = [key for key in (WORLD, PROCESS, used) if _core.is_ready(key) or _core.has_joined(key)]
     turns = None if ask is None or may_overlap(used) else ask.known_as
     handle = _handle(name, scope, keys, turns)
-    if scope is not None and _core.live_runners(scope) == 1:  # a draft is in its target's
+    if scope is not None and _core.live_runners(scope) == 1:  # a draft shares its target's scope
         scope.label = name
     setattr(runner, _ATTRIBUTE, handle)
     return handle
@@ -61,7 +65,7 @@ def _handle(
                 raise
             if time.monotonic() > deadline:
                 raise
-        # Between `agree` and here nobody held it, and another thread asked for more.
+        # Since `agree` no runner has held the settings, and another thread has asked for more.
         process_settings.agree()
 
 
@@ -73,7 +77,7 @@ def hold_experts(handle: _core.RunnerHandle) -> None:
 
 
 def release(handle: _core.RunnerHandle) -> bool:
-    """Release what ``handle`` holds, at once."""
+    """Release what ``handle`` holds, at once; return False when that was done before."""
     scope = handle.scope
     closed = handle.close()
     if closed:
@@ -82,9 +86,9 @@ def release(handle: _core.RunnerHandle) -> bool:
 
 
 def release_failed(runner: Any) -> None:
-    """Release what a runner holds whose construction failed, and all that it was given.
+    """Release the leases of a runner whose construction failed, and clear its attributes.
 
-    The error's frames refer to the runner, and it would refer to its weights (46 GB were seen).
+    The error's frames refer to the runner, which would keep its weights alive (46 GB were seen).
     """
     handle = find_handle(runner)
     if handle is not None:
@@ -93,21 +97,24 @@ def release_failed(runner: Any) -> None:
 
 
 def mark_as_of(runner: Any, part: Any) -> None:
-    """Let ``part``, made by ``runner``'s methods, say whose it is; what another has made stays its."""
+    """Record on ``part``, which ``runner``'s methods have made, that it belongs to ``runner``.
+
+    A part that another runner has made keeps its owner.
+    """
     fields = getattr(part, "__dict__", None)
     if fields is not None and _ATTRIBUTE not in fields:
         setattr(part, _ATTRIBUTE, find_handle(runner))
 
 
 def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
-    """The handle of what a caller gave as ``argument``.
+    """Return the handle of ``runner``, which a caller passed as ``argument``.
 
     Raises:
-        TypeError: it was not built under the guard.
+        TypeError: ``runner`` was not built under the guard.
     """
     try:
         handle = find_handle(runner)
-    except Exception:  # its ``__dict__`` is no dict, or raises
+    except Exception:  # its ``__dict__`` is not a dict, or raises
         handle = None
     if not isinstance(handle, _core.RunnerHandle):
         raise TypeError(

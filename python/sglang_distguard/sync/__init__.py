@@ -1,1 +1,1 @@
-"""Threads that wait for each other: single-flight, the phase lock, and the log of decisions."""
+"""Waits of threads for each other: single-flight, the phase lock, and the event log."""

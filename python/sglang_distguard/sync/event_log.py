@@ -1,6 +1,6 @@
-"""Writes the registry's decisions to the log ``sglang_distguard``, each once per process.
+"""Writes the registry's decisions to the logger ``sglang_distguard``, each once per process.
 
-Warnings are what a person may have to act upon; everything else is debug.
+Decisions that a person may have to act on are warnings; all others are debug messages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WARN = frozenset({"slow", "out-of-band", "poison", "deadlock"})
 
 
 def report() -> None:
-    """Log what has happened since anybody called this last."""
+    """Log the decisions made since the last call in this process."""
     for event in _core.take_events():
         level = logging.WARNING if event["decision"] in _WARN else logging.DEBUG
         if logger.isEnabledFor(level):

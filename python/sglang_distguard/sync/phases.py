@@ -1,4 +1,4 @@
-"""The phase lock: phases of runners that may overlap do, those that may not wait for each other."""
+"""The phase lock: conflicting phases of runners wait for each other, all others overlap."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def in_phase(
     *,
     timeout: Optional[float] = None,
 ) -> Iterator[None]:
-    """Keep out of the way, for a with block, of what conflicts with phase ``name``, and keep that out.
+    """Enter phase ``name`` for a with block: wait for conflicting phases, and keep them out.
 
-    Loads and forwards overlap freely; a capture is alone, and what loads a runner is alone with that
-    one (the table is in rust/core/src/phases.rs). First come, first served; a thread does not conflict with itself.
+    Loads and forwards of different runners overlap freely. A capture is alone in the process, and a
+    load is alone with its runner (the table is in rust/core/src/phases.rs). Conflicting phases are
+    first come, first served; a thread does not conflict with itself.
 
     Args:
-        name: of the phase.
-        handle: whose phase it is; default: of no runner in particular.
-        timeout: seconds; default: the setting in force.
+        name: the phase to enter.
+        handle: the runner whose phase it is; default: no particular runner.
+        timeout: seconds to wait; default: the setting in force.
 
     Raises:
-        AcquireTimeout: the deadline of the settings in force has passed.
-        DeadlockError: waiting would never end.
+        AcquireTimeout: ``timeout`` seconds have passed.
+        DeadlockError: the wait would never end.
     """
     chosen = settings.current()
     visit = _core.Visit(name, runner=handle.name if handle else chosen.name, handle=handle)

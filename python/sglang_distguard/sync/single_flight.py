@@ -26,22 +26,22 @@ def run_once(
     """Run ``initialise`` in exactly one of the concurrent callers; no lock is held meanwhile.
 
     Args:
-        key: what is initialised: "world", "groups" …
+        key: registry key of the state: "world", "groups" …
         spec: the fields compared between callers.
-        observe: the identity of the live object in this process right now, None if there is none.
-        initialise: makes the state and returns what joiners are given.
-        adopt: takes over state that somebody else made; returns what joiners are given, and the
-            spec that the state really has.
-        join: called with that by callers that reuse the state.
-        undo: called when ``initialise`` or ``adopt`` raised; leaves nothing half-made.
-        reentrant: SGLang's initialiser may ask for the same key again from within.
+        observe: returns the identity of the live object in this process; None if there is none.
+        initialise: makes the state and returns the resource that joiners are given.
+        adopt: takes over state that user code has made; returns the resource that joiners are
+            given, and the actual spec of the state.
+        join: called with the resource by callers that reuse the state.
+        undo: called when ``initialise`` or ``adopt`` has raised; leaves nothing half-made.
+        reentrant: whether SGLang's initialiser may request the same key again from within.
 
     Returns:
         What ``initialise``, ``adopt`` or ``join`` returned.
 
     Raises:
         SpecMismatch: the state exists, or is being made, for other values.
-        StateInUse: equal state exists and this caller may not reuse it.
+        StateInUse: equal state exists and the settings do not allow this caller to reuse it.
         AcquireTimeout, DeadlockError, PoisonedState: see ``errors``.
         Whatever ``initialise`` raised, to its own caller only: the next waiter leads.
     """
@@ -62,13 +62,13 @@ def run_once(
             resource, actual = adopt()
             claim.publish(identity=observe() or 0, resource=resource, spec=dict(actual))
         except BaseException as error:
-            # An interrupt may come after the publish: then others may use it already.
+            # After an interrupt that follows the publish, others may use the state already.
             if claim.pending:
                 _undo(claim, undo, error)
             raise
         finally:
             event_log.report()
-        # Adopted as what it really is: ask again, to join it or be told where it differs.
+        # Adopted with its actual spec. Ask again: join it, or raise where it differs.
 
 
 def _acquire(

@@ -13,18 +13,18 @@ from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.sync import event_log
 
-#: Seconds that the main thread sleeps without handling signals: what Ctrl-C may take at worst. Python
-#: runs signal handlers in that thread only, so that the others sleep until something changes.
+#: Seconds that the main thread sleeps without handling signals: the longest delay of Ctrl-C. Python
+#: runs signal handlers in that thread only, so other threads sleep until something changes.
 SLICE = 0.02
 
 Result = TypeVar("Result")
 
 
 class Waits(Protocol):
-    """What is waited with: a `_core.Request` or a `_core.Visit`.
+    """An object that sleeps between attempts, such as a `_core.Request` or a `_core.Visit`.
 
     Attributes:
-        patience: seconds after which it must be looked at again, though nothing has changed.
+        patience: seconds after which another attempt is necessary even if nothing has changed.
     """
 
     @property
@@ -35,25 +35,26 @@ class Waits(Protocol):
         ...
 
     def timed_out(self) -> Exception:
-        """The error of a caller that gives up."""
+        """Return the error to raise at the deadline."""
         ...
 
 
 def until(
     attempt: Callable[[], Optional[Result]], waits: Waits, *, timeout: float, what: str
 ) -> Result:
-    """Repeat ``attempt`` until it returns something else than None.
+    """Repeat ``attempt`` until it returns a value other than None, and return that value.
 
     Args:
-        attempt: looks and asks; what it raises ends the wait.
+        attempt: one attempt; an exception from it ends the wait.
         waits: sleeps between attempts.
         timeout: seconds; ``math.inf`` for no deadline.
-        what: what is waited for, for messages.
+        what: name of what the caller waits for, for messages.
 
     Raises:
-        AcquireTimeout: ``timeout`` seconds have passed.
-        DistGuardError: the interpreter is exiting; only in threads that it waits for.
-        Whatever a signal handler raises (KeyboardInterrupt), within two slices and what the GIL takes.
+        AcquireTimeout (from ``waits.timed_out``): ``timeout`` seconds have passed.
+        DistGuardError: the interpreter is exiting and waits for this thread.
+        Whatever a signal handler raises (KeyboardInterrupt), within two slices plus the time that
+        the GIL takes.
     """
     deadline = time.monotonic() + timeout
     longest = min(max(waits.patience, SLICE), _longest_sleep())
@@ -73,11 +74,16 @@ def until(
 
 
 def to_enter(visit: _core.Visit, what: str, timeout: Optional[float] = None) -> None:
-    """Wait until ``visit`` is inside of its phase; called from native code, too (rust/src/step.rs).
+    """Wait until ``visit`` has entered its phase; native code calls this too (rust/src/step.rs).
+
+    Args:
+        visit: visit to a phase that has not entered yet.
+        what: name of the phase, for messages.
+        timeout: seconds; default: the setting in force.
 
     Raises:
-        AcquireTimeout: ``timeout`` seconds, or those of the settings in force, have passed.
-        DeadlockError: waiting would never end.
+        AcquireTimeout: ``timeout`` seconds have passed.
+        DeadlockError: the wait would never end.
     """
     seconds = settings.current().timeout if timeout is None else timeout
     until(lambda: visit.try_enter() or None, visit, timeout=seconds, what=what)
@@ -90,21 +96,21 @@ def _longest_sleep() -> float:
 
 
 def _wake_at_exit() -> bool:
-    """Let the interpreter's exit wake whoever waits, before it joins their threads.
+    """Let the interpreter's exit wake all waiting threads before it joins them.
 
-    By what `concurrent.futures` does it by (`threading._register_atexit`, CPython 3.9 to 3.14): in the
-    order of registration, the last one first, so that theirs, which joins the threads of executors,
-    has to be there before.
+    This uses the hook of `concurrent.futures` (`threading._register_atexit`, CPython 3.9 to 3.14).
+    The exit calls the last registered function first. That of `concurrent.futures`, which joins the
+    threads of executors, must therefore be registered before this one.
 
     Returns:
-        Whether it can: otherwise every thread has to look for itself.
+        Whether it was registered; otherwise every thread has to check for the exit itself.
     """
     import concurrent.futures.thread  # noqa: F401
 
     register: Any = getattr(threading, "_register_atexit", None)
     try:
         register(_core.wake_all)
-    except (TypeError, RuntimeError):  # there is none, or the interpreter is exiting already
+    except (TypeError, RuntimeError):  # no such hook, or the interpreter is exiting
         return False
     return True
 
@@ -114,11 +120,11 @@ WAKES_AT_EXIT = _wake_at_exit()
 
 
 def _is_exiting() -> bool:
-    """Whether the interpreter waits for this thread to end, so that it may exit.
+    """Whether the interpreter is exiting and waits for this thread to end.
 
     `threading._shutdown` (CPython 3.11 to 3.14) sets the flag before it joins the threads of
-    executors; without it we notice when the main thread is done. Daemon threads are not waited
-    for: they stop where they are (rust/src/exit.rs).
+    executors. Without the flag, the end of the main thread shows the exit. The interpreter does not
+    wait for daemon threads; they stop where they are (rust/src/exit.rs).
     """
     if threading.current_thread().daemon:
         return False

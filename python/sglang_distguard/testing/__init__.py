@@ -1,5 +1,7 @@
-"""Real SGLang on small models that this package makes itself: for our tests, demo and benchmarks,
-and for yours. Needs sglang; on a machine without CUDA, sglang's own sgl_kernel stub stands in.
+"""Runs real SGLang on small models that this package makes itself, for tests, demo and benchmarks.
+
+Use it for your own, too. It needs sglang. On a machine without CUDA, sglang's own stub replaces
+sgl_kernel.
 """
 
 from sglang_distguard.testing.models import ARCHITECTURES, create_model

@@ -1,4 +1,4 @@
-"""A piece of work in a forked child, which ends with its parent."""
+"""Runs work in a forked child, which ends with its parent."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Be killed when the process (more exactly: the thread) that started this one ends. Linux only."""
+    """Have this process killed when its parent (exactly: the starting thread) ends. Linux only."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_to(file: Path) -> None:
-    """Have all that this process prints, C code too, in ``file``."""
+    """Redirect all output of this process, including that of C code, to ``file``."""
     with file.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
 
 
 def fork(work: Callable[[], object], output: Optional[Path] = None) -> int:
-    """Do ``work`` in a child of this process, which exits with 0, or with 1 and a traceback when it raises.
+    """Run ``work`` in a forked child, which exits with 0, or with 1 and a traceback if it raises.
 
     Args:
-        work: never returns into the caller's code.
-        output: where the child prints; default: where this process does.
+        work: called in the child, which never returns into the caller's code.
+        output: file for the output of the child; default: the output of this process.
 
     Returns:
-        The number of the child; it is the caller's to wait for.
+        The process id of the child; the caller must wait for it.
     """
     child = os.fork()
     if child != 0:
@@ -51,5 +51,5 @@ def fork(work: Callable[[], object], output: Optional[Path] = None) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # threads and buffers of the parent are not ours to end
+        os._exit(status)  # do not end threads and buffers of the parent
     raise AssertionError

@@ -1,6 +1,6 @@
-"""Eight runners of five architectures from eight threads, and whether what they compute is right.
+"""Builds eight runners of five architectures from eight threads and checks what they compute.
 
-The main claim of the project as code: used by its tests, its demo and its stress run.
+This is the main claim of the project as code; its tests, its demo and its stress run use it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass
 class Outcome:
-    """What became of one member. ``seconds`` is the time its build took."""
+    """The result for one member. ``seconds`` is the time its build took."""
 
     member: Member
     runner: Optional[ModelRunner] = None
@@ -62,7 +62,7 @@ class Outcome:
 def members(
     cache: Path, wanted: Sequence[tuple[str, str]] = MEMBERS, *, repeat: int = 1
 ) -> list[Member]:
-    """The fleet, with what each of its runners computes alone (run now unless ``cache`` has it)."""
+    """The fleet, with what each runner computes alone (run now unless ``cache`` has it)."""
     requests = [(create_model(arch, cache / "models"), dtype) for arch, dtype in wanted]
     alone = solo_many(requests, cache / "solo")
     return [
@@ -107,7 +107,7 @@ def generate_all(
     rounds: int,
     activate: Callable[[ModelRunner], Any],
 ) -> None:
-    """Let every built runner prefill and decode ``rounds`` times, all at once; note what is wrong."""
+    """Prefill and decode ``rounds`` times with all built runners at once; record the problems."""
     built = [outcome for outcome in outcomes if outcome.runner is not None]
 
     def work(outcome: Outcome) -> None:
@@ -129,7 +129,7 @@ def generate_all(
 
 
 def huggingface_logits(member: Member) -> torch.Tensor:
-    """Hugging Face's logits in float32 for what the member generates (alone)."""
+    """Hugging Face's logits in float32 for the tokens that the member generates (alone)."""
     return huggingface(member.model, PROMPTS, member.alone.tokens)
 
 
@@ -141,7 +141,7 @@ def error_to_huggingface(member: Member) -> float:
 def sharing_problems(
     outcomes: Sequence[Outcome], activate: Callable[[ModelRunner], Any]
 ) -> list[str]:
-    """What is wrong unless all runners use one world and one set of groups."""
+    """Describe what is wrong; empty if all runners use one world and one set of groups."""
     from sglang.srt.runtime_context import get_parallel
 
     used: dict[str, set[int]] = {"world_group": set(), "tp_group": set(), "pp_group": set()}
@@ -172,9 +172,9 @@ def in_threads(work: Callable[[Outcome], None], outcomes: Sequence[Outcome]) -> 
 
 @contextmanager
 def bystander() -> Iterator[list[str]]:
-    """A thread that has nothing to do with SGLang and looks at torch all the time.
+    """Run a thread that does not use SGLang and reads torch's default dtype all the time.
 
-    Yields the list of what it saw change: empty when the guard works.
+    Yields the list of changes that it saw; the list is empty when the guard works.
     """
     import torch
 

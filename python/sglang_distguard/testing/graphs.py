@@ -1,10 +1,10 @@
-"""SGLang's CPU graphs (0.5.23: torch.compile) on a machine without its CPU kernels, which want AMX."""
+"""SGLang's CPU graphs (0.5.23: torch.compile) without its CPU kernels, which require AMX."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: ``ServerArgs`` fields over the recipe's: decode batches of two are captured.
+#: ``ServerArgs`` fields that override the recipe's: decode batches of two are captured.
 CPU_GRAPHS: dict[str, Any] = {
     "disable_cuda_graph": False,
     "enable_torch_compile": True,
@@ -20,10 +20,10 @@ CUDA_GRAPHS: dict[str, Any] = {
 
 
 def allow_cpu_graphs() -> None:
-    """Let CPU graphs be captured over plain torch, in this process, from here on.
+    """Allow this process to capture CPU graphs with plain torch, from now on.
 
-    0.5.23 captures on CPUs over `intel_amx` only, and tells torch.compile the shapes of kernels that
-    are not here; both are answered for. Everything else is SGLang's.
+    On CPUs, 0.5.23 captures only with `intel_amx`, and tells torch.compile the shapes of kernels
+    that are missing here. Both are replaced; everything else is SGLang's.
     """
     from sglang.srt.layers.attention import attention_registry
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

@@ -76,7 +76,7 @@ def _qwen3_moe() -> tuple[Any, Any]:
     return Qwen3MoeForCausalLM, Qwen3MoeConfig(**settings)
 
 
-#: The five that tests and demo run; `testing.catalog` has all that this package knows.
+#: The five architectures that tests and demo run; `testing.catalog` has all others too.
 ARCHITECTURES: dict[str, Builder] = {
     "gpt2": _gpt2,
     "opt": _opt,
@@ -94,17 +94,17 @@ def create_model(
     builders: Mapping[str, Builder] = ARCHITECTURES,
     adjust: Optional[Callable[[Any], None]] = None,
 ) -> Path:
-    """Write a checkpoint (float32, safetensors) and return its directory; keep one that is there.
+    """Write a checkpoint (float32, safetensors) and return its directory; keep an existing one.
 
-    Safe to call from several processes at once: a checkpoint appears whole or not at all. Leaves
-    torch's random state and default dtype as they were; they are process-wide meanwhile, so call
-    it while no other thread draws random numbers or builds a model.
+    Several processes may call this at once: a checkpoint appears whole or not at all. It restores
+    torch's random state and default dtype. Its changes to them are process-wide, so call it while
+    no other thread draws random numbers or builds a model.
 
     Args:
         architecture: a key of ``builders``.
-        directory: where checkpoints are kept; the new one is a folder inside.
+        directory: folder of the checkpoints; the new one is a folder in it.
         seed: of the random weights.
-        builders: the architectures that are known.
+        builders: the known architectures.
         adjust: called with the new model before it is written; may draw random numbers.
 
     Returns:
@@ -123,7 +123,7 @@ def create_model(
         kind, config = builder()
         _save(_random_model(kind, config, seed, adjust), scratch)
         scratch.chmod(0o755)  # mkdtemp makes it private
-        os.rename(scratch, target)  # atomic, and refused when another process was first
+        os.rename(scratch, target)  # atomic; fails if another process was first
     except OSError:
         if not (target / "config.json").is_file():
             raise
@@ -133,10 +133,10 @@ def create_model(
 
 
 def _save(model: Any, directory: Path) -> None:
-    """Write the checkpoint without the progress bar that takes longer to draw than to fill."""
+    """Write the checkpoint without the progress bar, which takes longer than the writing."""
     from transformers.utils import logging
 
-    # In an initialised world transformers 5.19 writes on rank 0 only; here whoever comes first does.
+    # In an initialised world transformers 5.19 writes on rank 0 only; here the first caller writes.
     model.should_save_on_this_rank = lambda is_main_process: True
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Runs a function on several ranks, each a process of its own that has sglang imported already.
+"""Runs a function on several ranks, each in its own process that has already imported sglang.
 
-``RankRunner`` keeps one process that has imported sglang and built nothing, and forks every rank of
-every run from it: a run begins within a second, and no run sees what another has done.
+``RankRunner`` keeps one process that has imported sglang and built nothing. It forks every rank of
+every run from that process. So a run begins within a second and sees no effects of other runs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sglang_distguard.testing.recipe import free_port, prepare_environment
 
 _MODULE = "sglang_distguard.testing.ranks"
 _READY = "ready"
-#: As many ranks as any run has at most.
+#: Largest number of ranks of a run.
 _MOST = 16
 
 
 class RankError(AssertionError):
-    """A rank raised, died or hung; the text has what every rank printed."""
+    """A rank raised, died or hung; the text has the output of every rank."""
 
 
 class RankRunner:
@@ -69,13 +69,14 @@ class RankRunner:
         """Run ``function(**arguments)`` on ``size`` ranks.
 
         ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` are set, as by
-        torchrun, and ``DISTGUARD_RUN_FOLDER``: a folder of this run's ranks alone, deleted after it.
+        torchrun. ``DISTGUARD_RUN_FOLDER`` is a folder that only the ranks of this run share; it is
+        deleted after the run.
 
         Args:
             function: a function of an importable module.
             size: how many ranks, at most 16.
-            seconds: then every rank that still runs prints its stacks and is killed.
-            may_die: a rank that ends without a result has None instead of being an error.
+            seconds: limit after which every rank that still runs prints its stacks and is killed.
+            may_die: whether a rank that dies without a result yields None instead of an error.
             **arguments: JSON values.
 
         Returns:
@@ -107,12 +108,12 @@ class RankRunner:
 
 
 def _serve() -> None:
-    """Read jobs from standard input, run each on forked ranks, write what became of them."""
+    """Read jobs from standard input, run each on forked ranks, and write the results."""
     from sglang_distguard.testing.solo import import_sglang
 
-    end_with_parent()  # or a killed test run would leave ranks that nobody waits for
+    end_with_parent()  # otherwise a killed test run would leave ranks behind
     with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # what sglang prints is no answer
+        os.dup2(2, 1)  # sglang's output is not an answer
         prepare_environment(ranks=_MOST)
         import_sglang()
         print(_READY, file=answers, flush=True)
@@ -126,7 +127,7 @@ def _run(
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in range(size)]
-        # Nobody leaves before all are done: with rank 0 the store would go that others still read.
+        # No rank exits before all are done: the store ends with rank 0, and others still read it.
         hold, release = os.pipe()
         children = [
             _fork(files[rank], rank, size, port, (module, name, arguments), (hold, release))
@@ -160,13 +161,13 @@ def _fork(
         value = getattr(importlib.import_module(module), name)(**arguments)
         file.with_suffix(".new").write_text(json.dumps(value))
         file.with_suffix(".new").rename(file)
-        os.read(hold[0], 1)  # the end of the pipe, when it is closed
+        os.read(hold[0], 1)  # returns when the parent closes the pipe
 
     return fork(work, file.with_suffix(".out"))
 
 
 def _wait(children: list[int], files: list[Path], release: int, seconds: float) -> list[int | None]:
-    """Exit codes; None for a child that had to be killed. Closes ``release`` when all are done."""
+    """Wait for exit codes, None for a killed child; close ``release`` when all ranks are done."""
     held = True
     deadline = time.monotonic() + seconds
     statuses: dict[int, int | None] = {}

@@ -1,4 +1,4 @@
-"""What Hugging Face's model of a catalog entry computes for prompts, in float32."""
+"""The output of a catalog entry's Hugging Face model for prompts, in float32."""
 
 from __future__ import annotations
 

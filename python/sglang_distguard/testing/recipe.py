@@ -22,27 +22,29 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
-    # With several ranks sglang looks for NCCL, finds the one that torch brought, and wants a GPU.
+    # With several ranks sglang looks for NCCL, finds torch's own, and then needs a GPU.
     "SGLANG_NCCL_SO_PATH": "/nonexistent.so",
-    # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
+    # torch 2.14.1 looks up the name of every address it connects to, which takes 5 s where a name
+    # server is slow.
     "RES_OPTIONS": "timeout:1 attempts:2",
 }
 _NCCL = "sglang.srt.distributed.device_communicators.pynccl_wrapper"
 
 
 def prepare_environment(*, ranks: int = 1) -> None:
-    """Make sglang importable and quiet here; call it before anything imports sglang.
+    """Make sglang importable and quiet in this process; call it before any import of sglang.
 
-    Without CUDA: sets environment variables (those already set keep their value) and puts
-    sglang's own stub in the place of ``sgl_kernel``. With CUDA: only quiets. May be called again.
+    Without CUDA, it sets environment variables (those already set keep their value) and puts
+    sglang's own stub in the place of ``sgl_kernel``. With CUDA, it only silences warnings and logs.
+    It may be called again.
 
     Args:
-        ranks: how many ranks there may be on this host; when more than one, each computes on one
-            core, and ranks share cores when there are fewer.
+        ranks: largest number of ranks on this host. If more than one, each rank computes on one
+            core, and ranks share cores if there are fewer cores.
 
     Raises:
         RuntimeError: there is no CUDA and the real ``sgl_kernel`` was imported already, or sglang
-            has already found out that it is not to use its CPU engine.
+            has already decided not to use its CPU engine.
     """
     import torch
 
@@ -61,24 +63,24 @@ def prepare_environment(*, ranks: int = 1) -> None:
     from sglang.srt.utils import is_cpu
     from sglang.test.test_utils import maybe_stub_sgl_kernel
 
-    if not is_cpu():  # remembered by sglang since its first import
+    if not is_cpu():  # sglang caches this at its first import
         raise RuntimeError(
-            "sglang was imported, or SGLANG_USE_CPU_ENGINE set to something else than 1, before "
+            "sglang was imported, or SGLANG_USE_CPU_ENGINE was set to a value other than 1, before "
             "prepare_environment(); on a machine without CUDA call prepare_environment() first"
         )
-    # It says at level ERROR that there is no NCCL.
+    # It logs at level ERROR that there is no NCCL.
     logging.getLogger(_NCCL).setLevel(logging.CRITICAL)
     maybe_stub_sgl_kernel()
     importlib.import_module("sgl_kernel")  # so that the next call finds the stub
 
 
 def _is_stub(module: Optional[ModuleType]) -> bool:
-    # Read from __dict__: the stub answers every getattr, that of __file__ too.
+    # Read from __dict__, because the stub answers every getattr, also for __file__.
     return module is not None and vars(module).get("__file__") is None
 
 
 def _quiet() -> None:
-    """Keep what sglang and transformers say on every import out of the way of real output."""
+    """Silence what sglang and transformers print on every import, to keep real output readable."""
     warnings.filterwarnings("ignore", module=r"sglang\..*|torch\..*|transformers\..*")
     for name in ("sglang", "transformers", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -90,10 +92,10 @@ def server_args(model_path: str | Path, *, dtype: str = "float32", **overrides: 
     Args:
         model_path: directory of a checkpoint.
         dtype: "float32" or "bfloat16".
-        **overrides: any ``ServerArgs`` field; wins over the recipe's.
+        **overrides: ``ServerArgs`` fields that override the recipe's.
 
     Raises:
-        TypeError: an override is no field of ``ServerArgs``.
+        TypeError: an override is not a field of ``ServerArgs``.
     """
     import torch
     from sglang.srt.server_args import ServerArgs

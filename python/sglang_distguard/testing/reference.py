@@ -1,4 +1,4 @@
-"""What a runner is compared with: Hugging Face's own model, and the same bits."""
+"""Compares a runner's output with Hugging Face's own model, by error or bit for bit."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def huggingface(
     Args:
         model_path: directory of the checkpoint.
         prompts: token ids.
-        tokens: what was generated per prompt; ``tokens[p][:s]`` precedes step ``s``.
+        tokens: generated token ids per prompt; ``tokens[p][:s]`` precedes step ``s``.
         dtype: of the computation; default float32.
 
     Returns:
         Shape [steps + 1, prompts, vocabulary], as ``Generation.logits``, on the CPU.
 
     Raises:
-        ValueError: not one list of tokens per prompt.
+        ValueError: there is not one list of tokens per prompt.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -55,7 +55,7 @@ def max_abs_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def bit_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits (equal NaNs are equal, 0 is not -0)."""
+    """Whether two tensors have equal dtype, shape and bits (equal NaNs are equal, 0 is not -0)."""
     import torch
 
     return (

@@ -1,4 +1,4 @@
-"""Ranks of one world as threads of one process: the agreement, and a real TCPStore, without SGLang."""
+"""Runs ranks as threads of one process: the agreement and a real TCPStore, without SGLang."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from sglang_distguard.distributed.ranks.log import Ranks, connect
 
 
 def serve() -> Any:
-    """A TCPStore server on a free port of this host; it lives as long as what is returned."""
+    """Start a TCPStore server on a free port of this host; the returned object keeps it alive."""
     from torch._C._distributed_c10d import TCPStore
 
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def simulated(size: int, server: Any) -> list[Ranks]:
-    """``size`` ranks, each with connections of its own to the store that ``server`` serves."""
+    """Connect ``size`` ranks, each with its own connections to the store that ``server`` serves."""
     from torch._C._distributed_c10d import TCPStore
 
     timeout = timedelta(seconds=30)

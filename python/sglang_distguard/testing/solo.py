@@ -1,7 +1,7 @@
-"""The same runner built and run alone, in a process without the guard: the expected bits.
+"""Builds and runs the same runner alone, in a process without the guard, for the expected bits.
 
 ``python -m sglang_distguard.testing.solo`` reads a list of jobs (JSON) from standard input, runs
-them and writes one file each; one line of standard output says that a job is done.
+them and writes one file each. It prints one line to standard output when a job is done.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def solo(
         dtype: "float32" or "bfloat16".
         prompts: token ids.
         steps: decode steps after the prefill.
-        server_overrides: ``ServerArgs`` fields over the recipe's, JSON values.
-        cache_dir: folder where results are kept, by everything that decides the bits.
+        server_overrides: ``ServerArgs`` fields that override the recipe's (JSON values).
+        cache_dir: folder of the results, which are named by everything that decides the bits.
 
     Raises:
         RuntimeError: the runner failed alone, or took over 300 s; the text has its error output.
@@ -77,17 +77,17 @@ def solo_many(
     steps: int = STEPS,
     server_overrides: Optional[Mapping[str, Any]] = None,
 ) -> list[Generation]:
-    """As ``solo`` for many runners, several times faster: sglang is imported once.
+    """Like ``solo`` for many runners, several times faster, because sglang is imported once.
 
-    Each missing runner is built in its own child, forked one after the other from a process that
-    has imported sglang and built nothing; its bits are those of a fresh process.
+    Each missing runner is built in its own child. The children are forked one after the other from
+    a process that has imported sglang and built nothing. The bits are those of a fresh process.
 
     Args:
         requests: (checkpoint directory, dtype).
-        cache_dir: as for ``solo``, with which it is shared.
+        cache_dir: as for ``solo``; both may share it.
         prompts: token ids.
         steps: decode steps after the prefill.
-        server_overrides: ``ServerArgs`` fields over the recipe's, JSON values.
+        server_overrides: ``ServerArgs`` fields that override the recipe's (JSON values).
 
     Raises:
         RuntimeError: as ``solo``, for the first runner that failed; those before it are kept.
@@ -135,7 +135,7 @@ def _load(file: Path) -> Generation:
 
 
 def _run_all(missing: Mapping[Path, _Job]) -> None:
-    """Run the jobs in one new process, and say on stderr how far it is."""
+    """Run the jobs in one new process, and report progress on stderr."""
     environment = {name: value for name, value in os.environ.items() if name != _GUARD_VARIABLE}
     with tempfile.TemporaryFile("w+") as jobs, tempfile.TemporaryFile("w+") as errors:
         json.dump([[str(file), dataclasses.asdict(job)] for file, job in missing.items()], jobs)

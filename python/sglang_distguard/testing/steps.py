@@ -53,15 +53,16 @@ def build(
     port: Optional[int] = None,
     after: Callable[[str], None] = _ignore,
 ) -> ModelRunner:
-    """Build a runner exactly as SGLang's own code does; knows nothing of distguard.
+    """Build a runner exactly as SGLang's own code does, without any use of distguard.
 
     Args:
         server_args: a fresh object: SGLang resolves it in place.
         gpu_id: index of the CUDA device; 0 on CPU.
-        is_draft_worker: publishes and initialises nothing: its target, built before, has.
-        world_rank: this process's, of ``tp_size`` times ``pp_size``.
-        port: where the ranks meet; default: a free one, for one rank.
-        after: called with the name of each step when it is done: "publish", "init", "load",
+        is_draft_worker: whether to publish and initialise nothing, because the target, which was
+            built before, has done so.
+        world_rank: rank of this process, of ``tp_size`` times ``pp_size``.
+        port: port where the ranks meet; default: a free one, for one rank.
+        after: called with the name of each finished step: "publish", "init", "load",
             "pool", "backends", "graphs".
     """
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -121,19 +122,19 @@ def generate(
     """Prefill ``prompts`` as one batch, then decode.
 
     Args:
-        runner: its pools are cleared first: nothing else may be generating with it.
+        runner: no other code may be generating with it, because its pools are cleared first.
         prompts: token ids.
         steps: decode steps after the prefill.
-        forced: per prompt the token ids to go on with, at least ``steps`` of them, in place of
-            those sampled (teacher forcing); ``Generation.tokens`` are still those sampled.
-        request: arguments of SGLang's ``Req`` for every prompt over those given here, such as
-            ``sampling_params`` in the place of greedy ones.
+        forced: per prompt the token ids to continue with, at least ``steps`` of them, in place of
+            the sampled ones (teacher forcing); ``Generation.tokens`` still has the sampled ones.
+        request: arguments of SGLang's ``Req`` for every prompt that override those set here, such
+            as ``sampling_params`` in the place of greedy ones.
         activate: entered around everything: SGLang's batch code reads its context outside the
             runner's methods (``sglang_distguard.activate``).
-        after: called with "prefill" and "decode" when that is done.
+        after: called with "prefill" and "decode" when each is done.
 
     Raises:
-        ValueError: too few forced tokens.
+        ValueError: there are too few forced tokens.
     """
     import torch
 
@@ -167,7 +168,7 @@ def embed(
     """Prefill ``prompts`` as one batch of a model that does not generate.
 
     Args:
-        runner: its pools are cleared first: nothing else may be computing with it.
+        runner: no other code may be computing with it, because its pools are cleared first.
         prompts: token ids.
         activate: as for ``generate``.
         after: called with "prefill" when that is done.
@@ -200,7 +201,7 @@ def _extend(
 def _prefill_batch(
     prompts: Sequence[Sequence[int]], runner: Any, request: Mapping[str, Any] = _NOTHING
 ) -> Any:
-    """All prompts in one batch, its memory allocated."""
+    """Put all prompts into one batch and allocate its memory."""
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -274,7 +275,7 @@ def _prepare_data_parallel(batch: Any, runner: Any) -> None:
 
 
 def _forward_stage(runner: Any, forward_batch: Any, stages: Any) -> tuple[Any, Any]:
-    """One stage of a pipeline, as `scheduler_pp_mixin` (0.5.23); all stages get token and logits."""
+    """Run a pipeline stage, as `scheduler_pp_mixin` (0.5.23); all stages get token and logits."""
     from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
     before = None if stages.is_first_rank else PPProxyTensors(stages.recv_tensor_dict())

@@ -1,4 +1,4 @@
-"""What changes a runner that has been built, as SGLang's Scheduler does it."""
+"""Changes to a built runner, as SGLang's Scheduler makes them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import sglang_distguard
 
 
 def weights_of(folder: Path) -> list[tuple[str, Any]]:
-    """(name, tensor) of a checkpoint that ``create_model`` made, as updates of weights take them."""
+    """(name, tensor) pairs of a ``create_model`` checkpoint, as weight updates take them."""
     from safetensors.torch import load_file
 
     return list(load_file(folder / "model.safetensors").items())
 
 
 def memory_of(runner: Any, *released: str, saves: bool) -> Any:
-    """What SGLang's Scheduler releases and resumes memory with (0.5.23).
+    """The object by which SGLang's Scheduler releases and resumes memory (0.5.23).
 
     Args:
         runner: built under the guard.
-        *released: tags of what has been released already.
+        *released: tags of memory that is already released.
         saves: whether the runner was built with ``enable_memory_saver``.
     """
     from sglang.srt.managers.scheduler_components import weight_updater

@@ -1,5 +1,5 @@
-//! Acquiring a key: applies the verdict of `rules`, waits in slices, refuses waits without end.
-//! The caller blocks and looks at the real process; nothing of it runs under the lock.
+//! Acquiring a key: applies the verdict of `rules`, waits in slices, refuses endless waits.
+//! The caller blocks and looks at the real process; none of its code runs under the lock.
 
 use std::time::Duration;
 
@@ -16,15 +16,15 @@ use crate::waitgraph::Edge;
 impl Registry {
     /// Decides about `request` without waiting.
     ///
-    /// - Nothing there: `Lead`, or `Adopt` when the caller sees a live object.
-    /// - A leader is at it: `Wait`; unequal requests, and those that may not reuse, are refused at
-    ///   once while it initialises. Its own thread goes on, `Nested`, when its policy is reentrant
-    ///   and is refused as a deadlock when not.
-    /// - Ready: `Join`, or refused with what differs.
-    /// - Ready, but the caller sees another object or none: somebody may have changed it behind our
-    ///   back, or it was published after the caller looked. So the first answer is a `Wait` that
-    ///   passes at once; if the same thread, having looked again, still contradicts the same state,
-    ///   that is forgotten, leases and all, and the key is acquired as if nothing had been there.
+    /// - No state: `Lead`, or `Adopt` when the caller sees a live object.
+    /// - A leader is working: `Wait`. While it initialises, unequal requests and those that may not
+    ///   reuse are refused at once. The leader's own thread gets `Nested` if its policy is
+    ///   reentrant, and is refused as a deadlock if not.
+    /// - Ready: `Join`, or refused with the fields that differ.
+    /// - Ready, but the caller sees another object or none: the state may have been changed outside
+    ///   the registry, or it was published after the caller looked. So the first answer is a `Wait`
+    ///   that ends at once. If the same thread looks again and still contradicts the same state,
+    ///   the state and its leases are forgotten, and the key is acquired as if it had no state.
     /// - Poisoned, or a wait that would close a cycle: refused.
     pub fn try_acquire(&self, request: &Request) -> Result<Step, Error> {
         self.update(|inner, now| inner.acquire(request, now))
@@ -33,8 +33,8 @@ impl Registry {
     /// Waits until the key changes after `epoch`, which came with `Step::Wait`; at most `slice`.
     ///
     /// May return early; the caller looks and asks again in any case. No wake-up is lost: `epoch`
-    /// is compared under the lock that every change takes. Meanwhile, the thread is in the wait-for
-    /// graph; if it would close a cycle there it does not sleep, and asking again is refused.
+    /// is compared under the lock that every change takes. The waiting thread is in the wait-for
+    /// graph. If it would close a cycle there, it does not sleep, and its next request is refused.
     pub fn wait(&self, request: &Request, epoch: u64, slice: Duration) {
         let mut inner = self.lock();
         let unchanged = inner
@@ -48,8 +48,8 @@ impl Registry {
         }
         let (actor, key, now) = (request.actor.clone(), request.key.clone(), inner.epoch);
         inner.waits.begin(actor, key, now);
-        if inner.phases.is_anybody_queued() {
-            // Whoever waits for this thread may now overtake whom it waits for.
+        if inner.phases.has_queue() {
+            // A thread that waits for this one may now overtake those that this one waits for.
             inner.touch_phases();
             self.moved.notify_all();
         }
@@ -113,7 +113,7 @@ impl Inner {
                     self.note(request, Decision::Deadlock, error.to_string(), now);
                     return Err(error);
                 }
-                // Waiters ask again and again; the first time is the news.
+                // Waiters ask again and again; only the first time is recorded.
                 if request.waited.is_zero() {
                     self.note(request, Decision::Wait, format!("for {leader}"), now);
                 }
@@ -134,7 +134,7 @@ impl Inner {
                 self.note(request, Decision::Refuse, error.to_string(), now);
                 Err(error)
             }
-            Verdict::Contradicted { .. } => unreachable!("an idle slot contradicts nobody"),
+            Verdict::Contradicted { .. } => unreachable!("an idle slot contradicts no request"),
         }
     }
 
@@ -148,7 +148,7 @@ impl Inner {
         Ticket { key, id }
     }
 
-    /// Somebody destroyed or replaced the real object: what is ready describes nothing now.
+    /// Forgets state whose real object was destroyed or replaced outside the registry.
     fn forget_changed(&mut self, request: &Request, now: Duration) {
         let slot = self.slot_mut(&request.key);
         let holders = slot.holders();

@@ -1,4 +1,4 @@
-//! Who does something: a thread and, where known, the runner it works for.
+//! Actors: a thread and, where known, the runner it works for.
 //! Plain data; never looks at the real threads.
 
 use std::fmt;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ThreadId(pub u64);
 
-/// Who acts. The thread identifies an actor; the names are for people.
+/// A thread that acts, and its runner. The thread identifies it; the names are for people.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Actor {
     /// The thread that acts.

@@ -1,31 +1,31 @@
-//! What the ranks of one world agreed on, as one of them has read it: whose turn it is, what failed.
-//! Pure: no store, no network; whoever talks to the other ranks hands the log's entries in.
+//! What the ranks of one world agreed on, as one rank has read it: which round has the turn, what
+//! failed. Pure: no store, no network; the caller reads the shared log and passes in its entries.
 //!
-//! All ranks append to one log and read it from its start. An entry ends one stage of one round of one
-//! name; what two ranks know after the same entries is the same, so that nobody has to ask a leader.
+//! All ranks append to one shared log and read it from its start. An entry ends one stage of one
+//! round of one name. After the same entries, two ranks know the same: no rank has to ask a leader.
 //!
 //! ```text
 //! stage   begins with                        ends with
 //! ask     a rank wants to create something   an entry: all ranks want it with equal specs | why not
-//! begin   the ask passed                     no entry: nobody else has the turn, and of those that
-//!                                            are ready it is the first by name
+//! begin   the ask passed                     no entry: no other round has the turn, and of the
+//!                                            ready rounds it is the first by name
 //! turn    the turn                           an entry: all ranks have created it | which rank failed
-//! build   whenever a rank has built with it  an entry: all ranks have | which rank failed
+//! build   a rank has built with it           an entry: all ranks have built | which rank failed
 //! ```
 //!
 //! Invariants:
 //! - Of several entries that end the same stage of the same round the first counts, on every rank.
-//! - At most one round has the turn. The next is the first by name of those that are ready, not by
+//! - At most one round has the turn. The next is the first by name of the ready rounds, not by
 //!   arrival, and every rank finds the same one.
-//! - A round keeps the turn until an entry about its own turn, also when some rank has gone on to a
-//!   later round of that name: another may still be inside.
-//! - A rank enters its turn only when it has left the one before, which others may have given up for
-//!   it: what it undoes there, it has undone before anybody here sees it.
+//! - A round keeps the turn until an entry about its own turn, even if some rank has gone on to a
+//!   later round of that name: another rank may still be inside.
+//! - A rank enters a turn only when it has left the one before, which other ranks may have aborted.
+//!   So its effects there are undone before the next turn begins here.
 //! - In one process at most one living thread works under a name.
-//! - At most one thread reads the log, and one does while anybody waits for what is open: with the
-//!   last entry that somebody waits for it ends, and does not fall asleep over the next.
+//! - At most one thread reads the log, and one does while any thread waits for an open stage. It
+//!   ends with the last entry that is waited for, instead of sleeping until another one comes.
 //!
-//! Lock order: a leaf; nothing foreign runs under it.
+//! Lock order: a leaf; no foreign code runs under it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -35,21 +35,21 @@ use std::time::Duration;
 use crate::actor::{Actor, ThreadId};
 use crate::sync::{self, lock, Condvar, Mutex};
 
-/// Which part of a round an entry ends.
+/// The part of a round that an entry ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stage {
     /// All ranks want the same.
     Ask,
-    /// Waiting for the turn. Nobody writes an entry for it.
+    /// Waiting for the turn. No entry is written for it.
     Begin,
-    /// One after the other, what is created collectively is created.
+    /// The ranks create something collectively, one round after the other.
     Turn,
-    /// What was built with it is complete on every rank.
+    /// The build that uses it is complete on every rank.
     Build,
 }
 
 impl Stage {
-    /// Every stage there is.
+    /// All stages.
     pub const ALL: [Self; 4] = [Self::Ask, Self::Begin, Self::Turn, Self::Build];
 }
 
@@ -76,35 +76,35 @@ impl FromStr for Stage {
 /// One line of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// What the ranks create.
+    /// The name under which the ranks create something.
     pub name: String,
-    /// How often they had tried before.
+    /// How often they had tried it before.
     pub round: u64,
-    /// What has ended.
+    /// The stage that has ended.
     pub stage: Stage,
-    /// Why it ended badly; None when it ended well.
+    /// Why it failed; None when it passed.
     pub failure: Option<String>,
 }
 
-/// How a stage stands for this rank.
+/// The status of a stage for this rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// Nothing is decided.
+    /// It is not decided yet.
     Open,
-    /// Go on.
+    /// It passed, for all ranks.
     Passed,
-    /// It ended badly, for all ranks.
+    /// It failed, for all ranks.
     Failed(String),
 }
 
 #[derive(Debug, Default)]
 struct Round {
     number: u64,
-    /// How each stage ended, and which entry says so.
+    /// How each stage ended, and the index of its entry.
     ended: BTreeMap<Stage, (Option<String>, u64)>,
     /// Whether it has had the turn.
     began: bool,
-    /// The one before: whoever waited for it may look after this one has begun.
+    /// The round before: its waiters may look at it after this one has begun.
     before: Option<Box<Round>>,
 }
 
@@ -112,23 +112,23 @@ struct Round {
 struct Inner {
     /// The entry to read next.
     next: u64,
-    /// The latest round of every name that an entry was about.
+    /// The latest round of every name that has an entry.
     rounds: BTreeMap<String, Round>,
-    /// Agreed and not created yet: name and round, the first by name goes first.
+    /// Rounds that are agreed and not created yet, by name; the first by name goes first.
     ready: BTreeMap<String, u64>,
     turn: Option<(String, u64)>,
     /// The round whose turn this rank has entered and not left.
     inside: Option<(String, u64)>,
-    /// Who works here under which name.
+    /// The thread that works in this process under each name.
     working: BTreeMap<String, Actor>,
-    /// Which stages of a name's latest rounds this rank has told the others about.
+    /// The stages of a name's latest rounds that this rank has reported to the others.
     told: BTreeMap<String, BTreeSet<(u64, Stage)>>,
-    /// What is waited for, once for each who does.
+    /// The stages that are waited for, once for each waiting thread.
     waiting: Vec<(String, u64, Stage)>,
     reading: bool,
     /// Entries that this rank wrote and that may still be in the log.
     wrote: BTreeSet<u64>,
-    /// Entries that this rank wrote, as it has read in the log.
+    /// Entries that this rank has read in the log and wrote itself.
     read_own: BTreeSet<u64>,
     lost: Option<String>,
 }
@@ -141,14 +141,14 @@ pub struct Agreement {
 }
 
 impl Agreement {
-    /// Nothing was read yet.
+    /// An agreement of which no entry was read yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// `actor` works under `name` from now on; returns the number of its round. Refused while
+    /// Records that `actor` works under `name`; returns the number of its round. Refused while
     /// another living thread works under that name: the ranks could not tell them apart.
-    /// `is_alive` runs unlocked, as in `Scopes::publish`; if it fails, nothing has changed.
+    /// `is_alive` runs without the lock; if it fails, nothing has changed.
     pub fn begin<E>(
         &self,
         name: &str,
@@ -163,31 +163,31 @@ impl Agreement {
                 }
             }
             let mut inner = lock(&self.inner);
-            // The answer is about whom it was asked for, and nobody else.
+            // The answer is only about `other`.
             if inner.working.get(name) == other.as_ref() {
                 return Ok(Ok(inner.begin(name, actor)));
             }
         }
     }
 
-    /// Nobody works here under `name` any more.
+    /// Records that no thread of this process works under `name` any more.
     pub fn end(&self, name: &str) {
         lock(&self.inner).working.remove(name);
     }
 
-    /// This rank tells the others how `stage` went for it; false when it has told them before.
+    /// Records that this rank reports to the others how `stage` went. False when it already had.
     pub fn arrive(&self, name: &str, round: u64, stage: Stage) -> bool {
         let mut inner = lock(&self.inner);
         let told = inner.told.entry(name.to_owned()).or_default();
         told.insert((round, stage))
     }
 
-    /// The number of the entry that was not read yet.
+    /// The index of the entry to read next.
     pub fn next(&self) -> u64 {
         lock(&self.inner).next
     }
 
-    /// Takes entry `index` in; false, and nothing happens, unless it is the next one.
+    /// Applies entry `index`. False, and nothing changes, unless it is the next one.
     pub fn apply(&self, index: u64, entry: Entry) -> bool {
         let mut inner = lock(&self.inner);
         if inner.next != index {
@@ -200,18 +200,18 @@ impl Agreement {
         true
     }
 
-    /// The log cannot be read any more, for `reason`: every stage that is open has failed.
+    /// Records that the log cannot be read any more, for `reason`: every open stage has failed.
     pub fn lose(&self, reason: &str) {
         lock(&self.inner).lost = Some(reason.to_owned());
         self.changed.notify_all();
     }
 
-    /// Which round has the turn.
+    /// The round that has the turn.
     pub fn turn(&self) -> Option<(String, u64)> {
         lock(&self.inner).turn.clone()
     }
 
-    /// How the begin of a round stands; when it is passed, this rank is inside of its turn now.
+    /// The status of a round's begin stage. If it passed, this rank is now inside the round's turn.
     pub fn enter(&self, name: &str, round: u64) -> Standing {
         let mut inner = lock(&self.inner);
         let standing = inner.standing(name, round, Stage::Begin);
@@ -221,7 +221,7 @@ impl Agreement {
         standing
     }
 
-    /// This rank is out of the turn of a round, if it was inside, and has undone what is to be.
+    /// Records that this rank has left a round's turn, if it was inside, after its undo work there.
     pub fn leave(&self, name: &str, round: u64) {
         let mut inner = lock(&self.inner);
         inner
@@ -231,8 +231,8 @@ impl Agreement {
         self.changed.notify_all();
     }
 
-    /// Whether a round has had the turn, so that some rank may have been inside; None when what was
-    /// read does not tell.
+    /// Whether a round has had the turn, so that some rank may have been inside; None when the
+    /// entries read so far do not tell.
     pub fn began(&self, name: &str, round: u64) -> Option<bool> {
         let inner = lock(&self.inner);
         let round = inner.round(name, round)?;
@@ -243,19 +243,20 @@ impl Agreement {
         (refused || round.ended.contains_key(&Stage::Turn)).then_some(false)
     }
 
-    /// This rank has read entry `index` and wrote it itself. Before `apply`.
+    /// Records that this rank has read entry `index` and wrote it itself. Call it before `apply`.
     pub fn read_own(&self, index: u64) {
         lock(&self.inner).read_own.insert(index);
     }
 
-    /// This rank wrote entry `index`. False when nobody will read it: since the rank asked where to
-    /// write, all ranks have read what stood there, and it was deleted. Also when all ranks have read
-    /// the entry itself meanwhile: written once more, it counts no more than any second one of its stage.
+    /// Records that this rank wrote entry `index`. False when no rank will read it: since this rank
+    /// asked where to write, all ranks have read the entry that stood there, and it was deleted.
+    /// Also false when all ranks have read the new entry itself meanwhile. Then it may be written
+    /// once more, because a second entry of a stage does not count.
     #[must_use]
     pub fn wrote(&self, index: u64) -> bool {
         let mut inner = lock(&self.inner);
-        // An entry that is deleted has been read by every rank, so by this one. No two threads of a
-        // rank write the same text: one works under a name, and a stage is ended once.
+        // A deleted entry has been read by every rank, so by this one. No two threads of a rank
+        // write the same text: one thread works under a name, and a stage is ended once.
         if index < inner.next && !inner.read_own.remove(&index) {
             return false;
         }
@@ -263,13 +264,13 @@ impl Agreement {
         true
     }
 
-    /// All ranks have told of `stage`, so that all have read what had to be known before: the
-    /// entries of this rank that nobody will read again. Each is returned once.
+    /// The entries of this rank that no rank will read again: all ranks have reported `stage`, so
+    /// all have read the entries that had to be known before. Each is returned once.
     pub fn outlived(&self, name: &str, round: u64, stage: Stage) -> Vec<u64> {
         let before = match stage {
             Stage::Turn => Stage::Ask,
             Stage::Build => Stage::Turn,
-            // Whoever asks again may have left the round before without reading how it ended.
+            // A rank that asks again may have left the round before without reading how it ended.
             Stage::Ask | Stage::Begin => return Vec::new(),
         };
         let mut inner = lock(&self.inner);
@@ -284,20 +285,20 @@ impl Agreement {
             .collect()
     }
 
-    /// How `stage` of a round stands.
+    /// The status of `stage` of a round.
     pub fn stands(&self, name: &str, round: u64, stage: Stage) -> Standing {
         lock(&self.inner).standing(name, round, stage)
     }
 
-    /// One more waits for the end of `stage` of a round. True when the caller must see to it that
-    /// somebody reads.
+    /// Records one more waiter for the end of `stage` of a round. True when the caller must start a
+    /// thread that reads the log.
     pub fn begin_wait(&self, name: &str, round: u64, stage: Stage) -> bool {
         let mut inner = lock(&self.inner);
         inner.waiting.push((name.to_owned(), round, stage));
         inner.is_awaited() && !std::mem::replace(&mut inner.reading, true)
     }
 
-    /// One less waits for it.
+    /// Records one waiter less for the end of `stage` of a round.
     pub fn end_wait(&self, name: &str, round: u64, stage: Stage) {
         let mut inner = lock(&self.inner);
         let same = |it: &(String, u64, Stage)| it.0 == name && (it.1, it.2) == (round, stage);
@@ -306,14 +307,14 @@ impl Agreement {
         }
     }
 
-    /// What the reader reads next; None when nobody waits: then it is the reader no more.
+    /// The entry that the reader reads next. None when no thread waits: then the reader ends.
     pub fn next_to_read(&self) -> Option<u64> {
         let mut inner = lock(&self.inner);
         inner.reading = inner.is_awaited();
         inner.reading.then_some(inner.next)
     }
 
-    /// The thread that was to read could not be started.
+    /// Records that the reading thread could not be started.
     pub fn end_reading(&self) {
         lock(&self.inner).reading = false;
     }
@@ -336,7 +337,7 @@ impl Inner {
     fn begin(&mut self, name: &str, actor: &Actor) -> u64 {
         self.working.insert(name.to_owned(), actor.clone());
         let told = self.told.entry(name.to_owned()).or_default();
-        // A round that this rank has told of is over for it, also when it gave up reading.
+        // A round that this rank has reported is over for it, even if it stopped reading.
         let over = self.rounds.get(name).map(|round| round.number);
         let over = over.max(told.last().map(|(round, _)| *round));
         let number = over.map_or(0, |round| round + 1);
@@ -354,7 +355,7 @@ impl Inner {
             self.turn = self.ready.pop_first();
             if let Some((name, _)) = &self.turn {
                 let round = self.rounds.get_mut(name);
-                round.expect("what is ready was agreed on").began = true;
+                round.expect("a ready round was agreed on").began = true;
             }
         }
     }
@@ -367,7 +368,7 @@ impl Inner {
             before.before = None;
             round.number = entry.round;
             round.before = Some(Box::new(before));
-            // A rank has left the earlier round: whoever is in line for its turn would be alone.
+            // A rank has left the earlier round: a rank that got its turn would be alone.
             self.ready.remove(&entry.name);
         }
         let counts = entry.round == round.number && !round.ended.contains_key(&entry.stage);
@@ -385,7 +386,7 @@ impl Inner {
         }
     }
 
-    /// Whether an entry is waited for that may still come.
+    /// Whether a thread waits for an entry that may still come.
     fn is_awaited(&self) -> bool {
         let is_open = |it: &(String, u64, Stage)| self.stands(&it.0, it.1, it.2).is_none();
         self.lost.is_none() && self.waiting.iter().any(is_open)
@@ -414,7 +415,7 @@ impl Inner {
             .round(name, round)
             .and_then(|it| self.ended(name, it, stage));
         if found.is_none() && latest > round {
-            // Another rank has given this round up: no entry of it counts any more.
+            // Another rank has left this round: none of its entries counts any more.
             return Some(Standing::Failed("overtaken by a later round".to_owned()));
         }
         found
@@ -425,7 +426,7 @@ impl Inner {
             let (failure, _) = known.ended.get(&stage)?;
             return Some(failure.clone().map_or(Standing::Passed, Standing::Failed));
         }
-        // The turn comes, or somebody has given it up before this rank noticed.
+        // The turn comes, or another rank has aborted it before this rank noticed.
         for before in [Stage::Ask, Stage::Turn] {
             if let Some((Some(failure), _)) = known.ended.get(&before) {
                 return Some(Standing::Failed(failure.clone()));

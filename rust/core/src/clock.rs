@@ -1,4 +1,4 @@
-//! Where time comes from, so that deadlines and ages can be tested without sleeping.
+//! The source of time, so that deadlines and ages can be tested without sleeping.
 //! Must never block or call back: it is read while the registry is locked.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// Monotonic time since an arbitrary start.
 pub trait Clock: Send + Sync {
-    /// The time now; never less than any earlier answer.
+    /// The time now; never less than any earlier result.
     fn now(&self) -> Duration;
 }
 
@@ -52,7 +52,7 @@ impl ManualClock {
     /// Moves the clock forward; saturates after 584 years.
     pub fn advance(&self, by: Duration) {
         let by = u64::try_from(by.as_nanos()).unwrap_or(u64::MAX);
-        // The closure never declines, so this cannot fail.
+        // The closure always returns a value, so this cannot fail.
         let _ = self
             .nanos
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |now| {

@@ -1,5 +1,5 @@
-//! Entering a phase: who may go in now, who waits, which waits would never end.
-//! Nothing foreign runs under the lock; the rules of the line are in `phases`.
+//! Entering a phase: which thread enters now, which one waits, which waits would never end.
+//! No foreign code runs under the lock; the rules of the line are in `phases`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,24 +15,24 @@ use crate::registry::{Inner, Registry};
 use crate::sync;
 use crate::waitgraph::{find_cycle, Edge, Subject, Wait};
 
-/// What became of a try to enter.
+/// The result of an attempt to enter.
 #[derive(Debug, Clone, PartialEq)]
 #[must_use]
 pub enum Entry {
-    /// Go on; `leave` when done.
+    /// The visit is inside; call `leave` when done.
     Inside,
-    /// `wait_to_enter`, then `try_enter` again, or `leave`.
+    /// Call `wait_to_enter`, then `try_enter` again; or call `leave`.
     Wait {
-        /// Who is inside and in the way; empty when only the line is.
+        /// The actors inside a conflicting phase; empty when only the line blocks the visit.
         inside: Vec<Actor>,
-        /// What `wait_to_enter` compares with.
+        /// The epoch to pass to `wait_to_enter`.
         epoch: u64,
     },
 }
 
 impl Registry {
-    /// Lines up for a phase and enters if nothing is in the way. The visit ends with `leave`, on
-    /// every path; a refused one has ended already.
+    /// Gets in line for a phase and enters if nothing conflicts. The caller ends the visit with
+    /// `leave` on every path; a refused visit has ended already.
     pub fn arrive(
         &self,
         access: impl Into<Access>,
@@ -41,7 +41,7 @@ impl Registry {
         self.arrive_in_step(access, None, actor)
     }
 
-    /// As `arrive`, in a runner's method `step`.
+    /// As `arrive`, within a runner's method `step`.
     pub fn arrive_in_step(
         &self,
         access: impl Into<Access>,
@@ -51,7 +51,7 @@ impl Registry {
         let access = access.into();
         self.update(|inner, now| {
             let id = VisitId(inner.fresh_id());
-            // What nearly every step of every runner is: nobody is in the way.
+            // The common case of nearly every step of every runner: nothing conflicts.
             let is_free = inner.phases.is_free(access, actor.thread);
             inner
                 .phases
@@ -68,19 +68,19 @@ impl Registry {
                 };
                 let event = Event::new(now, &access, actor, Decision::Wait);
                 inner.record(event.detail(detail));
-                // Whoever waits for this thread may now overtake whom it waits for.
+                // A thread that waits for this one may now overtake those that this one waits for.
                 inner.touch_phases();
             }
             Ok((id, entry))
         })
     }
 
-    /// Enters if nothing is in the way now. A refused visit, and one that has ended, is over.
+    /// Enters if nothing conflicts now. After an error the visit has ended.
     pub fn try_enter(&self, visit: VisitId) -> Result<Entry, Error> {
         self.update(|inner, now| inner.enter(visit, now))
     }
 
-    /// Waits until anybody may have got out of the way after `epoch`; at most `slice`.
+    /// Waits until a change after `epoch` may let the visit enter; at most `slice`.
     ///
     /// May return early. No wake-up is lost: `epoch` is compared under the lock that every change
     /// takes.
@@ -92,7 +92,7 @@ impl Registry {
         }
     }
 
-    /// The visits of other threads than `thread` that read or change `runner` now.
+    /// The visits of threads other than `thread` that read or change `runner` now.
     pub fn inside_of(&self, runner: RunnerId, thread: ThreadId) -> Vec<Visit> {
         let close = Access {
             phase: crate::phases::Phase::Load,
@@ -106,12 +106,12 @@ impl Registry {
         about.cloned().collect()
     }
 
-    /// Ends a visit, inside or in line. False when it has ended before.
+    /// Ends a visit, inside or in line. False when it had already ended.
     pub fn leave(&self, visit: VisitId) -> bool {
         self.update_timeless(|inner| inner.leave(visit))
     }
 
-    /// Ends a visit whose deadline has passed in line, and says why.
+    /// Ends a visit whose deadline has passed in line; returns the error that says why.
     pub fn phase_timed_out(&self, visit: VisitId, waited: Duration) -> Error {
         self.update(|inner, now| {
             let Some(it) = inner.phases.get(visit).cloned() else {
@@ -161,14 +161,15 @@ impl Inner {
         let Some(left) = self.phases.leave(id) else {
             return false;
         };
-        // Nobody in line, nor was this: nobody to wake, a system call for every step of every runner.
-        if !left.inside || self.phases.is_anybody_queued() {
+        // If no thread is in line, and this one was not either, there is none to wake. That saves a
+        // system call in every step of every runner.
+        if !left.inside || self.phases.has_queue() {
             self.touch_phases();
         }
         true
     }
 
-    /// Somebody left, or began to wait: whoever is in line looks again.
+    /// Records that a thread left or began to wait, so that the threads in line look again.
     pub fn touch_phases(&mut self) {
         self.epoch += 1;
         self.phases_changed = self.epoch;
@@ -179,14 +180,14 @@ impl Inner {
         occupants.map(|visit| visit.actor.clone()).collect()
     }
 
-    /// Nobody is ahead in line, but who waits for this very thread.
+    /// Whether every conflicting visit ahead in line waits for `thread`.
     fn is_its_turn(&self, id: VisitId, thread: ThreadId) -> bool {
         self.phases
             .ahead(id)
             .all(|ahead| self.waits_through(ahead.actor.thread, thread))
     }
 
-    /// Whether `from` waits for `to`, itself or through others, also by standing in line.
+    /// Whether `from` waits for `to`, directly or through other threads, also behind it in line.
     fn waits_through(&self, from: ThreadId, to: ThreadId) -> bool {
         let (mut seen, mut open) = (BTreeSet::from([from]), vec![from]);
         while let Some(thread) = open.pop() {
@@ -215,7 +216,7 @@ impl Inner {
         found
     }
 
-    /// The cycle that this wait would close. Standing in line is not counted: see `phases`.
+    /// The cycle that this wait would close. Visits ahead in line do not count: see `phases`.
     pub fn cycle(&self, wait: Edge) -> Option<Vec<Edge>> {
         let holders = |edge: &Edge| match &edge.subject {
             Subject::Key(key) => self.leader_of(key).into_iter().collect(),
@@ -235,8 +236,8 @@ impl Inner {
         find_cycle(wait, &holders, &waits)
     }
 
-    /// What `thread` waits for, unless that has changed: then it is about to look again, and may be
-    /// told something else than to wait.
+    /// What `thread` waits for, unless that slot has changed since. Then the thread is about to
+    /// look again, and the answer may be other than to wait.
     fn wait_of(&self, thread: ThreadId) -> Option<&Wait> {
         let wait = self.waits.wait_of(thread)?;
         (self.slots.get(&wait.key)?.changed <= wait.epoch).then_some(wait)

@@ -1,5 +1,5 @@
-//! Why a request was refused, in sentences that name the values, the holders and the remedy.
-//! Plain facts beside the sentences, so that programs need not parse them.
+//! The registry's errors. Their messages name the values, the holders and the remedy.
+//! The fields hold the same facts as data, so that programs need not parse the messages.
 
 use std::fmt;
 use std::time::Duration;
@@ -12,112 +12,115 @@ use crate::slot::Purpose;
 use crate::spec::FieldDiff;
 use crate::waitgraph::Edge;
 
-/// Who has the state that a request ran into.
+/// The leader and the holders of the requested state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Owner {
-    /// Who made it, or is at it.
+    /// The actor that made the state, or that is making it or tearing it down.
     pub leader: Actor,
-    /// What the leader is doing; None when the state is there.
+    /// What the leader is doing; None when the state is ready.
     pub purpose: Option<Purpose>,
-    /// Since how long.
+    /// Time since the leader began, or since the state was published.
     pub age: Duration,
-    /// Who holds leases on it.
+    /// The holders of leases on it.
     pub holders: Vec<Holder>,
 }
 
-/// Why the registry refused.
+/// The reason why the registry refused a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Error {
-    /// The state exists, or is being made, for other values.
+    /// The state exists, or is being made, with other values.
     SpecMismatch {
-        /// What was asked for.
+        /// The requested key.
         key: Key,
-        /// Where the request differs; never empty.
+        /// The fields that differ; never empty.
         diff: Vec<FieldDiff>,
-        /// Who has it.
+        /// The leader and the holders of the state.
         owner: Owner,
     },
-    /// Equal state exists, or is being made, and the request does not allow to reuse it.
+    /// Equal state exists, or is being made, and the request does not allow reuse.
     ReuseForbidden {
-        /// What was asked for.
+        /// The requested key.
         key: Key,
-        /// Who has it.
+        /// The leader and the holders of the state.
         owner: Owner,
     },
-    /// The deadline passed while another thread was at it.
+    /// The deadline passed while another thread led the key.
     Timeout {
-        /// What was asked for.
+        /// The requested key.
         key: Key,
-        /// Who is at it; None when it came free at the last moment.
+        /// The leader; None when the key became free at the last moment.
         owner: Option<Owner>,
         /// How long the caller waited.
         waited: Duration,
     },
-    /// The deadline passed in line for a phase.
+    /// The deadline passed while the thread was in line for a phase.
     PhaseTimeout {
-        /// Which phase, for whom.
+        /// The phase, and the runners for which it was requested.
         access: Access,
-        /// Who is inside and in the way; empty when others were first in line.
+        /// The actors inside a conflicting phase; empty when only visits ahead in line blocked it.
         inside: Vec<Actor>,
         /// How long the caller waited.
         waited: Duration,
     },
     /// The visit to a phase has ended, or was made before a fork.
     VisitOver,
-    /// The state is there, but belongs to the process that this one was forked from.
+    /// The state exists, but belongs to the process that this one was forked from.
     Inherited {
-        /// What was asked for.
+        /// The requested key.
         key: Key,
     },
-    /// The state that a lease was on is gone, or going, although it was held.
+    /// The state under a lease is gone, or is being torn down, although it was held.
     LeaseBroken {
-        /// What was held.
+        /// The key that was held.
         key: Key,
-        /// Who did it; None when the holder itself gave the lease back.
+        /// The actor that broke the lease; None when the holder released it itself.
         by: Option<Actor>,
-        /// What that was.
+        /// What happened, in words.
         how: String,
     },
     /// A leader failed and could not undo what it had done.
     Poisoned {
-        /// What was asked for.
+        /// The requested key.
         key: Key,
-        /// What went wrong.
+        /// Why the leader failed.
         reason: String,
-        /// Who was at it.
+        /// The leader that failed.
         by: Actor,
     },
-    /// Waiting would never end.
+    /// The wait would never end.
     Deadlock {
-        /// Each thread and what it waits for, the caller first; what the last one waits for, the
-        /// caller has. Never empty.
+        /// Each thread and the subject it waits for, the caller first. The caller holds the
+        /// subject that the last thread waits for. Never empty.
         cycle: Vec<Edge>,
     },
     /// The state is held.
     InUse {
-        /// What was to be torn down.
+        /// The key that was to be torn down or reset.
         key: Key,
-        /// Who holds it; never empty.
+        /// Its holders; never empty.
         holders: Vec<Holder>,
     },
     /// Another thread is making the state or tearing it down.
     Busy {
-        /// What was to be torn down or reset.
+        /// The key that was to be torn down or reset.
         key: Key,
-        /// Who is at it.
+        /// The other thread.
         leader: Actor,
     },
-    /// There is nothing to lease, or not what the caller joined.
+    /// The state to lease does not exist, or is not the generation that the caller joined.
     NotReady {
-        /// What was to be leased.
+        /// The key that was to be leased.
         key: Key,
     },
-    /// The ticket leads no more: it was used, or issued before a fork.
+    /// The ticket no longer leads its key: it was used, or was issued before a fork.
     StaleTicket {
-        /// What it led.
+        /// The key that it led.
         key: Key,
     },
 }
+
+/// How to allow more time for a wait.
+const MORE_TIME: &str = "runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.";
 
 impl std::error::Error for Error {}
 
@@ -126,11 +129,11 @@ impl fmt::Display for Error {
         match self {
             Self::SpecMismatch { key, diff, owner } => write!(
                 f,
-                "{key} was requested with other values than it has: {}. It is {owner}. \
-                 Request the existing values, or {}use another process.",
+                "{key} was requested with values that differ from the existing ones: {}. It \
+                 {owner}. Request the existing values, or {}use another process.",
                 join(diff, "; "),
                 match key {
-                    Key::Process => String::new(), // what SGLang switches on it never switches off
+                    Key::Process => String::new(), // SGLang never switches such a setting off again
                     _ => format!(
                         "{}tear the existing {key} down first, or ",
                         close_first(&owner.holders)
@@ -139,20 +142,21 @@ impl fmt::Display for Error {
             ),
             Self::ReuseForbidden { key, owner } => write!(
                 f,
-                "{key} exists with the requested values, but this caller may not reuse it. It is \
+                "{key} exists with the requested values, but this caller may not reuse it. It \
                  {owner}. Allow reuse (SGLANG_ALLOW_REUSE_DISTRIBUTED=true), or {}tear the \
                  existing {key} down first, or use another process.",
                 close_first(&owner.holders)
             ),
             Self::Timeout { key, owner, waited } => {
-                write!(f, "Gave up after waiting {} for {key}", seconds(*waited))?;
-                if let Some(owner) = owner {
-                    write!(f, ", which is {owner}")?;
+                write!(f, "Timed out after waiting {} for {key}", seconds(*waited))?;
+                match owner {
+                    Some(owner) => write!(
+                        f,
+                        ", which {owner}. Nothing was changed. Look at what that thread does, or allow"
+                    )?,
+                    None => f.write_str(". Nothing was changed. Try again, or allow")?,
                 }
-                f.write_str(
-                    ". Nothing was changed. Look at what that thread does, or allow more time: \
-                     runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.",
-                )
+                write!(f, " more time: {MORE_TIME}")
             }
             Self::PhaseTimeout {
                 access,
@@ -160,15 +164,9 @@ impl fmt::Display for Error {
                 waited,
             } => write!(
                 f,
-                "Gave up after waiting {} for {access}: {}. Nothing was changed. Look at what that \
-                 thread does, or allow more time: runner_scope(timeout=…), install(timeout=…) or \
-                 SGLANG_DISTGUARD_TIMEOUT.",
+                "Timed out after waiting {} for {access}, because {} more time: {MORE_TIME}",
                 seconds(*waited),
-                if inside.is_empty() {
-                    "others were first in line".to_owned()
-                } else {
-                    format!("{} in the way", join(inside, ", "))
-                }
+                obstacle(inside)
             ),
             Self::VisitOver => f.write_str(
                 "This visit to a phase has ended, or was made before a fork. Enter the phase again.",
@@ -176,35 +174,35 @@ impl fmt::Display for Error {
             Self::Inherited { key } => write!(
                 f,
                 "{key} was initialised by the process that this one was forked from, and does not \
-                 survive a fork: its threads are gone and its sockets are the parent's. Start \
-                 processes that build runners with spawn, or fork before anything is initialised."
+                 survive a fork: its threads are gone and its sockets belong to the parent. \
+                 Use the spawn start method for processes that build runners, or fork before \
+                 anything is initialised."
             ),
             Self::LeaseBroken { key, by, how } => {
                 write!(f, "{key} can no longer be used by its holder: ")?;
                 if let Some(by) = by {
                     write!(f, "{by} ")?;
                 }
-                write!(f, "{how}. Build a new runner; close() this one.")
+                write!(f, "{how}. close() this runner and build a new one.")
             }
             Self::Poisoned { key, reason, by } => write!(
                 f,
-                "{key} is half-made: {by} failed and could not undo what it had done ({reason}). \
-                 Call sglang_distguard.reset() once no runner uses it, or restart the process."
+                "{key} is poisoned (left incomplete): {by} failed and could not undo what it had \
+                 done ({reason}). Call sglang_distguard.reset() once no runner uses it, or restart \
+                 the process."
             ),
-            Self::Deadlock { cycle } => {
-                f.write_str("Waiting would never end: ")?;
-                for edge in cycle {
-                    write!(f, "{} waits for {}, had by ", edge.name, edge.subject)?;
-                }
-                f.write_str(
-                    "the first. An initialiser must not ask again for what it is initialising; \
-                     several must ask for what they share in the same order.",
-                )
-            }
+            Self::Deadlock { cycle } => write!(
+                f,
+                "This wait would never end: {}. An initialiser must not request again what it is \
+                 initialising. Initialisers that share several keys must request them in the same \
+                 order.",
+                join(&circle(cycle), "; ")
+            ),
             Self::InUse { key, holders } => write!(
                 f,
-                "{key} cannot be torn down: it is held by {}. close() those runners first, or \
-                 use sglang_distguard.teardown(force=True), which breaks what they hold.",
+                "{key} cannot be torn down or reset: it is held by {}. close() those runners \
+                 first, or pass force=True to sglang_distguard.teardown or reset, which breaks \
+                 their leases.",
                 join(holders, ", ")
             ),
             Self::Busy { key, leader } => write!(
@@ -219,26 +217,51 @@ impl fmt::Display for Error {
             ),
             Self::StaleTicket { key } => write!(
                 f,
-                "What was made for {key} is not registered: its leader gave up the lead before, \
-                 or got it before a fork. Acquire {key} again."
+                "The new state of {key} was not registered: its leader had already given up the \
+                 lead, or began to lead before a fork. Acquire {key} again."
             ),
         }
     }
+}
+
+/// What a thread that waited for a phase can do about the threads in its way.
+fn obstacle(inside: &[Actor]) -> String {
+    if inside.is_empty() {
+        return "other threads were ahead in line. Nothing was changed. Try again, or allow".into();
+    }
+    format!(
+        "a conflicting phase is occupied by {}. Nothing was changed. Look at what that thread \
+         does, or allow",
+        join(inside, ", ")
+    )
+}
+
+/// The edges of a cycle as text. The next thread of the circle holds what a thread waits for.
+fn circle(cycle: &[Edge]) -> Vec<String> {
+    let holders = cycle.iter().cycle().skip(1);
+    cycle
+        .iter()
+        .zip(holders)
+        .map(|(edge, holder)| {
+            let (name, wanted) = (&edge.name, &edge.subject);
+            format!("{name} waits for {wanted} (held by {})", holder.name)
+        })
+        .collect()
 }
 
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (leader, age) = (&self.leader, seconds(self.age));
         match self.purpose {
-            None => write!(f, "initialised by {leader} {age} ago")?,
-            Some(Purpose::Build) => write!(f, "being initialised by {leader} for {age}")?,
-            Some(Purpose::Adopt) => write!(f, "being adopted by {leader} for {age}")?,
-            Some(Purpose::Teardown) => write!(f, "being torn down by {leader} for {age}")?,
+            None => write!(f, "was initialised by {leader} {age} ago")?,
+            Some(Purpose::Build) => write!(f, "is being initialised by {leader} for {age}")?,
+            Some(Purpose::Adopt) => write!(f, "is being adopted by {leader} for {age}")?,
+            Some(Purpose::Teardown) => write!(f, "is being torn down by {leader} for {age}")?,
         }
         if self.holders.is_empty() {
             return Ok(());
         }
-        write!(f, ", held by {}", join(&self.holders, ", "))
+        write!(f, " and is held by {}", join(&self.holders, ", "))
     }
 }
 
@@ -291,7 +314,7 @@ mod tests {
         for part in parts {
             assert!(text.contains(part), "{part:?} is not in {text:?}");
         }
-        assert!(text.ends_with('.'), "{text:?} is no sentence");
+        assert!(text.ends_with('.'), "{text:?} is not a sentence");
     }
 
     #[test]
@@ -316,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_asked_to_close_runners_that_do_not_exist() {
+    fn a_message_without_holders_does_not_ask_to_close_runners() {
         let error = Error::ReuseForbidden {
             key: Key::Groups(String::new()),
             owner: owner(Some(Purpose::Build), false),
@@ -351,13 +374,13 @@ mod tests {
             edge(1, "thread T1", (&Key::World).into()),
             edge(2, "thread T2", (&crate::phases::Phase::Capture).into()),
         ];
-        let text = "thread T1 waits for world, had by thread T2 waits for phase:capture, had by \
-                    the first.";
+        let text = "thread T1 waits for world (held by thread T2); thread T2 waits for \
+                    phase:capture (held by thread T1). ";
         assert_says(&Error::Deadlock { cycle }, &[text]);
     }
 
     #[test]
-    fn the_other_errors_name_the_key_who_and_what_to_do() {
+    fn the_other_errors_name_the_key_the_thread_and_the_remedy() {
         let (key, by) = (Key::Experts("x".into()), actor(None));
         let reason = "boom".to_string();
         let poisoned = Error::Poisoned {

@@ -1,5 +1,5 @@
 //! A bounded record of every decision: the source of snapshots, logs, traces and metrics.
-//! Must never grow without limit or lose an event silently: what it drops, it counts.
+//! Must never grow without limit or lose an event silently: it counts those that it drops.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,24 +16,24 @@ pub const CAPACITY: usize = 1024;
 pub struct Event {
     /// Counts the registry's events from 0, without gaps.
     pub seq: u64,
-    /// When, on the registry's clock.
+    /// When it was decided, on the registry's clock.
     pub at: Duration,
-    /// About what.
+    /// The key or the phase that it concerns.
     pub subject: Subject,
-    /// About whom.
+    /// The actor that it concerns.
     pub actor: Actor,
     /// What was decided.
     pub decision: Decision,
-    /// The key's generation then; 0 if it was never published, and for phases.
+    /// The key's generation at that time; 0 if it was never published, and for phases.
     pub generation: u64,
     /// How long the actor had waited for the decision.
     pub waited: Duration,
-    /// More about it, for people.
+    /// Further facts, as text for people.
     pub detail: String,
 }
 
 impl Event {
-    /// An event that was not waited for; the ring numbers it.
+    /// An event for which the actor did not wait; the ring numbers it.
     pub fn new(
         at: Duration,
         subject: impl Into<Subject>,
@@ -52,21 +52,21 @@ impl Event {
         }
     }
 
-    /// Says which generation it is about.
+    /// Sets the generation that it concerns.
     #[must_use]
     pub fn generation(mut self, generation: u64) -> Self {
         self.generation = generation;
         self
     }
 
-    /// Says how long the actor had waited.
+    /// Sets how long the actor had waited.
     #[must_use]
     pub fn waited(mut self, waited: Duration) -> Self {
         self.waited = waited;
         self
     }
 
-    /// Says more about it.
+    /// Sets the further facts.
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = detail.into();
@@ -92,7 +92,7 @@ impl EventRing {
         }
     }
 
-    /// Numbers and keeps an event, at the cost of the oldest one if the ring is full.
+    /// Numbers and keeps an event, and drops the oldest one if the ring is full.
     pub fn push(&mut self, mut event: Event) {
         event.seq = self.next_seq;
         self.next_seq += 1;
@@ -113,7 +113,7 @@ impl EventRing {
         self.events.iter().skip(skip)
     }
 
-    /// How many events are gone.
+    /// How many events were dropped.
     pub fn dropped(&self) -> u64 {
         self.next_seq - self.events.len() as u64
     }

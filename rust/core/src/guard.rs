@@ -1,4 +1,4 @@
-//! A ticket that resolves itself: a leader that dies hands over to the next waiter.
+//! A ticket that resolves itself: when a leader dies, the next waiter leads.
 
 use crate::error::Error;
 use crate::registry::Registry;

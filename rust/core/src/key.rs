@@ -3,17 +3,17 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// What is initialised once: the world, settings of the whole process, a patch of torch's,
+/// State that is initialised once: the world, settings of the whole process, a patch of torch,
 /// model-parallel groups, expert-location metadata.
 ///
-/// The string is a scope's label; the empty one is the process's default scope.
+/// The string is a scope's label; the empty label is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// torch's default process group and SGLang's coordinator of it.
     World,
     /// Settings that are applied to the whole process and never undone.
     Process,
-    /// What SGLang replaces of `torch.multiprocessing.reductions`.
+    /// SGLang's patch of `torch.multiprocessing.reductions`.
     Reductions,
     /// A scope's model-parallel groups.
     Groups(String),
@@ -41,7 +41,7 @@ impl fmt::Display for Key {
 impl FromStr for Key {
     type Err = String;
 
-    /// The inverse of `Display`, and of nothing else: `groups:` is refused.
+    /// The exact inverse of `Display`: `groups:` is refused.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, label) = text.split_once(':').unwrap_or((text, ""));
         match (name, label) {

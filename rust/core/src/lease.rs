@@ -1,5 +1,5 @@
-//! Who uses state that is ready. A lease lives inside the Ready state it was taken on and goes
-//! with it, so a lease on an earlier generation never frees anything of a later one.
+//! Leases on state that is ready. A lease lives inside the Ready state it was taken on and ends
+//! with it, so a lease on an earlier generation never releases anything of a later one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,18 +7,18 @@ use std::time::Duration;
 
 use crate::actor::Actor;
 
-/// Names one lease. No number is given out twice by a registry.
+/// Identifies one lease. A registry never uses a number twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseId(pub u64);
 
-/// Who holds a lease.
+/// The holder of a lease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
     /// The holder's name, usually the runner's.
     pub name: String,
-    /// Who took the lease.
+    /// The actor that took the lease.
     pub actor: Actor,
-    /// When, on the registry's clock.
+    /// When it was taken, on the registry's clock.
     pub since: Duration,
 }
 
@@ -28,7 +28,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// How a lease ended without being given back.
+/// How a lease ended without being released.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Broken {
     pub by: Actor,

@@ -1,5 +1,5 @@
-//! Taking leases, giving them back, and telling a holder that its lease is broken.
-//! A lease whose state went while it was held is never good again.
+//! Taking leases, releasing them, and telling a holder that its lease is broken.
+//! A lease whose state ended while it was held never becomes valid again.
 
 use crate::actor::Actor;
 use crate::error::Error;
@@ -16,8 +16,8 @@ impl Registry {
         self.lease_each(&keys, name, actor)
     }
 
-    /// As `lease`, of the generations that were joined or published: what was torn down and made
-    /// anew in between, perhaps for other values, is refused.
+    /// As `lease`, for the generations that were joined or published. State that was torn down and
+    /// made anew in between, perhaps with other values, is refused.
     pub fn lease_at(
         &self,
         keys: &[(Key, u64)],
@@ -28,7 +28,7 @@ impl Registry {
         self.lease_each(&keys, name, actor)
     }
 
-    /// As `lease_at` where a generation is given, and `lease` where none is; all or none.
+    /// As `lease_at` where a generation is given, and as `lease` where none is; takes all or none.
     pub fn lease_each(
         &self,
         keys: &[(&Key, Option<u64>)],
@@ -62,7 +62,7 @@ impl Registry {
         })
     }
 
-    /// Gives a lease back. False when it was given back before, or its state is gone.
+    /// Releases a lease. False when it was already released, or its state is gone.
     pub fn release(&self, id: LeaseId) -> bool {
         self.update(|inner, now| {
             let mut slots = inner.slots.iter_mut();
@@ -77,8 +77,8 @@ impl Registry {
         })
     }
 
-    /// Whether every lease is still good: given out on `key`, held, its state neither gone nor
-    /// being torn down. A holder asks before it uses the state.
+    /// Checks that every lease is valid: taken on its key, held, and its state neither gone nor
+    /// being torn down. A holder calls this before it uses the state.
     pub fn check_leases(&self, leases: &[(Key, LeaseId)]) -> Result<(), Error> {
         let inner = self.lock();
         for (key, id) in leases {
@@ -89,7 +89,7 @@ impl Registry {
             let (by, how) = match (inner.broken.get(id), slot.and_then(|slot| slot.breaks(*id))) {
                 (Some(broken), _) => (Some(broken.by.clone()), broken.how.clone()),
                 (None, Some(by)) => (Some(by.clone()), "is tearing it down by force".to_owned()),
-                (None, None) => (None, "it was given back".to_owned()),
+                (None, None) => (None, "the lease was already released".to_owned()),
             };
             return Err(Error::LeaseBroken {
                 key: key.clone(),
@@ -102,7 +102,7 @@ impl Registry {
 }
 
 impl Inner {
-    /// Remembers the leases that the last transition of `key` broke, for their holders.
+    /// Records the leases that the last transition of `key` broke, to tell their holders.
     pub fn break_leases(&mut self, key: &Key, by: &Actor, how: &str) {
         let orphans = self.slot_mut(key).take_orphans();
         for id in orphans.into_keys() {

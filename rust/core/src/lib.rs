@@ -1,4 +1,5 @@
-//! The registry behind `sglang_distguard`: who initialises shared state, who joins, who is refused.
+//! The registry behind `sglang_distguard`: it decides which thread initialises shared state, which
+//! threads join it, and which requests are refused.
 //! Knows nothing of Python, SGLang or torch, holds no statics and never blocks with its lock held.
 
 #![forbid(unsafe_code)]

@@ -1,14 +1,14 @@
-//! Places that only one thread is in at a time: a runner's forward, and whatever computes over one
-//! scope's communicators. Who comes second is told who is there; nobody waits.
+//! Places in which only one thread is at a time: a runner's forward, and the steps that compute
+//! over one scope's communicators. A second thread does not wait: its error is the actor inside.
 //!
-//! Lock order: a leaf; nothing foreign runs under it.
+//! Lock order: a leaf; no foreign code runs under it.
 
 use crate::actor::Actor;
 use crate::phases::RunnerId;
 use crate::scopes::ScopeId;
 use crate::sync::{lock, Mutex};
 
-/// What is occupied.
+/// A place that one thread occupies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Place {
     /// One runner: its attention metadata and static buffers.
@@ -22,28 +22,28 @@ pub enum Place {
 struct Occupant {
     place: Place,
     actor: Actor,
-    /// How often it came and has not left.
+    /// How often it has entered and not left.
     depth: usize,
 }
 
-/// Who is where.
+/// All occupied places.
 #[derive(Debug, Default)]
 pub struct Occupancy {
-    /// One for each place that is occupied: as many as threads compute now, so a list.
+    /// One for each occupied place: as many as threads compute now, so a list.
     inside: Mutex<Vec<Occupant>>,
 }
 
 impl Occupancy {
-    /// Nobody is anywhere.
+    /// An occupancy without occupied places.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// `actor`'s thread is in `place` until it has left as often as it came; returns how often it
-    /// has come.
+    /// Enters `place`: the thread of `actor` is inside until it has left as often as it entered.
+    /// Returns how often it has entered.
     ///
     /// # Errors
-    /// Who is there, when that is another thread.
+    /// The actor inside, if that is another thread.
     pub fn enter(&self, place: Place, actor: &Actor) -> Result<usize, Actor> {
         let mut inside = lock(&self.inside);
         let Some(it) = inside.iter_mut().find(|it| it.place == place) else {
@@ -61,7 +61,7 @@ impl Occupancy {
         Ok(it.depth)
     }
 
-    /// Takes one `enter` back.
+    /// Undoes one `enter`.
     pub fn leave(&self, place: Place) {
         let mut inside = lock(&self.inside);
         if let Some(index) = inside.iter().position(|it| it.place == place) {
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_thread_is_told_who_is_inside_until_that_one_has_left_as_often_as_it_came() {
+    fn a_second_thread_gets_the_actor_inside_until_that_one_has_left_as_often_as_it_entered() {
         let occupancy = Occupancy::new();
         let place = Place::Runner(RunnerId(1));
         assert_eq!(occupancy.enter(place, &actor(1)), Ok(1));
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn leaving_where_nobody_is_changes_nothing() {
+    fn leaving_a_place_that_is_not_occupied_changes_nothing() {
         let occupancy = Occupancy::new();
         occupancy.leave(Place::Runner(RunnerId(1)));
         assert_eq!(

@@ -1,22 +1,23 @@
-//! The phase lock: phases of runners that may overlap share a phase, phases that may not wait.
-//! Captures are alone in the process; what loads a runner is alone with that runner.
-//! Pure: who is inside, who is next. The registry's one lock covers it, and its waits are there.
+//! The phase lock: phases of runners that may overlap run together, and the others wait.
+//! A capture is alone in the process. A load excludes every other phase of the same runner.
+//! Pure: it tells which visits are inside and which is next. The registry's one lock covers it, and
+//! threads wait in the registry.
 //!
 //! ```text
 //! from      by         to
 //! -         arrive     Queued, last in line
 //! -         arrive     Inside, when nothing that conflicts is inside or in line
-//! Queued    enter      Inside, when nothing in its way conflicts
-//! Queued    leave      -   (gave up: deadline, interrupt, deadlock)
+//! Queued    enter      Inside, when nothing that conflicts is in the way
+//! Queued    leave      -   (the wait ended: deadline, interrupt, deadlock)
 //! Inside    leave      -
 //! ```
 //!
 //! Invariants:
 //! - Two threads are never Inside for accesses that conflict. A thread does not conflict with itself:
 //!   a capture runs forwards.
-//! - First come, first served among phases that conflict: whoever arrives later does not overtake,
-//!   unless the earlier one waits, through whatever chain, for the later one. Then being polite would
-//!   be a deadlock. So the line alone never makes one, and only those Inside count as in the way.
+//! - Phases that conflict are first come, first served, with one exception. A visit may overtake an
+//!   earlier one that waits for it, directly or through other threads; strict FIFO would deadlock.
+//!   So the line alone never causes a deadlock, and only visits Inside count as obstacles.
 //!
 //! Lock order: none here; see `slot`.
 
@@ -28,7 +29,7 @@ use std::time::Duration;
 
 use crate::actor::{Actor, ThreadId};
 
-/// A phase of a runner that others may have to keep out of.
+/// A phase of a runner that may exclude phases of other threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
     /// A runner is changed: its weights are loaded or its memory is allocated.
@@ -40,10 +41,10 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Every phase there is.
+    /// All phases.
     pub const ALL: [Self; 3] = [Self::Load, Self::Forward, Self::Capture];
 
-    /// What excludes what whichever runners are concerned; the rest is `Access::conflicts_with`.
+    /// Whether the phases exclude each other for all runners; see also `Access::conflicts_with`.
     fn conflicts_with(self, other: Self) -> bool {
         match (self, other) {
             (Self::Capture, _) | (_, Self::Capture) => true,
@@ -78,23 +79,23 @@ impl FromStr for Phase {
     }
 }
 
-/// Names a runner. No number is given out twice in a process.
+/// Identifies a runner. A process never uses a number twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunnerId(pub u64);
 
-/// What a visit is for: a phase, and the runners that it is about.
+/// The purpose of a visit: a phase, and the runners that it concerns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Access {
     /// The phase.
     pub phase: Phase,
-    /// Whose phase. A load changes that runner, any other phase reads it.
+    /// The runner that is in the phase. A load changes it, any other phase reads it.
     pub runner: Option<RunnerId>,
-    /// The runner whose weights `runner`, its draft, uses: read in every phase.
+    /// The target if `runner` is a draft: every phase reads the target's weights.
     pub target: Option<RunnerId>,
 }
 
 impl Access {
-    /// The one table of what excludes what, between threads. Symmetric.
+    /// Whether two accesses of different threads exclude each other: the only table. Symmetric.
     pub fn conflicts_with(&self, other: &Self) -> bool {
         self.phase.conflicts_with(other.phase) || self.changes(other) || other.changes(self)
     }
@@ -124,27 +125,27 @@ impl fmt::Display for Access {
     }
 }
 
-/// Names one visit of one thread to one phase. No number is given out twice by a registry.
+/// Identifies one visit of one thread to one phase. A registry never uses a number twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VisitId(pub u64);
 
 /// One thread in a phase or in line for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Visit {
-    /// What for.
+    /// The phase and the runners.
     pub access: Access,
-    /// The runner's method, if it is one.
+    /// The runner's method in which the visit was made, if any.
     pub step: Option<Arc<str>>,
-    /// Who.
+    /// The visiting thread and its runner.
     pub actor: Actor,
-    /// Since when it is inside, or in line.
+    /// When it entered or, while it is in line, when it arrived.
     pub since: Duration,
     /// Whether it is inside.
     pub inside: bool,
 }
 
 impl Visit {
-    /// Whether `thread` cannot be inside for `access` together with it.
+    /// Whether this visit conflicts with `thread` entering for `access`.
     fn is_in_the_way(&self, access: Access, thread: ThreadId) -> bool {
         self.actor.thread != thread && self.access.conflicts_with(&access)
     }
@@ -157,14 +158,13 @@ pub(crate) struct PhaseLock {
 }
 
 impl PhaseLock {
-    /// Whether `thread` may enter for `access` without lining up: nobody who conflicts with it is
-    /// inside, or came before and is still in line.
+    /// Whether `thread` may enter for `access` at once: no conflicting visit is inside or in line.
     pub fn is_free(&self, access: Access, thread: ThreadId) -> bool {
         let mut visits = self.visits.values();
         !visits.any(|visit| visit.is_in_the_way(access, thread))
     }
 
-    /// `id` is higher than every earlier one. At once `inside` only where it `is_free`.
+    /// Adds a visit. `id` is higher than every earlier one; `inside` is true only if it `is_free`.
     pub fn arrive(
         &mut self,
         id: VisitId,
@@ -198,17 +198,17 @@ impl PhaseLock {
         self.visits.values()
     }
 
-    pub fn is_anybody_queued(&self) -> bool {
+    pub fn has_queue(&self) -> bool {
         self.visits.values().any(|visit| !visit.inside)
     }
 
-    /// Who is inside and in the way of `thread` entering for `access`.
+    /// The visits inside that conflict with `thread` entering for `access`.
     pub fn occupants(&self, access: Access, thread: ThreadId) -> impl Iterator<Item = &Visit> {
         let visits = self.visits.values();
         visits.filter(move |visit| visit.inside && visit.is_in_the_way(access, thread))
     }
 
-    /// Who came before the visit `id`, is still in line and conflicts with it.
+    /// The conflicting visits that came before the visit `id` and are still in line.
     pub fn ahead(&self, id: VisitId) -> impl Iterator<Item = &Visit> {
         let own = self.visits.get(&id);
         self.visits
@@ -221,7 +221,7 @@ impl PhaseLock {
             })
     }
 
-    /// The visits that `thread` is in line for.
+    /// The visits of `thread` that are in line.
     pub fn queued(&self, thread: ThreadId) -> impl Iterator<Item = (VisitId, &Visit)> {
         self.visits
             .iter()
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_keeps_out_of_its_runner_and_of_drafts_of_it_and_of_nothing_else() {
+    fn a_load_excludes_phases_of_its_runner_and_of_its_drafts_and_no_others() {
         let load = access(Phase::Load, 1, None);
         let forward = |runner, target| access(Phase::Forward, runner, target);
         for (other, apart) in [

@@ -9,18 +9,18 @@ pub struct Policy {
     pub reentrant: bool,
 }
 
-/// What happened to a key, as events record it.
+/// A decision about a key or a phase, as events record it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Decision {
     /// The actor builds the state.
     Lead,
-    /// The actor takes over state that somebody else built.
+    /// The actor takes over state that other code built.
     Adopt,
-    /// The actor uses the state that is there.
+    /// The actor uses the existing state.
     Join,
     /// The actor waits for the leader; recorded once, when the wait begins.
     Wait,
-    /// The leader is slower than the waiter finds normal; recorded once per lead.
+    /// The leader takes longer than the waiter's `slow_after`; recorded once per lead.
     Slow,
     /// The actor called again from inside its own lead.
     Nested,
@@ -32,11 +32,11 @@ pub enum Decision {
     Timeout,
     /// The leader made the state ready.
     Publish,
-    /// The leader gave up and left nothing behind.
+    /// The leader failed and left everything as it was before.
     Fail,
-    /// The leader gave up and left something half-built behind.
+    /// The leader failed and left incomplete state behind.
     Poison,
-    /// The state was changed or destroyed behind the registry's back.
+    /// The state was changed or destroyed outside the registry.
     OutOfBand,
     /// A holder began to use the state.
     Lease,
@@ -46,7 +46,7 @@ pub enum Decision {
     Teardown,
     /// The state is gone.
     TornDown,
-    /// State that nobody holds was given up, to be made anew.
+    /// State without holders was forgotten, to be made anew.
     Forget,
     /// The key was reset.
     Reset,

@@ -1,6 +1,6 @@
-//! All slots and phases behind one lock: tickets, events, snapshots. What is done with them goes on
+//! All slots and phases behind one lock, with tickets, events and snapshots. Further operations are
 //! in `acquire`, `teardown`, `leases` and `enter`.
-//! The lock is a leaf: nothing foreign runs while it is held, and every wait gives it up.
+//! The lock is a leaf: no foreign code runs while it is held, and every wait releases it.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -23,18 +23,18 @@ use crate::waitgraph::{Subject, WaitGraph};
 
 pub use crate::request::{Observed, Request, Step};
 
-/// Every shared piece of a process's state, and who makes, uses or waits for it.
+/// All shared state of a process, and the threads that make it, use it or wait for it.
 ///
 /// Any thread may call any method. Only `wait` and `wait_to_enter` block.
 pub struct Registry {
     clock: Arc<dyn Clock>,
     pub(crate) inner: Mutex<Inner>,
-    /// `Inner::slots_changed`, to be read without the lock.
+    /// A copy of `Inner::slots_changed` that is read without the lock.
     slots_epoch: AtomicU64,
     /// Notified after every change of a slot.
     pub(crate) changed: Condvar,
-    /// Notified whenever anybody in line for a phase may have got on. Not the same as `changed`:
-    /// threads that begin to wait for slots notify it, and would wake each other for ever.
+    /// Notified whenever a visit in line may be able to enter. Not the same as `changed`: threads
+    /// that begin to wait for slots notify it, and would wake each other forever.
     pub(crate) moved: Condvar,
 }
 
@@ -44,17 +44,17 @@ pub(crate) struct Inner {
     pub phases: PhaseLock,
     /// The epoch of the last change of any slot.
     pub slots_changed: u64,
-    /// The epoch at which anybody in line for a phase may have got on.
+    /// The epoch of the last change that may let a visit in line enter.
     pub phases_changed: u64,
-    /// Leases whose state is gone, until their holders give them back.
+    /// Leases whose state is gone, until their holders release them.
     pub broken: BTreeMap<LeaseId, Broken>,
-    /// Threads whose last answer was to look again, and the state that they doubted then.
+    /// Threads that were last told to look again, and the key and epoch that each contradicted.
     pub doubts: BTreeMap<ThreadId, (Key, u64)>,
     /// Counts changes of any slot or phase.
     pub epoch: u64,
     events: EventRing,
     next_id: u64,
-    /// What new slots start with: no generation of a slot that was removed comes again.
+    /// The generation that new slots start with, so that none of a removed slot is used again.
     generation_floor: u64,
 }
 
@@ -71,8 +71,8 @@ impl Registry {
         Self::with_instance(clock, 0)
     }
 
-    /// As `new`, with tickets and leases that no other instance gives out: what a forked child
-    /// inherited from its parent's registry then releases or resolves nothing of its own.
+    /// As `new`, with numbers of tickets and leases that no other instance uses. So those that a
+    /// forked child inherited from its parent's registry release or resolve none of the child's.
     pub fn with_instance(clock: Arc<dyn Clock>, instance: u32) -> Self {
         Self {
             clock,
@@ -95,9 +95,9 @@ impl Registry {
         }
     }
 
-    /// Counts the changes of slots: leases that were good at an epoch are good as long as it lasts.
+    /// The epoch of the last slot change. Leases that were valid then are valid until the next one.
     ///
-    /// Ask for it before the leases are checked, never after.
+    /// Read it before the leases are checked, never after.
     pub fn slots_epoch(&self) -> u64 {
         self.slots_epoch.load(Ordering::Acquire)
     }
@@ -107,10 +107,10 @@ impl Registry {
         self.clock.now()
     }
 
-    /// Makes what the ticket's holder initialised available; returns its generation.
+    /// Makes the state that the ticket's holder initialised available; returns its generation.
     ///
-    /// `spec` is what is really there: for `Origin::Adopted` it may differ from what was asked for,
-    /// and waiters, like the leader when it asks again, are refused by it.
+    /// `spec` describes the real state. For `Origin::Adopted` it may differ from the requested
+    /// spec. Then the waiters are refused, and so is the leader when it asks again.
     pub fn publish(
         &self,
         ticket: Ticket,
@@ -127,8 +127,9 @@ impl Registry {
         })
     }
 
-    /// The ticket's holder failed and left everything as it was before: nothing, or the state
-    /// whose teardown did not begin. The next waiter leads. False when the ticket is stale.
+    /// Records that the ticket's holder failed and left everything as it was before: no state, or
+    /// the state whose teardown did not begin. The next waiter leads. False when the ticket is
+    /// stale.
     pub fn fail(&self, ticket: Ticket, reason: &str) -> bool {
         self.resolve(&ticket, Decision::Fail, reason, |slot, _| {
             slot.fail(ticket.id, reason)
@@ -136,8 +137,8 @@ impl Registry {
         .is_some()
     }
 
-    /// The ticket's holder failed and could not undo what it had done: everybody is refused until
-    /// `reset`. False when the ticket is stale.
+    /// Records that the ticket's holder failed and could not undo what it had done: every request
+    /// is refused until `reset`. False when the ticket is stale.
     pub fn poison(&self, ticket: Ticket, reason: &str) -> bool {
         self.resolve(&ticket, Decision::Poison, reason, |slot, now| {
             slot.poison(ticket.id, reason, now)
@@ -145,7 +146,8 @@ impl Registry {
         .is_some()
     }
 
-    /// The state is gone, and what leases were left on it are stale. False when the ticket is.
+    /// Records that the state is gone, which breaks the leases left on it. False when the ticket is
+    /// stale.
     pub fn end_teardown(&self, ticket: Ticket) -> bool {
         self.resolve(&ticket, Decision::TornDown, "", |slot, _| {
             slot.end(ticket.id)
@@ -172,8 +174,8 @@ impl Registry {
         })
     }
 
-    /// A forked process sees the object `identity` of its parent, and cannot use it: whoever asks
-    /// for `key` while it is there is refused.
+    /// Records that this forked process sees its parent's object `identity` and cannot use it.
+    /// Requests for `key` are refused while that object is there.
     pub fn inherit(&self, key: &Key, identity: u64) {
         self.update(|inner, _| inner.slot_mut(key).inherit(identity));
     }
@@ -216,7 +218,8 @@ impl Registry {
         self.lock().events.since(seq).cloned().collect()
     }
 
-    /// Wakes whoever waits, or is about to; each looks again and, if nothing changed, waits on.
+    /// Wakes every thread that waits or is about to wait. Each looks again and, if nothing changed,
+    /// continues to wait.
     pub fn wake_all(&self) {
         self.update(|inner, _| inner.touch_all());
     }
@@ -225,19 +228,19 @@ impl Registry {
         lock(&self.inner)
     }
 
-    /// The one way to change anything; wakes whoever waits for what changed.
+    /// The only way to change anything; wakes the threads that wait for the change.
     pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Inner, Duration) -> T) -> T {
         self.update_timeless(|inner| change(inner, self.now()))
     }
 
-    /// As `update`, for a change that no event tells of.
+    /// As `update`, for a change that records no event.
     pub(crate) fn update_timeless<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
         let mut inner = self.lock();
         let epoch = inner.epoch;
         let result = change(&mut inner);
         let (changed, moved) = (inner.slots_changed > epoch, inner.phases_changed > epoch);
         if changed {
-            // While the lock is held: who sees the change sees the new epoch.
+            // Stored while the lock is held: a thread that sees the change sees the new epoch.
             self.slots_epoch
                 .store(inner.slots_changed, Ordering::Release);
         }
@@ -269,7 +272,7 @@ impl Inner {
         &mut self.tracked(key).slot
     }
 
-    /// The slot of `key` changed: whoever waits for it looks again.
+    /// Marks the slot of `key` as changed, so that its waiters look again.
     pub fn touch(&mut self, key: &Key) {
         self.epoch += 1;
         let epoch = self.epoch;
@@ -277,7 +280,7 @@ impl Inner {
         self.tracked(key).changed = epoch;
     }
 
-    /// As if everything had changed.
+    /// Marks everything as changed.
     fn touch_all(&mut self) {
         self.epoch += 1;
         self.slots_changed = self.epoch;
@@ -287,7 +290,7 @@ impl Inner {
         }
     }
 
-    /// Drops the slot of `key` and all that is known about it.
+    /// Removes the slot of `key` and all that is recorded about it.
     pub fn remove(&mut self, key: &Key) {
         if let Some(removed) = self.slots.remove(key) {
             self.epoch += 1;
@@ -296,7 +299,7 @@ impl Inner {
         }
     }
 
-    /// Tickets and leases share their numbers.
+    /// A new number; tickets, leases and visits share them.
     pub fn fresh_id(&mut self) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
@@ -312,7 +315,7 @@ impl Inner {
         self.events.push(event.generation(generation));
     }
 
-    /// Records that `actor` is refused `key`, and hands the error on.
+    /// Records that `actor` is refused `key`, and returns the error.
     pub fn refuse(&mut self, key: &Key, actor: &Actor, error: Error, now: Duration) -> Error {
         let event = Event::new(now, key, actor, Decision::Refuse);
         self.record(event.detail(error.to_string()));

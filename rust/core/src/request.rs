@@ -1,4 +1,4 @@
-//! What a caller asks of a key, and the one next step it is told to take.
+//! A caller's request for a key, and the next action that the registry tells it to take.
 //! Plain data; the rules are in `rules`.
 
 use std::time::Duration;
@@ -9,29 +9,29 @@ use crate::policy::Policy;
 use crate::slot::Ticket;
 use crate::spec::Spec;
 
-/// What the caller sees in the real process, as opposed to what the registry remembers.
+/// What the caller sees in the real process, as opposed to the registry's record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observed {
-    /// The caller did not look: the registry's memory is trusted.
+    /// The caller did not look: the registry's record is trusted.
     Unknown,
     /// There is no such object.
     Absent,
-    /// There is one; this tells it from others.
+    /// There is one; the number identifies it.
     Present(u64),
 }
 
-/// One caller's wish to have `key` initialised as `spec`.
+/// One caller's request to have `key` initialised as `spec`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// What for.
+    /// The requested key.
     pub key: Key,
-    /// With which values.
+    /// The requested values.
     pub spec: Spec,
     /// What the caller allows.
     pub policy: Policy,
-    /// Who asks.
+    /// The caller.
     pub actor: Actor,
-    /// What is really there. To be looked at anew before every `try_acquire`.
+    /// What the caller sees. It must look again before every `try_acquire`.
     pub observed: Observed,
     /// How long the caller has waited so far; zero until it was first told to wait.
     pub waited: Duration,
@@ -39,28 +39,28 @@ pub struct Request {
     pub slow_after: Duration,
 }
 
-/// What a caller is to do.
+/// What a caller must do next.
 #[derive(Debug, PartialEq)]
 #[must_use]
 pub enum Step {
     /// Initialise, then publish, fail or poison.
     Lead(Ticket),
-    /// Take over what somebody else made: publish its real spec as adopted, or fail or poison.
+    /// Take over state that other code made: publish its real spec as adopted, or fail or poison.
     Adopt(Ticket),
-    /// Use what exists.
+    /// Use the existing state.
     Join {
         /// Its generation; `Registry::lease_at` takes it.
         generation: u64,
     },
-    /// Go on: this thread leads the key already.
+    /// Continue: this thread already leads the key.
     Nested,
-    /// `Registry::wait`, then look again and ask again.
+    /// Call `Registry::wait`, then look again and ask again.
     Wait {
-        /// Who initialises it or tears it down.
+        /// The actor that initialises it or tears it down.
         leader: Actor,
         /// Since when, on the registry's clock.
         since: Duration,
-        /// What `wait` compares with.
+        /// The epoch to pass to `wait`.
         epoch: u64,
     },
 }

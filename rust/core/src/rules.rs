@@ -1,4 +1,4 @@
-//! What one request gets from one slot: the whole of single-flight, in one pure function.
+//! Decides what one request gets from one slot: all of single-flight, in one pure function.
 //! Must never change anything.
 
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub(crate) enum Verdict {
         leader: Actor,
         since: Duration,
     },
-    /// What the caller sees is not what is ready.
+    /// The caller sees no object, or another one than the ready one.
     Contradicted {
         by: Actor,
         since: Duration,
@@ -58,7 +58,7 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
                 // A wait for one's own thread is a cycle of one, which the wait graph refuses.
                 _ if own => wait,
                 Task::Build(spec) => compare(spec, slot, request, now).unwrap_or(wait),
-                // What will be there is not known yet: what is read, or nothing.
+                // The later state is not known yet: the spec that is read, or no state.
                 Task::Adopt(_) | Task::Teardown(_) => wait,
             }
         }
@@ -82,7 +82,7 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
     }
 }
 
-/// Who has what is in the slot, if anybody has.
+/// The leader and the holders of the state in the slot, if there is any.
 pub(crate) fn owner(slot: &Slot, now: Duration) -> Option<Owner> {
     let (leader, purpose, since) = match slot.state() {
         State::Running(running) => (&running.leader, Some(running.purpose()), running.since),
@@ -97,7 +97,7 @@ pub(crate) fn owner(slot: &Slot, now: Duration) -> Option<Owner> {
     })
 }
 
-/// The refusal, unless the request may share what exists.
+/// The refusal, or None if the request may share the existing state.
 fn compare(existing: &Spec, slot: &Slot, request: &Request, now: Duration) -> Option<Verdict> {
     let diff = diff(existing, &request.spec);
     let key = request.key.clone();

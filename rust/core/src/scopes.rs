@@ -1,27 +1,28 @@
-//! Whose context a `publish` configures: the caller's own while nobody else is in it, else a new
-//! one. Decides only; the values of a scope are the binding's.
+//! Decides which scope a `publish` configures: the caller's own while no other execution or runner
+//! is in it, else a new one. Only decides; the binding has the values of a scope.
 //!
 //! ```text
 //! state       what it means                                   a publish that finds it
-//! Vacant      nothing is published here, or it is used up     claims it
+//! Vacant      nothing is published, or its runners are gone   claims it
 //! Claimed(c)  published, and executions that hold c build     with c: as Pending; else: a new scope
-//! Pending     published, and no execution holds the claim     puts it aside, then claims the scope;
-//!                                                             the same again: replaces
+//! Pending     published, and no execution holds the claim     moves it, then claims the scope;
+//!                                                             if it is equal: replaces it
 //! Inhabited   runners live here                               makes a new scope
 //!
 //! from        by                     to
 //! Vacant      publish, claim_vacant  Claimed(new)
 //! Claimed(c)  release(c)             Pending
-//! Claimed(c)  abandon(c)             what it was before
+//! Claimed(c)  undo(c)                the state before
 //! Pending     resume                 Claimed(new)
-//! Pending     publish                Claimed(new); what was there is Pending in a scope of its own
-//! Claimed(c)  publish with c         likewise
+//! Pending     publish                Claimed(new); what was pending is Pending in a new scope
+//! Claimed(c)  publish with c         the same
 //! any         bind_runner            Inhabited
 //! Inhabited   the last unbind        Vacant
 //! ```
 //!
-//! Invariant: `publish` never gives a scope away while a runner lives in it or another execution is
-//! about to build one in it; and what was published and not built is found until it is dropped.
+//! Invariant: `publish` never reassigns a scope while a runner lives in it or another execution is
+//! about to build one in it. A configuration that was published and not built can be found until it
+//! is dropped.
 
 use std::collections::BTreeMap;
 
@@ -29,25 +30,25 @@ use crate::key::Key;
 use crate::phases::RunnerId;
 use crate::sync::{lock, Mutex};
 
-/// Names a scope. 0 is SGLang's default one.
+/// Identifies a scope. 0 is SGLang's default one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ScopeId(pub u64);
 
 /// SGLang's own, process-wide scope. It always exists.
 pub const DEFAULT: ScopeId = ScopeId(0);
 
-/// Names what one publish claimed. It travels with the execution that published.
+/// Identifies the claim of one publish. It travels with the execution that published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClaimId(pub u64);
 
-/// Which scope a `publish` configures, and what its execution holds from now on.
+/// The scope that a `publish` configures, and the claim that its execution holds from now on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Publish {
-    /// The current one, in place.
+    /// The current scope, in place.
     Replace(ClaimId),
-    /// The current one, after what it holds has been moved to the scope named here.
+    /// The current scope, after its content has been moved to the scope given here.
     Aside(ClaimId, ScopeId),
-    /// A fresh one.
+    /// A new scope.
     New(ClaimId, ScopeId),
 }
 
@@ -77,8 +78,8 @@ pub struct ScopeLedger {
 }
 
 impl ScopeLedger {
-    /// A ledger that numbers its scopes as no other instance does: in a forked child, the end of
-    /// an inherited scope then ends none of the child's own.
+    /// A ledger whose scope numbers no other instance uses. So in a forked child, the end of an
+    /// inherited scope ends none of the child's own.
     pub fn with_instance(instance: u32) -> Self {
         Self {
             entries: BTreeMap::from([(DEFAULT, Entry::default())]),
@@ -92,11 +93,12 @@ impl ScopeLedger {
         fresh
     }
 
-    /// Decides whose context a `publish` configures, and claims it.
+    /// Decides which scope a `publish` configures, and claims it.
     ///
-    /// Args: the caller's current scope; the claim that its execution holds, if any; whether what
-    /// is pending is something else than what is published now; and whether it may be moved out of
-    /// the default scope (with several ranks its groups may not).
+    /// `current` is the caller's scope, and `mine` is the claim that its execution holds, if any.
+    /// `is_other`: the pending configuration differs from the one that is published now.
+    /// `may_put_aside`: it may be moved out of the default scope (with several ranks its groups may
+    /// not).
     pub fn publish(
         &mut self,
         current: ScopeId,
@@ -111,7 +113,7 @@ impl ScopeLedger {
         };
         let is_mine = |held| Some(held) == mine;
         let taken = matches!(entry.state, State::Claimed(held) if !is_mine(held));
-        // What is pending is kept: in a scope of its own, or where it is.
+        // A pending configuration is kept: in a new scope, or where it is.
         let keeps = is_other && entry.state != State::Vacant;
         let movable = current == DEFAULT && may_put_aside;
         if !entry.runners.is_empty() || taken || (keeps && !movable) {
@@ -130,8 +132,8 @@ impl ScopeLedger {
         Publish::Aside(claim, aside)
     }
 
-    /// Undoes `Publish::Aside`: what was moved, or was to be, is where it was, pending or with the
-    /// claim that the caller held `before`.
+    /// Undoes `Publish::Aside`: the content that was moved, or was to be moved, is in its old scope
+    /// again. It is pending or has the claim that the caller held `before`.
     pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId, before: Option<ClaimId>) {
         let Some(moved) = self.entries.remove(&aside) else {
             return;
@@ -148,15 +150,15 @@ impl ScopeLedger {
         Publish::New(claim, scope)
     }
 
-    /// A scope that nobody has published in: its context comes from elsewhere.
+    /// Creates a scope in which nothing was published: its context comes from elsewhere.
     pub fn create(&mut self) -> ScopeId {
         let scope = ScopeId(self.fresh());
         self.entries.insert(scope, Entry::default());
         scope
     }
 
-    /// Claims a scope in which no runner lives and none is about to be built, to tidy up in;
-    /// `abandon` gives it back.
+    /// Claims a scope for a cleanup, if no runner lives in it and none is about to be built.
+    /// `undo` releases the claim.
     pub fn claim_vacant(&mut self, scope: ScopeId) -> Option<ClaimId> {
         let claim = ClaimId(self.fresh());
         let entry = self.entries.get_mut(&scope)?;
@@ -167,8 +169,8 @@ impl ScopeLedger {
         })
     }
 
-    /// The claim under which work goes on in a scope that was published in: the one that is held,
-    /// or a new one where none is. None when there is nothing to go on with.
+    /// The claim with which an execution continues in a scope that was published in: the claim that
+    /// is held, or else a new one. None when there is nothing to continue.
     pub fn resume(&mut self, scope: ScopeId) -> Option<ClaimId> {
         let claim = ClaimId(self.fresh());
         let entry = self.entries.get_mut(&scope)?;
@@ -182,15 +184,15 @@ impl ScopeLedger {
         }
     }
 
-    /// The publish that got `claim` failed: its scope is again what it was for the caller, who
-    /// held `before`.
+    /// Undoes a publish that got `claim` and failed: its scope is again as it was for the caller,
+    /// which held `before`.
     pub fn undo(&mut self, scope: ScopeId, claim: ClaimId, before: Option<ClaimId>) {
         if let Some(entry) = self.claimed(scope, claim) {
             entry.state = before.map_or(State::Vacant, State::Claimed);
         }
     }
 
-    /// No execution holds `claim` any more.
+    /// Records that no execution holds `claim` any more.
     pub fn release(&mut self, scope: ScopeId, claim: ClaimId) {
         if let Some(entry) = self.claimed(scope, claim) {
             entry.state = State::Pending;
@@ -202,8 +204,8 @@ impl ScopeLedger {
         (entry.state == State::Claimed(claim)).then_some(entry)
     }
 
-    /// A runner is constructed in the scope, which is no longer just claimed. Returns the runner
-    /// whose draft it is, if it is one.
+    /// Records that a runner is constructed in the scope, which ends its claim. Returns the target
+    /// if the runner is a draft.
     pub fn bind_runner(&mut self, scope: ScopeId, runner: RunnerId) -> Option<RunnerId> {
         let entry = self.entries.entry(scope).or_default();
         entry.state = State::Vacant;
@@ -211,26 +213,26 @@ impl ScopeLedger {
         Some(entry.runners[0]).filter(|first| *first != runner)
     }
 
-    /// A runner of the scope was closed or is gone.
+    /// Records that a runner of the scope was closed or is gone.
     pub fn unbind_runner(&mut self, scope: ScopeId, runner: RunnerId) {
         if let Some(entry) = self.entries.get_mut(&scope) {
             entry.runners.retain(|it| *it != runner);
         }
     }
 
-    /// The scope uses this generation of `key` from now on.
+    /// Records that the scope uses this generation of `key` from now on.
     pub fn join(&mut self, scope: ScopeId, key: Key, generation: u64) {
         let entry = self.entries.entry(scope).or_default();
         if matches!(key, Key::Groups(_)) {
-            // A scope uses the shared groups or its own: what it joined last counts.
+            // A scope uses the shared groups or its own: those that it joined last count.
             entry.joined.retain(|it, _| !matches!(it, Key::Groups(_)));
         }
         entry.joined.insert(key, generation);
     }
 
-    /// The generation of `key` that the scope joined last: what its runners take leases on, at that
-    /// generation or not at all. It stays when the state is torn down: what a scope still refers to
-    /// is then stale.
+    /// The generation of `key` that the scope joined last. Its runners take leases on that
+    /// generation or on none. It stays when the state is torn down: objects that the scope still
+    /// refers to are then stale.
     pub fn joined(&self, scope: ScopeId, key: &Key) -> Option<u64> {
         self.entries.get(&scope)?.joined.get(key).copied()
     }
@@ -249,7 +251,7 @@ impl ScopeLedger {
         }
     }
 
-    /// The scope is gone. The default one stays.
+    /// Drops the scope. The default one stays.
     pub fn drop_scope(&mut self, scope: ScopeId) {
         if scope != DEFAULT {
             self.entries.remove(&scope);
@@ -263,7 +265,7 @@ impl Default for ScopeLedger {
     }
 }
 
-/// The ledger behind a lock that is never held while anything foreign runs.
+/// The ledger behind a lock that is never held while foreign code runs.
 #[derive(Debug, Default)]
 pub struct Scopes(Mutex<ScopeLedger>);
 

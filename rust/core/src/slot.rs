@@ -1,31 +1,31 @@
-//! The state machine of one key. Pure: no lock, no clock, no events; those are the registry's.
-//! Must never decide: `rules` says what a request gets.
+//! The state machine of one key. Pure: no lock, no clock, no events; the registry has those.
+//! Must never decide: `rules` decides about requests.
 //!
 //! ```text
 //! from        by           to
 //! Idle        lead         Running (build, adopt)
-//! Running     publish      Ready, one generation on
-//!             fail         what was there before: Idle, or Ready for a teardown
+//! Running     publish      Ready, in the next generation
+//!             fail         the state before: Idle or, for a teardown, Ready
 //!             poison       Poisoned
 //!             end          Idle
 //! Ready       tear_down    Running (teardown)
-//!             clear        Idle: forgotten, reset, or changed behind our back
-//! Poisoned    clear        Idle: reset
+//!             forget       Idle: forgotten, reset, or changed outside the registry
+//! Poisoned    forget       Idle: reset
 //! ```
 //!
 //! Invariants:
 //! - At most one leader: `Running` is entered only from `Idle` or `Ready`, and only its own ticket
 //!   leaves it.
-//! - `fail` puts back what was there before the claim; `poison` says that this is not possible, and
-//!   then only `clear` helps.
-//! - `generation` counts published states of the key; it never goes back, also over `clear`.
-//! - Leases exist only in a Ready state, also while that is torn down, and go with it, so that one
-//!   kept over a change of state frees nothing that is not its own. Those that were not given back
-//!   are broken: kept aside until their holder asks.
+//! - `fail` restores the state before the claim. `poison` records that this is not possible, and
+//!   then only `forget` helps.
+//! - `generation` counts published states of the key; it never decreases, not even by `forget`.
+//! - Leases exist only in a Ready state, also while it is torn down, and end with it. So a lease
+//!   that is kept over a change of state releases nothing of the later state. Leases that were not
+//!   released are broken: they are kept apart for their holders.
 //! - Waiters are not part of the slot: they look again whenever it changes.
 //!
-//! Lock order: none here. The registry's one mutex covers all slots and is a leaf: nothing else is
-//! locked, and nothing foreign but the clock is called, while it is held.
+//! Lock order: none here. The registry's one mutex covers all slots and is a leaf: while it is
+//! held, nothing else is locked, and no foreign code but the clock is called.
 
 use std::time::Duration;
 
@@ -34,10 +34,10 @@ use crate::key::Key;
 use crate::lease::{Holder, LeaseId, Leases};
 use crate::spec::Spec;
 
-/// Proof of leading a key; given back by publishing, failing, poisoning or ending a teardown.
+/// Proof of leading a key; resolved by publishing, failing, poisoning or ending a teardown.
 ///
-/// It cannot be cloned: a claim is resolved once. A ticket that is dropped leaves its key Running,
-/// so whoever has one resolves it on every path, errors and panics included; `LeadGuard` does.
+/// It cannot be cloned: a claim is resolved once. A ticket that is dropped leaves its key Running.
+/// So its holder resolves it on every path, errors and panics included, as `LeadGuard` does.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a ticket that is dropped leaves its key Running"]
 pub struct Ticket {
@@ -52,12 +52,12 @@ impl Ticket {
     }
 }
 
-/// Who made the state.
+/// Where the state comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// A leader of the registry.
+    /// A leader of the registry made it.
     Created,
-    /// Somebody else; the registry never destroys it.
+    /// Other code made it; the registry never destroys it.
     Adopted,
 }
 
@@ -66,7 +66,7 @@ pub enum Origin {
 pub enum Purpose {
     /// Makes the state.
     Build,
-    /// Takes over what somebody else made.
+    /// Takes over state that other code made.
     Adopt,
     /// Destroys the state.
     Teardown,
@@ -86,7 +86,7 @@ pub(crate) struct Ready {
 pub(crate) enum Task {
     Build(Spec),
     Adopt(Spec),
-    /// With what comes back when the teardown fails.
+    /// With the state to restore when the teardown fails.
     Teardown(Box<Ready>),
 }
 
@@ -96,7 +96,7 @@ pub(crate) struct Running {
     pub task: Task,
     pub leader: Actor,
     pub since: Duration,
-    /// Some waiter was told that this takes long.
+    /// Whether the leader was already recorded as slow.
     pub called_slow: bool,
 }
 
@@ -109,7 +109,7 @@ impl Running {
         }
     }
 
-    /// What is wanted or, while it is torn down, what was there.
+    /// The requested spec or, during a teardown, the spec of the state.
     pub fn spec(&self) -> &Spec {
         match &self.task {
             Task::Build(spec) | Task::Adopt(spec) => spec,
@@ -137,14 +137,14 @@ pub(crate) struct Slot {
     generation: u64,
     failures: u64,
     last_failure: Option<String>,
-    /// Leases that went with their state and were not given back; the registry collects them.
+    /// Leases that were not released before their state ended; the registry collects them.
     orphans: Leases,
-    /// What a forked process got from its parent and cannot use; see `Registry::inherit`.
+    /// The parent's object that this forked process cannot use; see `Registry::inherit`.
     inherited: Option<u64>,
 }
 
 impl Slot {
-    /// An idle slot whose first publish is `generation` plus one.
+    /// An idle slot whose first published generation is `generation` plus one.
     pub fn new(generation: u64) -> Self {
         Self {
             generation,
@@ -170,7 +170,7 @@ impl Slot {
         self.last_failure.as_deref()
     }
 
-    /// The identity of an object that came over a fork.
+    /// The identity of an object that came through a fork.
     pub fn inherited(&self) -> Option<u64> {
         self.inherited
     }
@@ -179,12 +179,12 @@ impl Slot {
         self.inherited = Some(identity);
     }
 
-    /// The leases that the last transition broke; each is handed out once.
+    /// The leases that the last transition broke; each is returned once.
     pub fn take_orphans(&mut self) -> Leases {
         std::mem::take(&mut self.orphans)
     }
 
-    /// True for the first caller during a lead.
+    /// True at the first call during a lead.
     pub fn call_slow(&mut self) -> bool {
         match &mut self.state {
             State::Running(running) => !std::mem::replace(&mut running.called_slow, true),
@@ -192,13 +192,13 @@ impl Slot {
         }
     }
 
-    /// Whether the lease is good: held, and on state that is not being torn down.
+    /// Whether the lease is valid: held, and on state that is not being torn down.
     pub fn holds(&self, id: LeaseId) -> bool {
         self.ready()
             .is_some_and(|ready| ready.leases.contains_key(&id))
     }
 
-    /// Who tears down, by force, the state that the lease is on.
+    /// The actor that tears down, by force, the state under the lease.
     pub fn breaks(&self, id: LeaseId) -> Option<&Actor> {
         match &self.running()?.task {
             Task::Teardown(ready) => ready.leases.contains_key(&id),
@@ -214,7 +214,7 @@ impl Slot {
         }
     }
 
-    /// What can be joined.
+    /// The state that can be joined.
     pub fn ready(&self) -> Option<&Ready> {
         match &self.state {
             State::Ready(ready) => Some(ready),
@@ -222,7 +222,7 @@ impl Slot {
         }
     }
 
-    /// Who holds the state, also while it is torn down.
+    /// The holders of the state, also while it is torn down.
     pub fn holders(&self) -> Vec<Holder> {
         let ready = match &self.state {
             State::Ready(ready) => ready,
@@ -235,7 +235,7 @@ impl Slot {
         ready.leases.values().cloned().collect()
     }
 
-    /// Idle becomes Running. False, and nothing changed, from anywhere else.
+    /// Idle becomes Running. From any other state: false, and nothing changes.
     pub fn lead(&mut self, ticket: u64, leader: Actor, task: Task, now: Duration) -> bool {
         let idle = self.state == State::Idle;
         if idle {
@@ -250,7 +250,7 @@ impl Slot {
         idle
     }
 
-    /// Ready becomes Running, its leases kept until the end. False from anywhere else.
+    /// Ready becomes Running and keeps its leases until the end. False from any other state.
     pub fn tear_down(&mut self, ticket: u64, leader: Actor, now: Duration) -> bool {
         match std::mem::take(&mut self.state) {
             State::Ready(ready) => {
@@ -264,8 +264,8 @@ impl Slot {
         }
     }
 
-    /// Running becomes Ready. All four that resolve a ticket return the leader, or nothing, with
-    /// nothing changed, when the ticket does not lead.
+    /// Running becomes Ready. Each of the four methods that resolve a ticket returns the leader. If
+    /// the ticket does not lead, it returns None and changes nothing.
     pub fn publish(
         &mut self,
         ticket: u64,
@@ -288,7 +288,7 @@ impl Slot {
         Some(running.leader)
     }
 
-    /// Running becomes what it was before: Idle or, for a teardown, Ready with its leases.
+    /// Running becomes the state before it: Idle or, for a teardown, Ready with its leases.
     pub fn fail(&mut self, ticket: u64, reason: &str) -> Option<Actor> {
         let running = self.take_running(ticket)?;
         self.failures += 1;
@@ -313,14 +313,14 @@ impl Slot {
         Some(running.leader)
     }
 
-    /// Running becomes Idle: nothing is there any more.
+    /// Running becomes Idle: the state is gone.
     pub fn end(&mut self, ticket: u64) -> Option<Actor> {
         let running = self.take_running(ticket)?;
         self.orphan(running.task);
         Some(running.leader)
     }
 
-    /// Ready or Poisoned becomes Idle; leases go with it. False, and nothing changed, otherwise.
+    /// Ready or Poisoned becomes Idle; its leases end. Otherwise false, and nothing changes.
     pub fn forget(&mut self) -> bool {
         match std::mem::take(&mut self.state) {
             State::Ready(ready) => self.orphans.extend(ready.leases),
@@ -334,7 +334,7 @@ impl Slot {
         true
     }
 
-    /// False, and nothing changed, unless Ready.
+    /// Adds a lease. False, and nothing changes, unless Ready.
     pub fn lease(&mut self, id: LeaseId, holder: Holder) -> bool {
         match &mut self.state {
             State::Ready(ready) => ready.leases.insert(id, holder).is_none(),
@@ -342,7 +342,7 @@ impl Slot {
         }
     }
 
-    /// Nothing when the lease is not held here, or no longer.
+    /// Releases a lease. None when it is not held here, or no longer.
     pub fn release(&mut self, id: LeaseId) -> Option<Holder> {
         match &mut self.state {
             State::Ready(ready) => ready.leases.remove(&id),

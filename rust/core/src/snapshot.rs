@@ -1,5 +1,5 @@
-//! What the registry looks like at one moment, as plain data for people and tools.
-//! Must never be what a decision rests on: it is old when it is read.
+//! The registry at one moment, as plain data for people and tools.
+//! No decision may depend on a snapshot: it is outdated when it is read.
 
 use std::time::Duration;
 
@@ -14,39 +14,39 @@ use crate::spec::Spec;
 /// The state of one slot.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SlotState {
-    /// Nothing is there.
+    /// There is no state.
     Idle,
     /// A leader initialises it or tears it down.
     Running {
-        /// Who.
+        /// The leader.
         leader: Actor,
-        /// Since when.
+        /// When it began.
         since: Duration,
-        /// For what.
+        /// The requested spec or, during a teardown, the spec of the state.
         spec: Spec,
         /// Whether it is being torn down.
         teardown: bool,
     },
     /// It can be joined.
     Ready {
-        /// Who made it.
+        /// The actor that made it.
         by: Actor,
-        /// Since when.
+        /// When it was published.
         since: Duration,
-        /// For what.
+        /// Its spec.
         spec: Spec,
         /// Whether the registry made it.
         origin: Origin,
-        /// Who holds it.
+        /// Its holders.
         holders: Vec<Holder>,
     },
-    /// Half-made; only a reset helps.
+    /// A leader failed and left it incomplete; only a reset helps.
     Poisoned {
-        /// What went wrong.
+        /// Why the leader failed.
         reason: String,
-        /// Who was making it.
+        /// The leader that failed.
         by: Actor,
-        /// Since when.
+        /// When it failed.
         since: Duration,
     },
 }
@@ -58,13 +58,13 @@ pub struct SlotSnapshot {
     pub key: Key,
     /// Its state.
     pub state: SlotState,
-    /// How many states it has had.
+    /// How many states were published for the key.
     pub generation: u64,
-    /// Which live object it is, while Ready.
+    /// The identity of its live object, while Ready.
     pub identity: Option<u64>,
     /// How many threads wait for it.
     pub waiters: usize,
-    /// Which threads these are.
+    /// Those threads.
     pub waiting: Vec<Actor>,
     /// How many leaders failed.
     pub failures: u64,
@@ -75,11 +75,11 @@ pub struct SlotSnapshot {
 /// The whole registry.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
-    /// When, on the registry's clock.
+    /// When it was taken, on the registry's clock.
     pub at: Duration,
     /// The slots, by key.
     pub slots: Vec<SlotSnapshot>,
-    /// Who is in a phase or in line for one, by arrival.
+    /// The visits that are in a phase or in line for one, by arrival.
     pub visits: Vec<Visit>,
     /// The last events, oldest first.
     pub events: Vec<Event>,
@@ -88,7 +88,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The slot of `key`, once it was asked for.
+    /// The slot of `key`, if it was ever requested.
     pub fn slot(&self, key: &Key) -> Option<&SlotSnapshot> {
         self.slots.iter().find(|slot| slot.key == *key)
     }

@@ -1,5 +1,5 @@
-//! How a piece of state is, or is to be, initialised: fields, compared one by one.
-//! Which fields count is the caller's business; nothing here knows their meaning.
+//! The values with which state is, or is to be, initialised: fields, compared one by one.
+//! The caller decides which fields count; nothing here knows their meaning.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -156,14 +156,14 @@ impl fmt::Display for Spec {
     }
 }
 
-/// A field that two specs do not agree on; a side that lacks the field is `None`.
+/// A field in which two specs differ; a side that lacks the field is `None`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldDiff {
-    /// The field.
+    /// The name of the field.
     pub field: String,
-    /// What it is.
+    /// The existing value.
     pub existing: Option<Value>,
-    /// What was asked for.
+    /// The requested value.
     pub requested: Option<Value>,
 }
 

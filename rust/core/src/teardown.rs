@@ -1,5 +1,5 @@
 //! Taking shared state down: refused while it is held, exclusive while it runs.
-//! Must never let go of state that a thread is making or tearing down.
+//! Must never forget state that a thread is making or tearing down.
 
 use crate::actor::Actor;
 use crate::error::{join, Error};
@@ -10,26 +10,26 @@ use crate::policy::Decision;
 use crate::registry::Registry;
 use crate::slot::{Origin, Slot, State, Ticket};
 
-/// What is to be torn down.
+/// The result of beginning a teardown.
 #[derive(Debug, PartialEq)]
 #[must_use]
 pub enum Teardown {
-    /// Nothing that the registry guards from the caller: nothing is there, or it is poisoned, or
-    /// the caller's own thread is at it and tears down what it was making.
+    /// Nothing that the registry protects: there is no state, or it is poisoned, or the caller's
+    /// own thread leads the key and tears down what it was making.
     Nothing,
-    /// State, now closed to everybody else until the ticket is given back.
+    /// State that is now closed to all other callers until the ticket is resolved.
     Begun {
-        /// Ends it: `end_teardown`, `fail` when the state is still as it was, `poison` when not.
+        /// Ends it: by `end_teardown`, by `fail` if the state is as it was, or by `poison` if not.
         ticket: Ticket,
-        /// Whether the registry made it; what was adopted is not destroyed.
+        /// Whether the registry made the state; adopted state is not destroyed.
         origin: Origin,
-        /// Whose leases break when it ends (only when forced).
+        /// The holders whose leases break when it ends (only when forced).
         broken: Vec<Holder>,
     },
 }
 
 impl Registry {
-    /// Closes the state of `key` for teardown; whoever asks for it meanwhile waits.
+    /// Closes the state of `key` for teardown; requests for it wait meanwhile.
     ///
     /// Refused while it is leased, unless `force`, and while another thread initialises it or
     /// tears it down.
@@ -75,8 +75,8 @@ impl Registry {
         })
     }
 
-    /// Makes state that nobody holds available to be made anew. False when it is held, changing or
-    /// not there.
+    /// Forgets state that has no holders, so that it can be made anew. False when it is held,
+    /// changing or absent.
     pub fn forget(&self, key: &Key) -> bool {
         self.update(|inner, now| {
             let ready = inner.slot(key).and_then(Slot::ready);
@@ -87,13 +87,13 @@ impl Registry {
             inner.slot_mut(key).forget();
             inner.touch(key);
             let event = Event::new(now, key, &by, Decision::Forget);
-            inner.record(event.detail("nobody held what it had made"));
+            inner.record(event.detail("the state that it had made had no holders"));
             true
         })
     }
 
-    /// Drops all bookkeeping of a key that is never asked for again: its scope is gone. False when
-    /// it is held or changing; then it stays. Should it be asked for again, generations go on.
+    /// Removes all records of a key that is not requested again, because its scope is gone. False
+    /// when it is held or changing; then it stays. If it is requested again, generations continue.
     pub fn remove(&self, key: &Key) -> bool {
         self.update(|inner, _| {
             let free = inner
@@ -106,10 +106,10 @@ impl Registry {
         })
     }
 
-    /// Forgets all state, also poisoned. Generations go on counting.
+    /// Forgets all state, also poisoned state. Generations continue.
     ///
     /// Refused while anything is leased, unless `force`, and while a thread initialises or tears
-    /// down; then nothing is changed.
+    /// down; then nothing changes.
     pub fn reset(&self, actor: &Actor, force: bool) -> Result<(), Error> {
         self.update(|inner, now| {
             let keys: Vec<Key> = inner.slots.keys().cloned().collect();

@@ -1,5 +1,5 @@
-//! Which thread waits for what, and whether one more wait would never end.
-//! Who is in the way is asked, not stored: slots and phases are the only truth about that.
+//! Records what each thread waits for, and finds a wait that would never end.
+//! Blocking threads are looked up, not stored: slots and phases are the only source for them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,7 +8,7 @@ use crate::actor::{Actor, ThreadId};
 use crate::key::Key;
 use crate::phases::Access;
 
-/// What events, waits and errors are about.
+/// The subject of an event, a wait or an error.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// A shared piece of state.
@@ -38,12 +38,12 @@ impl<T: Into<Access> + Copy> From<&T> for Subject {
     }
 }
 
-/// One step of a cycle: `thread` waits for `subject`, which the next step's thread has.
+/// One edge of a cycle: `thread` waits for `subject`, which the next edge's thread holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edge {
     /// The waiting thread.
     pub thread: ThreadId,
-    /// That thread and its runner, by name.
+    /// The name of that thread and of its runner.
     pub name: String,
     /// What it waits for.
     pub subject: Subject,
@@ -59,18 +59,18 @@ impl Edge {
     }
 }
 
-/// A thread asleep until a slot changes.
+/// A thread that sleeps until a slot changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wait {
-    /// Who.
+    /// The waiting thread and its runner.
     pub actor: Actor,
-    /// For which slot.
+    /// The key of the slot.
     pub key: Key,
     /// The registry's epoch when the wait began.
     pub epoch: u64,
 }
 
-/// The waits of all threads for slots. A thread may lead several while it waits for one.
+/// The waits of all threads for slots. A thread may lead several slots while it waits for one.
 ///
 /// Invariant: no cycle. A thread that waits cannot begin to lead, so only a new wait can close
 /// one, and every wait is checked before it is added.
@@ -80,12 +80,12 @@ pub struct WaitGraph {
 }
 
 impl WaitGraph {
-    /// `actor` waits for `key` from now on, and for nothing else.
+    /// Records that `actor` waits for `key`, and for nothing else.
     pub fn begin(&mut self, actor: Actor, key: Key, epoch: u64) {
         self.waits.insert(actor.thread, Wait { actor, key, epoch });
     }
 
-    /// `thread` waits no more.
+    /// Records that `thread` no longer waits.
     pub fn end(&mut self, thread: ThreadId) {
         self.waits.remove(&thread);
     }
@@ -95,7 +95,7 @@ impl WaitGraph {
         self.waits.get(&thread)
     }
 
-    /// Who waits for `key`, by thread.
+    /// The actors that wait for `key`, by thread.
     pub fn waiters(&self, key: &Key) -> Vec<Actor> {
         self.waits
             .values()
@@ -105,10 +105,10 @@ impl WaitGraph {
     }
 }
 
-/// The cycle that the thread of `first` would close by beginning that wait; it starts with it.
+/// The cycle that the thread of `first` would close by beginning that wait; `first` is its start.
 ///
-/// `holders` says who is in the way of an edge, `waits` what a thread waits for already. Depth
-/// first; every thread is looked at once, so this ends also if there is a cycle elsewhere.
+/// `holders` returns the threads that block an edge, `waits` the edges of a thread that already
+/// waits. Depth first; every thread is visited once, so it ends even with a cycle elsewhere.
 pub(crate) fn find_cycle(
     first: Edge,
     holders: &impl Fn(&Edge) -> Vec<ThreadId>,
@@ -120,7 +120,7 @@ pub(crate) fn find_cycle(
     found.then_some(path)
 }
 
-/// Extends `path` until it comes back to `origin`; leaves it as it was when it cannot.
+/// Extends `path` until it comes back to `origin`; leaves it unchanged if it cannot.
 fn close(
     origin: ThreadId,
     path: &mut Vec<Edge>,
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_for_a_key_that_nobody_leads_ends() {
+    fn a_wait_for_a_key_without_a_leader_ends() {
         assert_eq!(cycle(&[(2, "b")], &[("a", 2)], 1, "a"), None);
     }
 

@@ -1,4 +1,4 @@
-//! What a request gets, state by state. One thread; others are only names here.
+//! The answer to a request in each state of the key. One thread; other threads are only names here.
 
 mod common;
 
@@ -32,7 +32,7 @@ fn without_reuse(request: Request) -> Request {
 }
 
 #[test]
-fn the_first_caller_leads_unless_somebody_else_made_it_already() {
+fn the_first_caller_leads_unless_the_state_exists_already() {
     for observed in [Observed::Unknown, Observed::Absent] {
         let registry = registry();
         let _ticket = lead(&registry, &observing(observed, request(1, 1)));
@@ -59,7 +59,7 @@ fn an_equal_request_waits_for_the_leader_and_joins_what_it_publishes() {
 }
 
 #[test]
-fn an_unequal_request_is_refused_at_once_also_while_the_leader_is_at_it() {
+fn an_unequal_request_is_refused_at_once_also_while_the_leader_is_initialising() {
     let registry = registry();
     let ticket = lead(&registry, &request(1, 1));
     let running = registry.try_acquire(&request(2, 2)).unwrap_err();
@@ -107,7 +107,7 @@ fn a_leader_that_asks_again_goes_on_only_if_it_is_reentrant() {
 }
 
 #[test]
-fn nobody_is_refused_by_the_spec_of_an_adoption_before_the_real_one_is_known() {
+fn no_request_is_refused_by_the_spec_of_an_adoption_before_the_real_one_is_known() {
     let registry = registry();
     let present = Observed::Present(7);
     let Ok(Step::Adopt(ticket)) = registry.try_acquire(&observing(present, request(1, 1))) else {
@@ -122,7 +122,7 @@ fn nobody_is_refused_by_the_spec_of_an_adoption_before_the_real_one_is_known() {
 }
 
 #[test]
-fn whoever_waits_for_a_teardown_is_compared_with_nothing_and_leads_after_it() {
+fn a_waiter_for_a_teardown_is_compared_with_no_spec_and_leads_after_it() {
     let registry = registry();
     build(&registry, &request(1, 1), 7);
     let ticket = begin_teardown(&registry, &W, 1, false);
@@ -149,7 +149,7 @@ fn a_failed_leader_leaves_its_reason_and_the_next_one_leads() {
 }
 
 #[test]
-fn a_poisoned_key_refuses_everybody_whatever_they_see() {
+fn a_poisoned_key_refuses_every_request_whatever_it_observes() {
     let registry = registry();
     let ticket = lead(&registry, &request(1, 1));
     assert!(registry.poison(ticket, "half"));
@@ -170,7 +170,7 @@ fn a_caller_that_looked_before_the_publish_does_not_undo_it() {
     let Ok(Step::Wait { epoch, .. }) = registry.try_acquire(&early) else {
         panic!("should look again");
     };
-    // Would sleep for ever if there were anything to wait for.
+    // Would sleep forever if there were anything to wait for.
     registry.wait(&early, epoch, FOREVER);
     let late = observing(Observed::Present(7), early);
     let step = registry.try_acquire(&late);
@@ -179,7 +179,7 @@ fn a_caller_that_looked_before_the_publish_does_not_undo_it() {
 }
 
 #[test]
-fn state_that_was_destroyed_behind_our_back_is_made_anew() {
+fn state_that_was_destroyed_outside_of_the_registry_is_made_anew() {
     let registry = registry();
     build(&registry, &request(1, 1), 7);
     let old = lease(&registry, &W, "a");
@@ -198,7 +198,7 @@ fn state_that_was_destroyed_behind_our_back_is_made_anew() {
 }
 
 #[test]
-fn state_that_was_replaced_behind_our_back_is_adopted() {
+fn state_that_was_replaced_outside_of_the_registry_is_adopted() {
     let registry = registry();
     build(&registry, &request(1, 1), 7);
     let other = observing(Observed::Present(8), request(2, 1));
@@ -221,7 +221,7 @@ fn a_doubt_counts_only_against_the_state_it_was_about() {
     registry.end_teardown(ticket);
     build(&registry, &request(1, 1), 8);
     assert!(is_wait(&registry.try_acquire(&gone)));
-    // Another answer in between ends the doubt too.
+    // Another answer in between also ends the doubt.
     let trusting = registry.try_acquire(&request(2, 1));
     assert_eq!(trusting, Ok(Step::Join { generation: 2 }));
     assert!(is_wait(&registry.try_acquire(&gone)));
@@ -237,14 +237,14 @@ fn a_waiter_looks_again_when_another_leader_has_taken_over() {
     };
     registry.fail(ticket, "boom");
     let _ticket = lead(&registry, &request(3, 2));
-    // Would sleep for ever although the new leader builds something else.
+    // Would sleep forever although the new leader builds something else.
     registry.wait(&request(2, 1), epoch, FOREVER);
     let refused = registry.try_acquire(&request(2, 1));
     assert!(matches!(refused, Err(Error::SpecMismatch { .. })));
 }
 
 #[test]
-fn keys_do_not_get_in_each_others_way() {
+fn keys_do_not_block_each_other() {
     let registry = registry();
     let _world = lead(&registry, &request(1, 1));
     let _a = lead(&registry, &request_for(2, &groups("a")));
@@ -253,7 +253,7 @@ fn keys_do_not_get_in_each_others_way() {
 }
 
 #[test]
-fn every_decision_is_recorded_with_who_and_how_long_it_waited() {
+fn every_decision_is_recorded_with_its_actor_and_how_long_it_waited() {
     let clock = Arc::new(ManualClock::new());
     let registry = Registry::new(clock.clone());
     let ticket = lead(&registry, &request(1, 1));
@@ -263,7 +263,7 @@ fn every_decision_is_recorded_with_who_and_how_long_it_waited() {
         waited: clock.now(),
         ..request(2, 1)
     };
-    // Only the first wait is news.
+    // Only the first wait is recorded.
     let _ = registry.try_acquire(&waited);
     let _ = registry.publish(ticket, spec(1), Origin::Created, 7);
     let _ = registry.try_acquire(&waited);

@@ -1,4 +1,4 @@
-//! What any ranks make of any log: each has read a part of it, and none contradicts another.
+//! Ranks that read any shared log, each a part of it: none contradicts another.
 
 use distguard_core::agreement::{Agreement, Entry, Stage, Standing};
 use proptest::prelude::*;
@@ -33,7 +33,7 @@ proptest! {
     })]
 
     #[test]
-    fn whoever_may_begin_has_the_turn(log in entries()) {
+    fn a_round_that_may_begin_has_the_turn(log in entries()) {
         let rank = Agreement::new();
         for entry in &log {
             apply(&rank, entry);
@@ -47,7 +47,7 @@ proptest! {
     }
 
     #[test]
-    fn whoever_has_the_turn_keeps_it_until_an_entry_about_it(log in entries()) {
+    fn a_round_that_has_the_turn_keeps_it_until_an_entry_about_it(log in entries()) {
         let rank = Agreement::new();
         for entry in &log {
             let before = rank.turn();
@@ -59,7 +59,7 @@ proptest! {
     }
 
     #[test]
-    fn a_rank_is_inside_of_one_turn_at_a_time(
+    fn a_rank_is_in_one_turn_at_a_time(
         log in entries(),
         stays in prop::collection::vec(prop::bool::ANY, 40),
     ) {
@@ -82,7 +82,7 @@ proptest! {
     }
 
     #[test]
-    fn when_every_turn_is_ended_nothing_that_was_agreed_is_left_waiting(log in entries()) {
+    fn when_every_turn_has_ended_no_agreed_round_is_left_waiting(log in entries()) {
         let rank = Agreement::new();
         for entry in &log {
             apply(&rank, entry);
@@ -94,7 +94,7 @@ proptest! {
             ended += 1;
             prop_assert!(ended <= NAMES.len() * 2, "turns go on without end");
         }
-        // A new name has its turn at once: nobody holds it for ever.
+        // A new name has its turn at once: no round keeps the turn forever.
         let (name, stage, failure) = ("z".to_owned(), Stage::Ask, None);
         apply(&rank, &Entry { name, round: 0, stage, failure });
         prop_assert_eq!(rank.stands("z", 0, Stage::Begin), Standing::Passed);

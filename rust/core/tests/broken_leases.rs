@@ -1,5 +1,5 @@
-//! Leases whose state went away under their holders, and state that came over a fork.
-//! One thread; others are only names here.
+//! Leases whose state was destroyed while they were held, and state inherited over a fork.
+//! One thread; other threads are only names here.
 
 mod common;
 
@@ -24,7 +24,7 @@ fn leased() -> (Registry, LeaseId) {
     (registry, held)
 }
 
-/// Who broke it and how; nobody when it was given back.
+/// The thread that broke the lease, and how; no thread if the lease was released.
 fn broken(registry: &Registry, key: &Key, held: LeaseId) -> (Option<u64>, String) {
     match registry.check_leases(&[(key.clone(), held)]) {
         Err(Error::LeaseBroken { key: of, by, how }) => {
@@ -35,7 +35,7 @@ fn broken(registry: &Registry, key: &Key, held: LeaseId) -> (Option<u64>, String
     }
 }
 
-/// Told again and again, also when the state was made anew, until it is given back.
+/// The lease is reported as broken until it is released, also after the state was made anew.
 fn assert_broken_until_released(registry: &Registry, held: LeaseId, by: u64, how: &str) {
     for _ in 0..2 {
         let (who, what) = broken(registry, &W, held);
@@ -60,7 +60,7 @@ fn a_forced_teardown_breaks_leases_from_its_beginning_on() {
 }
 
 #[test]
-fn a_forced_teardown_that_stopped_half_way_has_broken_the_leases() {
+fn a_forced_teardown_that_stopped_halfway_has_broken_the_leases() {
     let (registry, held) = leased();
     let ticket = begin_teardown(&registry, &W, 2, true);
     assert!(registry.poison(ticket, "half gone"));
@@ -87,18 +87,18 @@ fn a_forced_reset_breaks_leases() {
 }
 
 #[test]
-fn a_change_behind_our_back_breaks_leases() {
+fn a_change_outside_of_the_registry_breaks_leases() {
     let (registry, held) = leased();
     let gone = observing(Observed::Absent, request(2, 1));
     assert!(is_wait(&registry.try_acquire(&gone)));
-    // One look may have been before the publish.
+    // One observation may have been made before the publish.
     assert_eq!(registry.check_leases(&[(W, held)]), Ok(()));
     build(&registry, &gone, 8);
     assert_broken_until_released(&registry, held, 2, "outside of sglang_distguard");
 }
 
 #[test]
-fn a_lease_that_was_given_back_is_nobodys_fault_whoever_changes_the_state_now() {
+fn a_released_lease_is_broken_by_no_later_change_of_the_state() {
     let (registry, held) = leased();
     assert!(registry.release(held));
     assert_eq!(broken(&registry, &W, held).0, None);
@@ -110,7 +110,7 @@ fn a_lease_that_was_given_back_is_nobodys_fault_whoever_changes_the_state_now() 
 }
 
 #[test]
-fn a_lease_given_back_during_a_teardown_is_not_broken_by_it() {
+fn a_lease_released_during_a_teardown_is_not_broken_by_it() {
     let (registry, held) = leased();
     let ticket = begin_teardown(&registry, &W, 2, true);
     assert!(registry.release(held));
@@ -127,7 +127,7 @@ fn the_first_lease_that_is_not_good_is_named() {
     let both = [(W, world), (key.clone(), own)];
     assert_eq!(registry.check_leases(&[]), Ok(()));
     assert_eq!(registry.check_leases(&both), Ok(()));
-    // A lease is good for the key that it was given out on and for no other.
+    // A lease is good for its own key and for no other.
     assert_eq!(broken(&registry, &key, world).0, None);
     let ticket = begin_teardown(&registry, &key, 2, true);
     assert!(registry.end_teardown(ticket));
@@ -138,7 +138,7 @@ fn the_first_lease_that_is_not_good_is_named() {
 }
 
 #[test]
-fn a_lease_of_another_registry_is_good_for_nothing() {
+fn a_lease_of_another_registry_is_not_good() {
     let (_parent, inherited) = leased();
     let child = Registry::with_instance(Arc::new(ManualClock::new()), 4711);
     build(&child, &request(1, 1), 7);
@@ -146,7 +146,7 @@ fn a_lease_of_another_registry_is_good_for_nothing() {
 }
 
 #[test]
-fn whoever_sees_an_object_that_came_over_a_fork_is_refused() {
+fn a_request_that_observes_an_object_inherited_over_a_fork_is_refused() {
     let registry = registry();
     registry.inherit(&W, 7);
     let inherited = observing(Observed::Present(7), request(1, 1));
@@ -154,7 +154,7 @@ fn whoever_sees_an_object_that_came_over_a_fork_is_refused() {
         let refused = registry.try_acquire(&inherited);
         assert_eq!(refused, Err(Error::Inherited { key: W }));
     }
-    // The key is refused for good, not led: others find it idle.
+    // The request is refused and does not lead: others find the key idle.
     assert_eq!(
         slot(&registry, &W).state,
         distguard_core::snapshot::SlotState::Idle
@@ -169,7 +169,7 @@ fn whoever_sees_an_object_that_came_over_a_fork_is_refused() {
 }
 
 #[test]
-fn an_inherited_object_that_is_gone_is_in_nobodys_way() {
+fn an_inherited_object_that_is_gone_blocks_no_request() {
     let registry = registry();
     registry.inherit(&W, 7);
     for observed in [Observed::Absent, Observed::Unknown] {
@@ -179,7 +179,7 @@ fn an_inherited_object_that_is_gone_is_in_nobodys_way() {
 }
 
 #[test]
-fn an_inherited_object_that_comes_back_into_sight_is_refused_not_adopted() {
+fn an_inherited_object_that_is_observed_again_is_refused_not_adopted() {
     let registry = registry();
     registry.inherit(&W, 7);
     build(&registry, &request(1, 1), 8);

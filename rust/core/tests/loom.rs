@@ -1,5 +1,5 @@
-//! Every interleaving of two or three threads; where there are too many, every one with no more
-//! preemptions than the model says. loom knows no time: a wake-up that is lost is a deadlock.
+//! Every interleaving of two or three threads. Where there are too many, every interleaving with at
+//! most as many preemptions as the model says. loom has no time: a lost wake-up is a deadlock.
 //!
 //! `DISTGUARD_SHORT=1` takes the smaller bounds, `LOOM_MAX_PREEMPTIONS` one bound for all models.
 

@@ -1,4 +1,4 @@
-//! Any sequence of calls gives what the model on paper gives, and leaves the same state behind.
+//! Any sequence of calls has the outcomes of the sequential model, and leaves the same state.
 
 mod common;
 #[path = "common/model.rs"]
@@ -35,7 +35,7 @@ enum Resolve {
     End,
 }
 
-/// `pick` chooses among what is there when the call is made.
+/// `pick` chooses among the objects that exist when the call is made.
 #[derive(Debug, Clone)]
 enum Call {
     Acquire(Ask),
@@ -127,7 +127,7 @@ fn call() -> impl Strategy<Value = Call> {
     ]
 }
 
-/// The registry, the model, and what callers would have in their hands.
+/// The registry, the model, and the objects that callers would hold.
 struct Both {
     real: Registry,
     model: Model,
@@ -174,7 +174,7 @@ fn said(yes: bool) -> Outcome {
 }
 
 impl Both {
-    /// Makes the call on both sides; returns what the registry and what the model said.
+    /// Makes the call on both sides; returns the registry's and the model's outcome.
     fn call(&mut self, call: &Call) -> (Outcome, Outcome) {
         match call {
             Call::Acquire(ask) => self.acquire(ask),
@@ -184,7 +184,7 @@ impl Both {
                 if self.leases.is_empty() {
                     return (Outcome::Done, Outcome::Done);
                 }
-                // Released leases stay in the list: they are released again and again.
+                // Released leases stay in the list, so that they are released again.
                 let id = self.leases[pick % self.leases.len()].1;
                 (said(self.real.release(id)), self.model.release(id))
             }
@@ -243,7 +243,7 @@ impl Both {
         (real, self.model.check(leases))
     }
 
-    /// The leases that are good now, by their place.
+    /// The indices of the leases that are good now.
     fn good_leases(&self) -> Vec<usize> {
         let good = |lease: &(Key, LeaseId)| self.real.check_leases(std::slice::from_ref(lease));
         let places = self.leases.iter().enumerate();
@@ -256,7 +256,7 @@ impl Both {
     fn arrive(&mut self, access: Access, thread: u64) -> (Outcome, Outcome) {
         let (id, real) = match self.real.arrive(access, &actor(thread)) {
             Ok((id, entry)) => (id, entered(Ok(entry))),
-            // The refused visit is over, under a number that nobody was told.
+            // The refused visit has ended, under a number that no caller was told.
             Err(error) => (VisitId(0), refused(&error)),
         };
         self.visits.push(id);
@@ -288,7 +288,7 @@ impl Both {
             }
             Ok(Step::Join { generation }) => Outcome::Join(generation),
             Ok(Step::Nested) => Outcome::Nested,
-            // "Look again" names who published, which the model does not keep.
+            // "Look again" names the publishing thread, which the model does not record.
             Ok(Step::Wait { .. }) if expected == Outcome::Wait(u64::MAX) => expected.clone(),
             Ok(Step::Wait { leader, .. }) => Outcome::Wait(leader.thread.0),
             Err(error) => refused(&error),
@@ -415,7 +415,7 @@ impl Both {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        // The seeds of failures belong into a test of their own, not beside this file.
+        // Seeds of failures belong into a separate test, not into a file beside this one.
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
@@ -436,7 +436,7 @@ proptest! {
             prop_assert_eq!(real, model, "{:?}", call);
             both.assert_same_state();
             if both.real.slots_epoch() == epoch {
-                // Given back, a lease is its holder's to forget.
+                // A released lease is no longer good, without a change of the epoch.
                 let released = matches!(call, Call::Release { .. });
                 prop_assert!(released || both.good_leases().starts_with(&good), "{:?}", call);
             }

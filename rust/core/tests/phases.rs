@@ -1,5 +1,5 @@
-//! The phase lock: who gets in, who waits, what is recorded. Order comes from what the registry
-//! shows; nothing sleeps to let another thread go first.
+//! The phase lock: which visit enters, which waits, what is recorded. The registry's own snapshots
+//! give the order; no thread sleeps to let another thread go first.
 
 mod common;
 
@@ -30,7 +30,7 @@ fn visits(registry: &Registry) -> Vec<(u64, Phase, bool)> {
         .collect()
 }
 
-/// Who is inside and in the way.
+/// The threads that are inside and in the way.
 fn in_the_way(registry: &Registry, visit: VisitId) -> Vec<u64> {
     match registry.try_enter(visit) {
         Ok(Entry::Wait { inside, .. }) => inside.iter().map(|it| it.thread.0).collect(),
@@ -53,7 +53,7 @@ fn loads_and_forwards_overlap_and_a_capture_is_alone() {
     assert_eq!(in_the_way(&registry, second), [3]);
 }
 
-/// What `phase` of `runner` is, a draft of `target` or none.
+/// The access for `phase` of `runner`, which is a draft of `target` if there is one.
 fn access(phase: Phase, runner: u64, target: Option<u64>) -> Access {
     Access {
         phase,
@@ -83,7 +83,7 @@ fn a_load_waits_for_forwards_of_its_runner_and_of_its_drafts_and_keeps_later_one
 }
 
 #[test]
-fn two_threads_that_each_run_one_runner_and_load_the_other_are_told_of_the_cycle() {
+fn two_threads_that_each_run_one_runner_and_load_the_other_are_refused_as_a_cycle() {
     let registry = registry();
     inside(&registry, access(Phase::Forward, 1, None), 1);
     inside(&registry, access(Phase::Forward, 2, None), 2);
@@ -93,12 +93,12 @@ fn two_threads_that_each_run_one_runner_and_load_the_other_are_told_of_the_cycle
 }
 
 #[test]
-fn whoever_comes_after_a_capture_in_line_stays_behind_it() {
+fn a_visit_that_comes_after_a_capture_in_line_stays_behind_it() {
     let registry = registry();
     let forward = inside(&registry, Phase::Forward, 1);
     let capture = in_line(&registry, Phase::Capture, 2);
     let later = in_line(&registry, Phase::Forward, 3);
-    // Nobody inside is in its way; only the line is.
+    // No visit inside is in its way; only the line is.
     assert!(in_the_way(&registry, later).is_empty());
     assert!(registry.leave(forward));
     assert!(in_the_way(&registry, later).is_empty());
@@ -124,7 +124,7 @@ fn a_thread_is_never_in_its_own_way() {
 }
 
 #[test]
-fn a_thread_that_is_waited_for_overtakes_whoever_waits_for_it() {
+fn a_thread_that_is_waited_for_overtakes_the_thread_that_waits_for_it() {
     let registry = registry();
     let forward = inside(&registry, Phase::Forward, 1);
     let capture = in_line(&registry, Phase::Capture, 2);
@@ -149,7 +149,7 @@ fn of_two_in_forward_that_want_to_capture_the_second_is_refused_and_named_with_t
         .collect();
     let phase = || (&Phase::Capture).into();
     assert_eq!(named, [(2, phase()), (1, phase())]);
-    // The refused visit is over; the forward around it is not.
+    // The refused visit has ended; the forward around it has not.
     let (f, c) = (Phase::Forward, Phase::Capture);
     assert_eq!(
         visits(&registry),
@@ -170,12 +170,12 @@ fn a_cycle_over_a_phase_and_a_key_is_refused_by_the_key_too() {
     };
     let subjects: Vec<_> = cycle.iter().map(|it| it.subject.to_string()).collect();
     assert_eq!(subjects, ["world", "phase:capture"]);
-    // Somebody else may wait: nobody waits for it.
+    // Another thread may wait, because no thread waits for it.
     assert!(is_wait(&registry.try_acquire(&request(3, 1))));
 }
 
 #[test]
-fn a_visit_ends_once_and_cannot_be_gone_on_with() {
+fn a_visit_ends_once_and_cannot_be_continued() {
     let registry = registry();
     let visit = inside(&registry, Phase::Load, 1);
     assert_eq!(registry.try_enter(visit), Ok(Entry::Inside));
@@ -188,7 +188,7 @@ fn a_visit_ends_once_and_cannot_be_gone_on_with() {
         "nothing is recorded about it"
     );
     assert!(decisions(&registry).is_empty());
-    // Would sleep for ever if there were anything to wait for.
+    // Would sleep forever if there were anything to wait for.
     registry.wait_to_enter(visit, u64::MAX, FOREVER);
 }
 
@@ -203,7 +203,7 @@ fn a_visit_made_before_a_fork_is_over_after_it() {
 }
 
 #[test]
-fn a_deadline_that_has_passed_in_line_names_who_is_in_the_way() {
+fn a_deadline_that_has_passed_in_line_names_the_threads_in_the_way() {
     let registry = registry();
     let waited = Duration::from_secs(3);
     let forward = inside(&registry, Phase::Forward, 1);
@@ -223,7 +223,7 @@ fn a_deadline_that_has_passed_in_line_names_who_is_in_the_way() {
         waited,
     };
     assert_eq!(gave_up, behind_forward);
-    assert!(gave_up.to_string().contains("thread t1 in the way"));
+    assert!(gave_up.to_string().contains("occupied by thread t1"));
     assert_eq!(visits(&registry), [(1, Phase::Forward, true)]);
     let event = registry.snapshot().events.pop().unwrap();
     assert_eq!((event.decision, event.waited), (Decision::Timeout, waited));
@@ -232,12 +232,12 @@ fn a_deadline_that_has_passed_in_line_names_who_is_in_the_way() {
 }
 
 #[test]
-fn only_waits_and_refusals_are_recorded_and_say_for_whom() {
+fn only_waits_and_refusals_are_recorded_with_the_threads_that_are_waited_for() {
     let registry = registry();
     let _load = inside(&registry, Phase::Forward, 1);
     let capture = in_line(&registry, Phase::Capture, 2);
     let _behind = in_line(&registry, Phase::Load, 3);
-    // Asking again is no news.
+    // Asking again is not recorded.
     let _ = registry.try_enter(capture);
     let events = registry.snapshot().events;
     let recorded: Vec<_> = events
@@ -273,7 +273,7 @@ fn the_snapshot_says_since_when_a_thread_is_in_line_or_inside() {
 }
 
 #[test]
-fn a_reset_leaves_the_phases_alone() {
+fn a_reset_does_not_change_the_phases() {
     let registry = registry();
     let capture = inside(&registry, Phase::Capture, 1);
     assert_eq!(registry.reset(&actor(2), true), Ok(()));
@@ -322,7 +322,7 @@ fn captures_and_forwards_of_many_threads_never_overlap_and_all_get_in() {
 }
 
 #[test]
-fn a_wait_for_a_key_that_begins_later_wakes_whoever_may_overtake_now() {
+fn a_wait_for_a_key_that_begins_later_wakes_a_thread_that_may_overtake_now() {
     let registry = registry();
     let forward = inside(&registry, Phase::Forward, 1);
     let capture = in_line(&registry, Phase::Capture, 2);

@@ -1,5 +1,5 @@
-//! The registry under real threads. Order comes from barriers, channels and what the registry
-//! shows; nothing sleeps to let another thread go first.
+//! The registry under real threads. Barriers, channels and the registry's own snapshots give the
+//! order; no thread sleeps to let another thread go first.
 
 mod common;
 
@@ -97,7 +97,7 @@ fn a_failing_leader_hands_over_to_exactly_one_waiter() {
                 };
                 assert_eq!(leading.fetch_add(1, Ordering::SeqCst), 0);
                 let failed = slot(registry, &W).failures;
-                // All others have gone back to waiting for this thread before it is done.
+                // All other threads wait for this thread again before it ends its lead.
                 until(|| waiters(registry, &W) as u64 == THREADS - 1 - failed);
                 leading.fetch_sub(1, Ordering::SeqCst);
                 if failed < 3 {
@@ -217,7 +217,7 @@ fn a_wait_that_would_close_a_cycle_does_not_sleep() {
     let a_ticket = lead(&registry, &request_for(1, &a));
     let _b_ticket = lead(&registry, &request_for(2, &b));
     let wants_b = request_for(1, &b);
-    // Told to wait before the other thread waits: only `wait` itself can notice.
+    // Told to wait before the other thread waits: only `wait` itself can notice the cycle.
     let Ok(Step::Wait { epoch, .. }) = registry.try_acquire(&wants_b) else {
         panic!("should wait");
     };
@@ -257,7 +257,7 @@ fn a_deadline_that_has_passed_names_the_leader_and_for_how_long_it_leads() {
         ..
     } = registry.timed_out(&late)
     else {
-        panic!("somebody leads");
+        panic!("a thread leads");
     };
     assert_eq!(
         (owner.leader, owner.purpose),

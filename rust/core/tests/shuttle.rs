@@ -1,7 +1,7 @@
 //! Random programs of several threads under random schedules: registry, leases and phases together.
 //!
-//! `DISTGUARD_SCHEDULES` says how many, over all tests. shuttle knows no time: a wake-up that is
-//! lost is a deadlock it reports, and threads that wake each other for ever take too many steps.
+//! `DISTGUARD_SCHEDULES` is the number of schedules over all tests. shuttle has no time: it reports
+//! a lost wake-up as a deadlock, and threads that wake each other forever take too many steps.
 //! A failure prints its schedule; `shuttle::replay` runs it again.
 
 #![cfg(shuttle)]
@@ -19,7 +19,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, MaxSteps, Runner};
 use truth::Counts;
 
-/// Some ten seconds' worth.
+/// Takes about ten seconds.
 const SCHEDULES: usize = 100_000;
 
 fn check(percent: usize, threads: u64, scheduler: fn(usize) -> Box<dyn Scheduler + Send>) {
@@ -27,7 +27,7 @@ fn check(percent: usize, threads: u64, scheduler: fn(usize) -> Box<dyn Scheduler
         it.parse().expect("DISTGUARD_SCHEDULES is a number")
     });
     let mut config = Config::new();
-    // Every program ends long before; a livelock is to be found soon.
+    // Every program ends long before; a livelock should be found soon.
     config.max_steps = MaxSteps::FailAfter(20_000);
     let (begun, counts) = (Instant::now(), Arc::new(Counts::default()));
     let counted = counts.clone();

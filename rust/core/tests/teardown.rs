@@ -1,4 +1,4 @@
-//! Leases, teardown, forgetting and reset. One thread; others are only names here.
+//! Leases, teardown, forgetting and reset. One thread; other threads are only names here.
 
 mod common;
 
@@ -119,7 +119,7 @@ fn a_teardown_says_whether_the_registry_made_the_state() {
 }
 
 #[test]
-fn there_is_nothing_to_tear_down_where_nothing_or_only_a_wreck_is() {
+fn there_is_nothing_to_tear_down_for_an_idle_or_poisoned_key() {
     let nothing = |registry: &Registry| registry.begin_teardown(&W, &actor(2), false);
     assert_eq!(nothing(&registry()), Ok(Teardown::Nothing));
     assert_eq!(nothing(&poisoned()), Ok(Teardown::Nothing));
@@ -130,7 +130,7 @@ fn there_is_nothing_to_tear_down_where_nothing_or_only_a_wreck_is() {
 }
 
 #[test]
-fn what_a_thread_is_at_is_busy_for_all_but_itself() {
+fn a_key_that_a_thread_is_changing_is_busy_for_all_other_threads() {
     let registry = registry();
     let build = lead(&registry, &request(1, 1));
     let busy = Error::Busy {
@@ -162,7 +162,7 @@ fn a_teardown_that_failed_leaves_the_state_as_it_was() {
 }
 
 #[test]
-fn a_teardown_that_stopped_half_way_poisons_the_key() {
+fn a_teardown_that_stopped_halfway_poisons_the_key() {
     let registry = ready();
     let held = lease(&registry, &W, "a");
     let ticket = begin_teardown(&registry, &W, 2, true);
@@ -173,7 +173,7 @@ fn a_teardown_that_stopped_half_way_poisons_the_key() {
 }
 
 #[test]
-fn forgetting_frees_a_place_only_where_nobody_holds_anything() {
+fn only_ready_state_without_leases_is_forgotten() {
     let registry = ready();
     let held = lease(&registry, &W, "a");
     assert!(!registry.forget(&W));
@@ -186,7 +186,7 @@ fn forgetting_frees_a_place_only_where_nobody_holds_anything() {
 }
 
 #[test]
-fn a_removed_key_is_unknown_and_its_generations_never_come_again() {
+fn a_removed_key_is_unknown_and_its_generations_are_never_used_again() {
     let registry = ready();
     let held = lease(&registry, &W, "a");
     assert!(!registry.remove(&W));
@@ -229,7 +229,7 @@ fn reset_is_refused_while_anything_is_held_unless_forced() {
 }
 
 #[test]
-fn reset_is_refused_while_a_thread_is_at_anything_even_if_forced() {
+fn reset_is_refused_while_a_thread_is_changing_any_key_even_if_forced() {
     let registry = ready();
     let key = groups("a");
     let ticket = lead(&registry, &request_for(2, &key));

@@ -1,7 +1,8 @@
-"""Ranks agree before they create: ask under a name, take turns in one order, tell how it went.
+"""Ranks agree before they create: they ask under a name, take turns in one order, and report.
 
-The state is rust/core/src/agreement.rs; here is what is told to the other ranks and when. Every wait has
-a deadline, and whoever gives up writes so into the log: what stands there first counts for all ranks.
+The state is in rust/core/src/agreement.rs; this module decides what is reported to the other ranks
+and when. Every wait has a deadline. A rank that stops waiting writes that into the log, and the
+first entry for a stage counts for all ranks.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from sglang_distguard.distributed.ranks.log import PREFIX, Ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.sync import waiting
 
-#: The part of the deadline in which a turn's groups are created; the rest is for telling each other.
+#: Part of the deadline in which a turn's groups are created; the rest is for reports of the ranks.
 _CREATE = 0.8
 _READER = "distguard-ranks"
-#: Stages that end with an entry.
+#: Stages that end with an entry in the log.
 _ENDS = ("ask", "turn", "build")
-#: Seconds in which a rank that lost a connection hears from the others why.
+#: Seconds for which a rank whose own stage failed reads on in the log for the decision.
 _HEAR = 5.0
 
-#: What the running code builds a runner with, until it has told the others how that went.
+#: The ask with which the running code builds a runner, until the outcome is reported.
 _asked: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.asked", default=None)
 _building: ContextVar[Optional[_Block]] = ContextVar("sglang_distguard.building", default=None)
 
 
 class _Block:
-    """A with block. A context that was copied inside of it, by a task, may outlive it."""
+    """A with block; a context that a task has copied inside may outlive it."""
 
     is_over = False
 
@@ -46,13 +47,13 @@ class Ask:
     """One round of one name.
 
     Attributes:
-        ranks: who has to agree.
-        what: the name the ranks know it by: "runner NAME", "world" …
-        round: how often they had tried before.
+        ranks: the ranks that must agree.
+        what: the name that all ranks use: "runner NAME", "world" …
+        round: number of earlier attempts under this name.
         deadline: seconds for each stage.
-        creates: whether the turn is there to create something; else to compute with what there is.
-        has_left_turn: whether the turn is over here.
-        has_built: whether what was built with it is over here.
+        creates: whether the turn creates something; otherwise it computes with what exists.
+        has_left_turn: whether the turn is over on this rank.
+        has_built: whether the build that uses it is over on this rank.
     """
 
     ranks: Ranks
@@ -65,24 +66,24 @@ class Ask:
 
     @property
     def name(self) -> str:
-        """The runner's name alone."""
+        """The runner's name without "runner "."""
         return self.what.removeprefix("runner ")
 
     @property
     def known_as(self) -> str:
-        """The same on all ranks, and of no other runner of this world."""
+        """Name and round: equal on all ranks, and unique in this world."""
         return f"{self.what} #{self.round}"
 
     @property
     def prefix(self) -> str:
-        """Begins the names of the process groups that are created in the turn."""
+        """Prefix of the names of process groups that are created in the turn."""
         return f"{PREFIX}/{self.ranks.generation}/{self.what}/{self.round}:"
 
     def _key(self, stage: str, *, before: int = 0) -> str:
         return f"{self.what}/{self.round - before}/{stage}"
 
     def tell(self, stage: str, report: Mapping[str, Any]) -> None:
-        """Report to the others; the last one to report judges and writes the end of the stage."""
+        """Report to the other ranks; the last rank to report judges and writes the stage's end."""
         key = self._key(stage)
         if self.ranks.state.arrive(self.what, self.round, stage) and self.ranks.tell(key, report):
             judge = failures.disagree if stage == "ask" else failures.failed
@@ -90,7 +91,7 @@ class Ask:
             self._tidy(stage)
 
     def _tidy(self, stage: str) -> None:
-        """All ranks have told of ``stage``, and so have left what was before it."""
+        """Delete earlier stages from the store: all ranks have reported ``stage`` and left them."""
         left = {
             "ask": [self._key("turn", before=1), self._key("build", before=1)],
             "turn": [self._key("ask")],
@@ -102,13 +103,16 @@ class Ask:
         self.ranks.tidy(*told, *(f"log/{index}" for index in read))
 
     def write(self, stage: str, failure: Optional[str]) -> None:
-        """Write that ``stage`` has ended."""
+        """Write into the log that ``stage`` has ended; ``failure`` is None if it passed."""
         self.ranks.write(
             {"name": self.what, "round": self.round, "stage": stage, "failure": failure}
         )
 
     def stands(self, stage: str) -> Optional[tuple[str, Optional[str]]]:
-        """How ``stage`` ended, None while it has not; this rank is in the turn when "begin" passed."""
+        """Return how ``stage`` ended; None while it is open.
+
+        When "begin" has passed, this rank is in the turn.
+        """
         state = self.ranks.state
         standing = (
             state.enter(self.what, self.round)
@@ -118,12 +122,12 @@ class Ask:
         return None if standing[0] == "open" else standing
 
     def error(self, stage: str, failure: str) -> DistGuardError:
-        """What this rank raises for a ``failure`` of ``stage``."""
+        """Return the error that this rank raises for a ``failure`` of ``stage``."""
         rank = self.ranks.rank
         return failures.error_of(self.what, stage, rank, failure, creates=self.creates)
 
     def time_out(self, stage: str, waited: float) -> None:
-        """Write that this rank no longer waits for ``stage`` to end, and for whom it waited."""
+        """Write that ``stage`` timed out here after ``waited`` seconds, and what is missing."""
         ranks = self.ranks
         if stage == "begin":
             self.write("turn", failures.queued(ranks.rank, ranks.state.turn(), waited))
@@ -132,22 +136,22 @@ class Ask:
         self.write(stage, failures.missing(ranks.rank, told, ranks.size, waited))
 
     def abort(self, stage: str, error: BaseException) -> None:
-        """Write that this rank has left ``stage``, for ``error``. What stands already, stands."""
-        with suppress(Exception):  # without a store nobody can be told
+        """Write that this rank left ``stage`` because of ``error``; earlier entries still count."""
+        with suppress(Exception):  # without a store no rank can be told
             failure = failures.failed({self.ranks.rank: failures.report(error)})
-            # The others may have agreed on this stage before: then the next one is what fails.
+            # The stage may have passed on the other ranks already: then the next stage fails.
             for later in _ENDS[_ENDS.index("turn" if stage == "begin" else stage) :]:
                 self.write(later, failure)
 
     def may_have_begun(self) -> bool:
-        """Whether some rank may have been inside of the turn."""
+        """Whether any rank may have entered the turn."""
         return self.ranks.state.began(self.what, self.round) is not False
 
 
 class _Wait:
     """Waits for the end of one stage (see ``waiting.Waits``)."""
 
-    #: Seconds: the interpreter's exit does not wake it.
+    #: Seconds between attempts, because the interpreter's exit does not wake this wait.
     patience = 1.0
 
     def __init__(self, ask: Ask, stage: str) -> None:
@@ -168,7 +172,10 @@ class _TimedOut(Exception):
 
 
 def _await(ask: Ask, stage: str, timeout: float) -> None:
-    """Until all ranks have ended ``stage``; raise what it ended with, or what the wait did."""
+    """Wait up to ``timeout`` seconds until all ranks have ended ``stage``.
+
+    Raises the failure that the stage ended with, or what interrupted the wait.
+    """
     ranks = ask.ranks
     what = f"the other ranks ({ask.what}, {stage})"
 
@@ -188,7 +195,7 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
     except _TimedOut:
         unheard = failures.unheard(_HEAR)
         raise ask.error(stage, unheard) from None
-    except BaseException as error:  # interrupted, say: the others must not wait for this rank
+    except BaseException as error:  # an interrupt, say: other ranks must not wait for this one
         ask.abort(stage, error)
         if stage in ("ask", "begin"):
             _learn_whether_it_began(ask)
@@ -200,7 +207,11 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
 
 
 def _learn_whether_it_began(ask: Ask) -> None:
-    """Read on until this rank's own entry at the latest: what stands before it counts."""
+    """Wait until the log shows whether the turn began, or how it ended.
+
+    This rank has written an entry before, which decides at the latest. An earlier entry takes
+    precedence.
+    """
     state = ask.ranks.state
 
     def is_known() -> Optional[bool]:
@@ -218,7 +229,7 @@ def _learn_whether_it_began(ask: Ask) -> None:
 
 
 def _start_reader(ranks: Ranks) -> None:
-    # Short-lived: it ends with the last wait. A daemon, for it may sleep in the store.
+    # It ends with the last wait. It is a daemon because it may be asleep in the store.
     try:
         threading.Thread(target=_read, args=(ranks,), name=_READER, daemon=True).start()
     except BaseException:
@@ -227,7 +238,7 @@ def _start_reader(ranks: Ranks) -> None:
 
 
 def _read(ranks: Ranks) -> None:
-    """Take in the log while anybody here waits for it."""
+    """Read the log and apply its entries while a thread of this process waits for them."""
     while (index := ranks.state.next_to_read()) is not None:
         try:
             entry = ranks.read(index)
@@ -237,13 +248,13 @@ def _read(ranks: Ranks) -> None:
                 ranks.state.apply(
                     index, entry["name"], entry["round"], entry["stage"], entry["failure"]
                 )
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # any error must reach the threads that wait
             ranks.state.lose(failures.lost(failures.describe(error)))
 
 
 @contextmanager
 def _store_errors(ask: Ask, stage: str) -> Iterator[None]:
-    """Make of a store that cannot be reached an error of ours."""
+    """Raise StoreLost when torch reports that the store cannot be reached."""
     import torch.distributed as dist
 
     try:
@@ -263,22 +274,23 @@ def turn(
     creates: bool = True,
     undo: Callable[[], object] = lambda: None,
 ) -> Iterator[Ask]:
-    """Run the with block when all ranks have asked for the same, after one another in one order.
+    """Run the with block once all ranks have asked for the same; turns have one order on all ranks.
 
     Process groups created inside have names that the ranks agreed on, and the deadline. A turn
-    inside another is a part of that.
+    inside another turn is part of it. Each stage may take ``agreement_timeout`` seconds; the wait
+    for other turns may take ``timeout`` seconds (``settings``).
 
     Args:
-        ranks: who has to agree.
-        what: the name by which the ranks know it.
-        spec: what must be equal, JSON values.
-        keep: remember the ask as what the running code builds a runner with (``building``).
-        creates: whether something is created; else it computes with what there is.
-        undo: called when this or another rank failed and some may have been inside of the turn;
+        ranks: the ranks that must agree.
+        what: the name that all ranks use: "runner NAME", "world" …
+        spec: JSON values that must be equal on all ranks.
+        keep: remember the ask for the runner that the running code builds (``building``).
+        creates: whether something is created; otherwise the turn computes with what exists.
+        undo: called when this or another rank failed and any rank may have entered the turn;
             no other turn begins here before it returns.
 
     Raises:
-        AmbiguousBuild: another thread of this process is at it under the same name.
+        AmbiguousBuild: another thread of this process works under the same name.
         RanksDisagree, AgreementTimeout, RankFailed, StoreLost: see ``errors``. All ranks raise.
         Whatever the with block raised, on the rank where it did; the others raise RankFailed.
     """
@@ -294,7 +306,7 @@ def turn(
         turn_of_code.enter_context(_core.in_turn(ask))
         with _store_errors(ask, "ask"):
             _tell_and_await(ask, "ask", {"spec": dict(spec)})
-            # Others may have their turns first: that is a wait for them, not for ranks.
+            # Other turns may come first: this waits for them, not for ranks.
             _await(ask, "begin", chosen.timeout)
         try:
             with creating(deadline * _CREATE, ask.prefix, ranks.store):
@@ -323,20 +335,21 @@ def turn(
 def _tell_and_await(ask: Ask, stage: str, report: Mapping[str, Any]) -> None:
     try:
         ask.tell(stage, report)
-    except BaseException as error:  # interrupted: the others may not have been told
+    except BaseException as error:  # interrupted: the report may not have arrived
         ask.abort(stage, error)
         raise
     _await(ask, stage, ask.deadline)
 
 
 def explain(ask: Ask, stage: str, error: BaseException) -> NoReturn:
-    """Tell the others of ``error``, and raise it; or what befell another rank if it follows from that.
+    """Report ``error`` to the other ranks, and raise it or the failure of another rank behind it.
 
     Raises:
-        RankFailed, AgreementTimeout: another rank failed, or is gone.
+        RankFailed, AgreementTimeout: ``error`` occurred because another rank failed or is gone.
+        ``error`` itself: in all other cases.
     """
     verdict = None
-    with suppress(Exception):  # without a store nobody can be told, and ``error`` says enough
+    with suppress(Exception):  # without a store no rank can be told; ``error`` is enough
         ask.tell(stage, failures.report(error))
         if failures.is_consequence(error):
             verdict = _verdict(ask, stage)
@@ -357,14 +370,15 @@ def _verdict(ask: Ask, stage: str) -> Optional[DistGuardError]:
 def building(*, asks: bool = False) -> Iterator[None]:
     """Tell the other ranks if the with block, which builds a runner, raises.
 
-    What is built inside another such with block is a part of that.
+    A build inside another such with block is part of it.
 
     Args:
-        asks: the block itself asks the other ranks: what the running code asked for before, and
-            built nothing with, is over.
+        asks: the block itself asks the other ranks. An earlier ask of the running code that no
+            build has used is over then.
 
     Raises:
-        RankFailed, AgreementTimeout: it raised because another rank failed, or is gone.
+        RankFailed, AgreementTimeout: the block raised because another rank failed or is gone.
+        Whatever the block raised, in all other cases.
     """
     outer = _building.get()
     if outer is not None and not outer.is_over:
@@ -396,10 +410,12 @@ def _forget_asked() -> None:
 
 
 def built() -> None:
-    """Tell the other ranks that the runner is complete here, and wait until it is everywhere.
+    """Report that the runner is complete on this rank, and wait until it is on all ranks.
 
     Raises:
-        RankFailed, AgreementTimeout, StoreLost: another rank's build failed, or did not end.
+        RankFailed: another rank's build failed.
+        AgreementTimeout: another rank's build did not end within ``agreement_timeout`` seconds.
+        StoreLost: the store cannot be reached.
     """
     ask = asked()
     if ask is not None:
@@ -408,7 +424,7 @@ def built() -> None:
 
 
 def asked() -> Optional[Ask]:
-    """What the running code builds a runner with."""
+    """Return the ask with which the running code builds a runner; None without one."""
     ask = _asked.get()
     return None if ask is None or ask.has_built else ask
 
@@ -420,15 +436,16 @@ def has_turn() -> bool:
 
 
 def _turn_in_force() -> Optional[Ask]:
-    """The turn that the running execution carries, be it over or not."""
+    """Return the turn that the running execution carries, even if it is over."""
     execution = _core.current_execution()
     return None if execution is None else execution.turn
 
 
 def close(ranks: Ranks, seconds: float) -> None:
-    """The process exits: end the reader, within ``seconds``.
+    """End the reader within ``seconds`` seconds, because the process exits.
 
-    A daemon thread that comes back from a call into torch after the interpreter has gone aborts.
+    A daemon thread that returns from a call into torch after the interpreter's end aborts the
+    process.
     """
     ranks.state.lose(failures.lost("this process exits"))
     with suppress(Exception):
@@ -441,7 +458,7 @@ def close(ranks: Ranks, seconds: float) -> None:
 
 
 def _join(thread: threading.Thread, until: float) -> None:
-    """Join a thread, also one that another thread is just starting: that cannot be joined yet."""
+    """Join ``thread``, even if another thread is just starting it and it cannot be joined yet."""
     while thread in threading.enumerate():
         left = until - time.monotonic()
         if left <= 0:

@@ -1,10 +1,13 @@
 """Names and deadlines of the process groups that are created in a turn.
 
-torch names a group by counting those created before, so that one creation that fails on one rank makes
-every later one meet nobody (2.14.1, `_process_group_name`). In a turn a group is named by what the ranks
-agreed on. And torch lets a rank that waits for the others wait for the group's own timeout, 30 minutes by
-default. That cannot be shortened for the creation alone: gloo receives with it for ever after. So the
-members of a group meet at a key of the store before they create it, and none waits there for longer.
+torch names a group by the number of groups created before (2.14.1, `_process_group_name`). After a
+creation that fails on one rank only, the members of later groups would not find each other. In a
+turn, the name of a group follows from what the ranks agreed on.
+
+A rank that creates a group waits for the others for the group's own timeout, 30 minutes by default.
+It cannot be shortened for the creation alone, because gloo uses it for all later receives too. So
+the members of a group meet at a key of the store before they create it, and wait there only until
+the deadline.
 """
 
 from __future__ import annotations
@@ -21,24 +24,24 @@ from typing import Any, Optional
 from sglang_distguard.distributed.ranks.log import PREFIX
 
 _current: ContextVar[Optional[Creation]] = ContextVar("sglang_distguard.creation", default=None)
-#: Seconds that a rank sleeps in the store without looking whether another one failed, or at signals.
+#: Seconds that a rank sleeps in the store between checks for failed ranks and for signals.
 _SLICE = 0.5
-#: How a meeting ends.
+#: Outcomes of a meeting.
 _TOGETHER, _FAILED = "together", "failed"
 
 
 class NotTogether(TimeoutError):
-    """Other members of a group did not come to create it."""
+    """Other members of a process group did not arrive to create it."""
 
 
 @dataclass
 class Creation:
-    """What is being created by the running thread.
+    """Names and deadline for process groups that the running thread creates.
 
     Attributes:
-        seconds: that the members of a group wait for each other.
-        prefix: begins the name of every group that is created; None leaves names to torch.
-        store: where ranks tell that theirs failed; None before there is one.
+        seconds: how long the members of a group wait for each other.
+        prefix: prefix of the name of every group that is created; None leaves names to torch.
+        store: where a rank records that its creation failed; None before a store exists.
         is_over: whether the with block has ended; a context copied inside may outlive it.
     """
 
@@ -49,28 +52,28 @@ class Creation:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def next_name(self) -> Optional[str]:
-        """The name of the next group, the same on every rank; None leaves it to torch."""
+        """Return the name of the next group, equal on all ranks; None leaves it to torch."""
         return None if self.prefix is None else f"{self.prefix}{next(self._numbers)}"
 
     def limit(self, timeout: Optional[timedelta]) -> timedelta:
-        """``timeout``, or ``seconds`` if that is less."""
+        """Return ``timeout``, or ``seconds`` if that is less."""
         limit = timedelta(seconds=min(self.seconds, timedelta.max.total_seconds() / 2))
         return limit if timeout is None else min(limit, timeout)
 
     def names(self, group_name: str) -> bool:
-        """Whether a group of that name is one that the ranks agreed on."""
+        """Whether ``group_name`` is a name that the ranks agreed on."""
         return self.prefix is not None and str(group_name).startswith(self.prefix)
 
     def meet(self, group_name: str, size: int, store: Any) -> None:
         """Wait until all ``size`` members are about to create the group.
 
         Args:
-            group_name: the same on all members.
-            size: how many there are.
-            store: which they share.
+            group_name: equal on all members.
+            size: number of members.
+            store: store that the members share.
 
         Raises:
-            NotTogether: they did not come within ``seconds``, or one has failed.
+            NotTogether: a member did not arrive within ``seconds``, or another rank has failed.
         """
         meeting = _Meeting.next(f"{PREFIX}/meet/{group_name}", store)
         why = "another rank failed before it created"
@@ -83,17 +86,17 @@ class Creation:
                     meeting.decide(_FAILED)
                 elif self._has_failed():
                     meeting.decide(_FAILED)
-        except BaseException:  # interrupted, say
-            with suppress(Exception):  # without a store nobody can be told
+        except BaseException:  # an interrupt, for example
+            with suppress(Exception):  # without a store no rank can be told
                 meeting.decide(_FAILED)
             raise
         if meeting.outcome() == _FAILED or self._has_failed():
             raise NotTogether(f"{why} group {group_name}")
 
     def fail(self) -> None:
-        """Let nobody wait for this rank."""
+        """Record that this rank failed, so that no other rank waits for it."""
         if self.store is not None:
-            with suppress(Exception):  # then they wait until the deadline
+            with suppress(Exception):  # without it they wait until the deadline
                 self.store.set(f"{self.prefix}failed", "1")
 
     def _has_failed(self) -> bool:
@@ -102,14 +105,14 @@ class Creation:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """One attempt of the members of a group to come together: the first decision counts for all."""
+    """One attempt of the members of a group to meet; the first decision counts for all."""
 
     key: str
     store: Any
 
     @classmethod
     def next(cls, key: str, store: Any) -> _Meeting:
-        """The first that is not decided: a store may outlive what met there, or failed to."""
+        """Return the first undecided meeting: the store may still have outcomes of earlier ones."""
         for number in itertools.count():
             meeting = cls(f"{key}/{number}", store)
             if not store.check([meeting._outcome]):
@@ -131,7 +134,7 @@ class _Meeting:
         return self.store.get(self._outcome).decode()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it was decided within ``seconds``."""
+        """Wait up to ``seconds`` for the decision; return whether there is one."""
         import torch.distributed as dist
 
         try:
@@ -142,19 +145,19 @@ class _Meeting:
 
 
 def current() -> Optional[Creation]:
-    """What the running thread creates."""
+    """Return the creation that the running thread is in; None outside of ``creating``."""
     creation = _current.get()
     return None if creation is None or creation.is_over else creation
 
 
 @contextmanager
 def creating(seconds: float, prefix: Optional[str] = None, store: Any = None) -> Iterator[Creation]:
-    """Create process groups inside the with block.
+    """Set names and deadline of process groups that are created inside the with block.
 
     Args:
-        seconds: that the members of one group wait for each other.
-        prefix: begins the groups' names.
-        store: where the ranks tell each other of failures.
+        seconds: how long the members of one group wait for each other.
+        prefix: prefix of the groups' names; None leaves names to torch.
+        store: where the ranks tell each other of failures, if there is one.
     """
     creation = Creation(seconds, prefix, store)
     token = _current.set(creation)

@@ -1,4 +1,4 @@
-"""What went wrong between ranks: as a line of the log, and as the error that every rank raises."""
+"""Failures among ranks: as entries of the shared log, and as the errors that all ranks raise."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sglang_distguard.errors import (
     StoreLost,
 )
 
-#: What a backend says when another rank is gone or does not come (gloo and NCCL of torch 2.14.1, and
-#: sglang 0.5.23 where it has caught that: `load_model_utils`).
+#: Matches what a backend reports when another rank is gone or does not arrive (gloo and NCCL of
+#: torch 2.14.1, and sglang 0.5.23 where it has caught such an error: `load_model_utils`).
 _CONSEQUENCE = re.compile(
     r"gloo|NCCL|[Cc]onnection|[Tt]im(ed|e) ?out|[Ss]ocket|[Bb]arrier|didn't finish loading"
 )
@@ -25,7 +25,7 @@ _SHOWN = 500
 
 
 def disagree(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
-    """The failure of ranks that ask for different specs; None when they ask for the same."""
+    """Return the failure of ranks whose specs differ; None when the specs are equal."""
     specs = {rank: report["spec"] for rank, report in sorted(reports.items())}
     names = sorted({name for spec in specs.values() for name in spec})
     fields = {}
@@ -37,13 +37,20 @@ def disagree(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
 
 
 def failed(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
-    """The failure of ranks of which some report one; None when none does."""
+    """Return one failure with those that ranks report; None when no rank reports one."""
     failures = _causes(reports) or _told(reports)
     return json.dumps({"kind": "failed", "failures": failures}) if failures else None
 
 
 def missing(rank: int, reports: Mapping[int, Mapping[str, Any]], size: int, waited: float) -> str:
-    """The failure of rank ``rank``, which gave up waiting for those that have not reported."""
+    """Return the failure of ``rank``, which timed out waiting for ranks that have not reported.
+
+    Args:
+        rank: the rank that waited.
+        reports: reports by rank, so far.
+        size: number of ranks.
+        waited: seconds.
+    """
     absent = [other for other in range(size) if other not in reports]
     failures = _causes(reports)
     return json.dumps(
@@ -58,7 +65,7 @@ def missing(rank: int, reports: Mapping[int, Mapping[str, Any]], size: int, wait
 
 
 def report(error: BaseException) -> dict[str, Any]:
-    """What a rank tells the others of ``error``."""
+    """Return what a rank reports to the others about ``error``."""
     return {"failure": describe(error), "consequence": is_consequence(error)}
 
 
@@ -68,34 +75,40 @@ def _told(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _causes(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, str]:
-    """Failures by rank, without those that only follow from others'."""
+    """Failures by rank, without those that only follow from another rank's failure."""
     return _told({rank: it for rank, it in reports.items() if not it.get("consequence")})
 
 
 def queued(rank: int, turn: Optional[tuple[str, int]], waited: float) -> str:
-    """The failure of rank ``rank``, which gave up waiting for its turn; ``turn`` has it."""
+    """Return the failure of ``rank``, which timed out waiting for its turn.
+
+    Args:
+        rank: the rank that waited.
+        turn: name and round that have the turn now, if any.
+        waited: seconds.
+    """
     holder = None if turn is None else turn[0]
     return json.dumps({"kind": "queued", "by": rank, "holder": holder, "waited": round(waited, 3)})
 
 
 def unheard(waited: float) -> str:
-    """The failure of this rank alone, which does not hear from the others any more."""
+    """Return a failure of this rank only: no decision after ``waited`` more seconds."""
     return lost(f"no answer within {waited:.0f} s")
 
 
 def lost(reason: str) -> str:
-    """The failure of this rank alone, which cannot reach the store any more."""
+    """Return a failure of this rank only: it can no longer reach the store."""
     return json.dumps({"kind": "lost", "reason": reason})
 
 
 def describe(error: BaseException) -> str:
-    """``error`` as the other ranks are told of it."""
+    """Return ``error`` as text for the other ranks, at most 500 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:_SHOWN]
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether ``error`` may only say that another rank is gone, and not what went wrong."""
+    """Whether ``error`` may only mean that another rank is gone, and not be the cause."""
     import torch.distributed as dist
 
     if isinstance(error, DistGuardError):
@@ -109,15 +122,15 @@ def is_consequence(error: BaseException) -> bool:
 def error_of(
     what: str, stage: str, rank: int, failure: str, *, creates: bool = True
 ) -> DistGuardError:
-    """The error that rank ``rank`` raises for a ``failure`` of the log.
+    """Return the error that rank ``rank`` raises for a ``failure`` of the log.
 
     Args:
-        what: what the ranks were at, "runner NAME".
+        what: the name that all ranks use, such as "runner NAME".
         stage: "ask", "begin", "turn" or "build".
         rank: the rank that raises.
-        failure: as the functions above make it; plain text is the core's: the ranks are in a later
-            round of that name.
-        creates: whether something was to be created; else computed with what there is.
+        failure: text from the functions above. Plain text comes from the core and means that the
+            ranks are in a later round of that name.
+        creates: whether the turn creates something; otherwise it computes with what exists.
     """
     facts: dict[str, Any]
     try:
@@ -126,10 +139,10 @@ def error_of(
         facts = {"kind": "left", "reason": failure}
     details = {"name": what, "stage": stage, "rank": rank}
     remedy = (
-        "What this rank had made for it is destroyed; build it again once the cause is gone."
+        "What this rank had made for it is destroyed. Build it again once the cause is removed."
         if creates
-        else "The communicators that it ran over are out of step and were given up: build again "
-        "what used them."
+        else "The communicators that it used are out of step and were destroyed. Rebuild the "
+        "runners that used them."
     )
     if facts["kind"] == "disagree":
         return _disagreement(what, facts["fields"], details)
@@ -139,14 +152,14 @@ def error_of(
         failures = {int(other): text for other, text in facts["failures"].items()}
         told = "; ".join(f"rank {other}: {text}" for other, text in failures.items())
         return RankFailed(
-            f"{what} failed on {_ranks(failures)} and was given up on all ranks ({told}). {remedy}",
+            f"{what} failed on {_ranks(failures)} and was aborted on all ranks ({told}). {remedy}",
             **details,
             failures=failures,
         )
     if facts["kind"] == "left":
         return RankFailed(
-            f"{what} was given up by another rank, which has begun it anew ({facts['reason']}). "
-            f"{remedy}",
+            f"{what} was aborted by another rank, which has begun a new attempt "
+            f"({facts['reason']}). {remedy}",
             **details,
             failures={},
         )
@@ -154,8 +167,8 @@ def error_of(
         return _overlong_turn(what, facts, details)
     return StoreLost(
         f"{what}: the store of the world cannot be reached from rank {rank} ({facts['reason']}). "
-        "Its server lives in rank 0's process, or in torchrun's agent: look whether that has ended. "
-        "Nothing can be built in this world any more; teardown(force=True) and make another.",
+        "Its server is in rank 0's process or in torchrun's agent: check whether that has ended. "
+        "Nothing more can be built in this world. Call teardown(force=True) and make a new one.",
         **details,
         reason=facts["reason"],
     )
@@ -170,8 +183,8 @@ def _disagreement(
     }
     told = "; ".join(f"{name}: {_grouped(values)}" for name, values in by_rank.items())
     return RanksDisagree(
-        f"the ranks ask for different things under the name of {what}: {told}. Nothing was created. "
-        "Give every rank the same settings, or different runners different names.",
+        f"the ranks request different settings for {what}: {told}. Nothing was created. "
+        "Give every rank the same settings, or give different runners different names.",
         **details,
         fields=by_rank,
     )
@@ -190,9 +203,9 @@ def _absence(
     who = f"{_ranks(absent)} did not {doing}" if absent else "no decision was written"
     told = "".join(f"; rank {rank}: {text}" for rank, text in failures.items())
     return AgreementTimeout(
-        f"{what}: {who} within {facts['waited']:.1f} s, and rank {facts['by']} gave up for all "
-        f"ranks{told}. Look whether those ranks live, and build runners under the same names "
-        "there (py-spy dump shows what they wait for); agreement_timeout=... changes the deadline.",
+        f"{what}: {who} within {facts['waited']:.1f} s, so rank {facts['by']} aborted it on all "
+        f"ranks{told}. Check whether those ranks are alive, and build runners under the same names "
+        "there (py-spy dump shows what they wait for). agreement_timeout=... changes the deadline.",
         **details,
         missing=absent,
         waited=facts["waited"],
@@ -204,11 +217,11 @@ def _overlong_turn(
     what: str, facts: Mapping[str, Any], details: Mapping[str, Any]
 ) -> DistGuardError:
     holder = facts["holder"]
-    has_it = "nobody had it any more" if holder is None else f"{holder} has it"
+    has_it = "and it is free now" if holder is None else f"because {holder} has it"
     return AgreementTimeout(
-        f"{what}: the turn did not come within {facts['waited']:.1f} s, for {has_it}, and rank "
-        f"{facts['by']} gave up for all ranks. What takes turns runs one after the other on all "
-        "ranks: look at what that one does (py-spy dump); timeout=... changes the deadline.",
+        f"{what}: the turn did not come within {facts['waited']:.1f} s {has_it}, so rank "
+        f"{facts['by']} aborted it on all ranks. Turns run one after the other on all ranks: check "
+        "what the holder is doing (py-spy dump). timeout=... changes the deadline.",
         **details,
         missing=[],
         waited=facts["waited"],
@@ -218,7 +231,7 @@ def _overlong_turn(
 
 
 def _grouped(values: Mapping[int, Any]) -> str:
-    """ "2 on rank 0, 4 on ranks 1, 2": equal values together, for a world of many ranks."""
+    """Return values as text, equal ones together: "2 on rank 0, 4 on ranks 1, 2"."""
     groups: dict[str, list[int]] = {}
     for rank, value in values.items():
         groups.setdefault(repr(value), []).append(rank)

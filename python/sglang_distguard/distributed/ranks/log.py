@@ -1,9 +1,11 @@
 """The ranks of one world, and the log that all of them append to and read, in their world's store.
 
-Every operation on the store counts: an ask, or the end of a turn or build, costs a rank two (``tell``)
-and each entry of the log two more (``read``); the rank that tells last, a few to judge, write and tidy.
-What is to wait for ranks has a deadline. The rest is answered by the store at once, or fails with its
-connection; torch 2.14.1 neither limits nor interrupts that.
+The number of store operations is kept small. An ask, or the end of a turn or build, costs a rank
+two (``tell``), and each entry of the log two more (``read``). The rank that reports last needs a
+few to judge, write and tidy.
+
+Waits for ranks have a deadline. The store answers other operations at once, or they fail with its
+connection; torch 2.14.1 neither limits nor interrupts them.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from weakref import WeakKeyDictionary
 
 from sglang_distguard import _core
 
-#: In front of every key of ours, in a store that torch and others use too.
+#: Prefix of the guard's keys, in a store that torch and other code use too.
 PREFIX = "sglang_distguard"
-#: Seconds that a reader sleeps in the store at most; whoever gives up writes an entry, which wakes it.
+#: Seconds that a reader sleeps in the store at most; an entry wakes it, also one about a timeout.
 READ = 600.0
-#: Seconds that a connection waits for keys that should be there.
+#: Seconds that a connection waits for keys that should exist.
 OPERATION = 30.0
 
-#: By torch's default group: ranks that failed to agree on their world try again in the same log.
+#: Ranks by torch's default group. After a failed agreement on a world, they retry in the same log.
 _opened: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
 
 
@@ -34,11 +36,11 @@ class Ranks:
     """A world of several ranks, as one of them sees it.
 
     Attributes:
-        rank: this process's.
-        size: how many there are.
+        rank: rank of this process.
+        size: number of ranks.
         generation: number of the world among those that its ranks opened over one store.
-        store: the world's store under a prefix and over a connection of our own.
-        reading: one more connection: who sleeps in it must not keep others from asking.
+        store: the world's store under a prefix, over a separate connection.
+        reading: the same over another connection, so that a sleeping reader blocks no request.
         state: what was agreed on, as far as this process has read the log.
     """
 
@@ -50,12 +52,12 @@ class Ranks:
     state: _core.Agreement = field(default_factory=_core.Agreement)
 
     def tell(self, key: str, report: Mapping[str, Any]) -> bool:
-        """Add this rank's ``report`` under ``key``; True for the rank that is the last to do so."""
+        """Append this rank's ``report`` under ``key``; return True on the last rank to do so."""
         _append(self.store, key, json.dumps({"rank": self.rank, **report}) + "\n")
         return self.store.add(f"{key}/told", 1) == self.size
 
     def told(self, key: str) -> dict[int, dict[str, Any]]:
-        """What the ranks have told under ``key``, by rank; this one has."""
+        """Return the reports under ``key``, by rank; this rank has reported before."""
         if not self.store.check([key]):
             return {}
         lines = self.store.get(key).decode().splitlines()
@@ -64,7 +66,7 @@ class Ranks:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append ``entry`` to the log."""
-        # The rank makes equal entries of two ranks differ, so that each knows whose was taken.
+        # The rank makes equal entries of two ranks differ, so that each knows which was taken.
         text = json.dumps({**entry, "by": self.rank}, sort_keys=True)
         while True:
             index = self.state.next()
@@ -72,25 +74,25 @@ class Ranks:
                 index += 1
             if self.state.wrote(index):
                 return
-            # What stood there was read by all ranks and deleted, while this thread was on its way.
+            # All ranks had read an earlier entry at this index, and it was deleted meanwhile.
             self.tidy(f"log/{index}")
 
     def read(self, index: int) -> Optional[dict[str, Any]]:
-        """Entry ``index`` of the log; None when there is none after ``READ`` seconds."""
+        """Return entry ``index`` of the log; None if it is missing after ``READ`` seconds."""
         import torch.distributed as dist
 
         try:
             self.reading.wait([f"log/{index}"], timedelta(seconds=READ))
         except dist.DistStoreError:
-            if self.reading.check([f"log/{index}"]):
-                raise
-            return None
+            if not self.reading.check([f"log/{index}"]):
+                return None
+            # Written after the wait had timed out.
         return json.loads(self.reading.get(f"log/{index}").decode())
 
     def tidy(self, *keys: str) -> None:
-        """Delete what no rank will look at again, so that the store does not grow with every turn."""
-        for key in keys:  # no rank tells or reads them any more
-            with suppress(RuntimeError):  # stores in files cannot
+        """Delete keys that no rank will use again, so that the store does not grow with turns."""
+        for key in keys:
+            with suppress(RuntimeError):  # file stores cannot delete
                 self.store.delete_key(key)
 
 
@@ -107,10 +109,11 @@ def _append(store: Any, key: str, line: str) -> None:
 
 
 def open_ranks(process_group: Any) -> Optional[Ranks]:
-    """The ranks of ``process_group``'s world; None when it has but one. Collective in number only.
+    """Return the ranks of ``process_group``'s world; None when it has only one rank.
 
-    A store may outlive its world (torchrun's agent keeps one for all worlds of a job): each world
-    counts, per rank, how many were opened before, and has a log of its own.
+    All ranks must call this equally often, but no rank waits for another. A store may outlive its
+    world (torchrun's agent keeps one for all worlds of a job). So each world counts, per rank, how
+    many were opened before, and has its own log.
     """
     if process_group.size() == 1:
         return None
@@ -125,11 +128,11 @@ def open_ranks(process_group: Any) -> Optional[Ranks]:
 
 
 def connect(rank: int, size: int, world_store: Any) -> Ranks:
-    """Rank ``rank`` of the ``size`` that share ``world_store``."""
+    """Open the next generation as ``rank`` of the ``size`` ranks that share ``world_store``."""
     import torch.distributed.distributed_c10d as c10d
 
     connection = _another_connection(world_store)
-    if connection is not world_store:  # the timeout of that one is its owner's
+    if connection is not world_store:  # the world store keeps its timeout
         connection.set_timeout(timedelta(seconds=OPERATION))
     store = c10d.PrefixStore(PREFIX, connection)
     generation = store.add(f"generation/{rank}", 1)
@@ -143,7 +146,10 @@ def connect(rank: int, size: int, world_store: Any) -> Ranks:
 
 
 def _another_connection(store: Any) -> Any:
-    """A TCPStore has one connection, which whoever waits in it keeps from all others (2.14.1)."""
+    """Return ``store`` over another connection, or ``store`` itself if it has no connections.
+
+    A wait in a TCPStore blocks its only connection (torch 2.14.1).
+    """
     try:
         return store.clone()
     except (AttributeError, RuntimeError):  # a store without connections
@@ -151,5 +157,5 @@ def _another_connection(store: Any) -> Any:
 
 
 def opened() -> list[Ranks]:
-    """Those of every world that this process was in and that still exists."""
+    """Return the ranks of every world that this process was in and that still exists."""
     return list(_opened.values())

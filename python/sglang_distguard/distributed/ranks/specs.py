@@ -1,4 +1,4 @@
-"""What all ranks must ask for alike before anything is created for a runner, and its name if it has none."""
+"""The values that must be equal on all ranks before a runner is created, and its default name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from sglang_distguard.config import settings
 from sglang_distguard.config.naming import name_of_path
 
-#: Fields of ServerArgs (0.5.23) that may differ between ranks: addresses, devices, folders, logs, what
-#: is measured, and the seed of sampling. All others decide the model or which collectives it runs.
+#: Fields of ServerArgs (0.5.23) that may differ between ranks: addresses, devices, folders, logs,
+#: metrics, and the seed of sampling. All others decide the model or which collectives it runs.
 _OWN = re.compile(
     r"(^|_)(ports?|addr|host|endpoints?|socket|dir|folder|ib_device|urls|metrics)$"
     r"|^(log_|ssl_|export_metrics|enable_metrics|otlp_|decoupled_spec_(rank|bind|connect))"
@@ -20,15 +20,18 @@ _OWN = re.compile(
     r"|admin_api_key|custom_sigquit_handler|stat_loggers|served_model_name|forward_pass_metrics_.*"
     r"|load_publish_endpoint|watermark_key(_b)?|remote_instance_weight_loader_seed_.*)$"
 )
-#: 0.5.23: whether it is set decides about a collective, not what it is (docs/COLLECTIVES.md).
+#: 0.5.23: a collective depends on whether this is set, not on its value (docs/COLLECTIVES.md).
 _PRESENCE = "gated_launch_port"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-#: Longer values are told by their digest.
+#: Texts with more characters are cut there and get a digest.
 _LONG = 200
 
 
 def model_spec(server_args: Any) -> dict[str, Any]:
-    """The fields of ``server_args`` that all ranks must share, as JSON values; not those unset."""
+    """Return the fields of ``server_args`` that must be equal on all ranks, as JSON values.
+
+    Fields that are None are left out.
+    """
     from sglang.srt.arg_groups.arg_utils import field_names
 
     names = [name for name in sorted(field_names(type(server_args))) if not _OWN.search(name)]
@@ -39,7 +42,7 @@ def model_spec(server_args: Any) -> dict[str, Any]:
 
 
 def plain(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """``spec`` with JSON values only."""
+    """Return ``spec`` with JSON values only."""
     return {name: _plain(value) for name, value in spec.items()}
 
 
@@ -57,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def name_for(spec: Mapping[str, Any]) -> str:
-    """The name in force, else one derived from what is asked for: the same on ranks that ask alike."""
+    """Return the name in force, else one derived from ``spec``: equal where the specs are equal."""
     chosen = settings.current().name
     if chosen is not None:
         return chosen

@@ -1,5 +1,7 @@
-"""Every architecture that this package can make small random checkpoints of; a superset of
-``ARCHITECTURES``. `verify/architectures.py` runs all of them and writes docs/ARCHITECTURES.md.
+"""Every architecture that this package can make small random checkpoints of.
+
+It is a superset of ``ARCHITECTURES``. `verify/architectures.py` runs all of them and writes
+docs/ARCHITECTURES.md.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ class Entry:
 
     Attributes:
         name: key of ``CATALOG``.
-        kind: dense, MoE, MLA, hybrid, embedding, scores …: for people.
-        transformers: name of the transformers class that has the weights and is compared with.
+        kind: dense, MoE, MLA, hybrid, embedding, scores …; for display only.
+        transformers: name of the transformers class that has the weights and is the reference.
         builder: returns that class, or a subclass, and a small configuration.
-        served: SGLang's class, when its name is not that of ``transformers``.
+        served: name of SGLang's class, if it differs from ``transformers``.
         readout: what is compared: "logits", or a key of ``readouts.READOUTS``.
-        overrides: ``ServerArgs`` fields over the recipe's.
-        beside: those that a runner in the same process needs too, because SGLang sets them for the
-            whole process when it builds this architecture.
+        overrides: ``ServerArgs`` fields that override the recipe's.
+        beside: ``ServerArgs`` fields that other runners in the same process need too, because
+            SGLang sets them for the whole process when it builds this architecture.
     """
 
     name: str
@@ -64,7 +66,7 @@ def _builder(row: Row) -> Builder:
         base = getattr(transformers, row.transformers)
         kind: Any = base if row.change is None else row.change(base)
         if row.served is not None and not row.fallback:
-            # transformers writes the class's name into config.json, and SGLang looks there.
+            # transformers writes the class's name into config.json, and SGLang reads it there.
             kind = type(row.served, (kind,), {})
         return kind, base.config_class(**{**TOKENS, **row.settings})
 
@@ -96,14 +98,14 @@ CATALOG: dict[str, Entry] = _catalog()
 
 
 def create(name: str, directory: str | Path, *, seed: int = 0) -> Path:
-    """``create_model`` for every architecture of the catalog, with weights that tell more.
+    """Like ``create_model``, for every architecture of the catalog, with more random weights.
 
-    transformers initialises biases with 0 and norms with 1, so that a model which forgets them
-    computes the same: here they are random too.
+    transformers initialises biases with 0 and norms with 1, so that a model that ignores them
+    computes the same. Here they are random too.
 
     Args:
         name: a key of ``CATALOG``.
-        directory: where checkpoints are kept; not where ``create_model`` keeps its own.
+        directory: folder of the checkpoints; not the one that ``create_model`` uses.
         seed: of the random weights.
 
     Raises:

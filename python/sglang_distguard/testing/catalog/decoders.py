@@ -1,4 +1,4 @@
-"""Rows of the catalog: decoders with attention alone, dense and MoE, SGLang's own and transformers'."""
+"""Rows of the catalog: decoders with attention only, dense and MoE, SGLang's and transformers'."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def moe() -> list[Row]:
                 **HEADS,
                 "intermediate_size_mlp": 128,
                 "num_local_experts": 4,
-                "use_qk_norm": False,  # as Maverick; with it, SGLang computes in bfloat16 only
+                "use_qk_norm": False,  # as in Maverick; with it, SGLang computes only in bfloat16
             },
         ),
         (

@@ -1,4 +1,4 @@
-"""What the rows of the catalog are made of: settings by family, and the row itself."""
+"""The parts of the catalog's rows: settings by family, and the row class."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Optional
 
 from sglang_distguard.testing.models import DECODER, VOCABULARY
 
-#: Within the vocabulary, and none of them in ``PROMPTS``.
+#: Ids within the vocabulary, none of which is in ``PROMPTS``.
 TOKENS: Mapping[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 #: Settings are named as in the family's own configuration. Weights are larger than transformers'
-#: default, so that attention and routing are far from uniform and what is wrong shows.
+#: default, so that attention and routing are far from uniform and errors show.
 DENSE: Mapping[str, Any] = {**DECODER, "initializer_range": 0.1}
 ALL_HEADS: Mapping[str, Any] = {**DENSE, "num_key_value_heads": 4}
 HEADS: Mapping[str, Any] = {**DENSE, "head_dim": 16}
@@ -21,7 +21,7 @@ ONE_HEAD: Mapping[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 64,
 }
-#: Both prompts are longer.
+#: Both prompts are longer than this window.
 WINDOW: Mapping[str, Any] = {"sliding_window": 16}
 MIXED = ["sliding_attention", "full_attention"]
 MOE: Mapping[str, Any] = {
@@ -82,7 +82,7 @@ GEMMA2: Mapping[str, Any] = {
     "query_pre_attn_scalar": 16,
     "hidden_act": "gelu_pytorch_tanh",
 }
-#: As DeepSeek publishes it; SGLang on CPU knows no other.
+#: As DeepSeek publishes it; SGLang on a CPU supports no other.
 YARN: Mapping[str, Any] = {
     "rope_parameters": {
         "rope_type": "yarn",
@@ -102,7 +102,7 @@ class Row:
     """One architecture; see ``catalog.Entry``.
 
     Attributes:
-        change: makes the class that is built out of transformers' own.
+        change: derives the class to build from transformers' own.
         fallback: SGLang has no class of its own and runs transformers' modules instead.
     """
 

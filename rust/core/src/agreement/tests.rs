@@ -28,7 +28,7 @@ fn actor(thread: u64) -> Actor {
 fn begin(agreement: &Agreement, thread: u64, alive: &[ThreadId]) -> Result<u64, Actor> {
     let begun: Result<_, ()> =
         agreement.begin("a", &actor(thread), |other| Ok(alive.contains(&other)));
-    begun.expect("everybody can tell who lives")
+    begun.expect("this check for living threads never fails")
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn whether_a_round_began_is_known_as_soon_as_the_log_tells() {
 }
 
 #[test]
-fn what_a_round_ended_with_is_told_when_the_next_one_has_begun() {
+fn the_end_of_a_round_is_still_known_when_the_next_one_has_begun() {
     let ranks = Agreement::new();
     read(
         &ranks,
@@ -134,7 +134,7 @@ fn a_failed_turn_passes_on_and_its_name_may_be_asked_for_again() {
 }
 
 #[test]
-fn what_is_ready_and_given_up_before_its_turn_never_has_it() {
+fn a_ready_round_that_is_aborted_before_its_turn_never_has_it() {
     let ranks = Agreement::new();
     read(
         &ranks,
@@ -193,13 +193,13 @@ fn a_rank_tells_the_others_once_how_a_stage_went() {
 }
 
 #[test]
-fn a_round_that_this_rank_told_of_is_over_for_it_also_when_it_did_not_read_how_it_ended() {
+fn a_round_that_this_rank_reported_is_over_for_it_even_if_it_did_not_read_how_it_ended() {
     let ranks = Agreement::new();
     assert_eq!(begin(&ranks, 1, &[]), Ok(0));
     assert!(ranks.arrive("a", 0, Stage::Ask));
     ranks.end("a");
     assert_eq!(begin(&ranks, 1, &[]), Ok(1));
-    // Not told of: the others may be in it.
+    // This round was not reported: the other ranks may be in it.
     assert_eq!(begin(&ranks, 1, &[]), Ok(1));
 }
 
@@ -212,7 +212,7 @@ fn entries_are_taken_in_order_and_once() {
 }
 
 #[test]
-fn one_thread_reads_until_nothing_is_open_that_anybody_waits_for() {
+fn one_thread_reads_until_no_thread_waits_for_an_open_stage() {
     let ranks = Agreement::new();
     assert!(ranks.begin_wait("a", 0, Stage::Ask));
     assert!(!ranks.begin_wait("b", 0, Stage::Ask));
@@ -221,7 +221,7 @@ fn one_thread_reads_until_nothing_is_open_that_anybody_waits_for() {
     assert_eq!(ranks.next_to_read(), Some(1));
     ranks.end_wait("b", 0, Stage::Ask);
     assert!(ranks.is_reading());
-    // Whoever waits for "a" has not noticed yet that it came.
+    // The waiter for "a" has not noticed yet that its entry came.
     assert_eq!(ranks.next_to_read(), None);
     assert!(!ranks.is_reading());
     assert!(!ranks.begin_wait("a", 0, Stage::Ask));
@@ -296,7 +296,7 @@ fn entries_are_outlived_once_all_ranks_have_gone_past_them() {
 }
 
 #[test]
-fn an_entry_that_was_written_where_another_had_been_read_is_read_by_nobody() {
+fn an_entry_that_was_written_where_another_had_been_read_is_read_by_no_rank() {
     let ranks = Agreement::new();
     read(&ranks, &[entry("a", 0, Stage::Ask, None)]);
     assert!(!ranks.wrote(0));
@@ -307,7 +307,7 @@ fn an_entry_that_was_written_where_another_had_been_read_is_read_by_nobody() {
 }
 
 #[test]
-fn nobody_writes_an_entry_about_beginning() {
+fn an_entry_about_the_begin_stage_is_ignored() {
     let ranks = Agreement::new();
     read(&ranks, &[entry("a", 0, Stage::Begin, None)]);
     assert_eq!(ranks.stands("a", 0, Stage::Begin), Standing::Open);

@@ -31,7 +31,7 @@ fn the_first_publish_configures_the_default_scope() {
 }
 
 #[test]
-fn whoever_holds_the_claim_may_publish_again_and_others_get_a_scope_of_their_own() {
+fn the_holder_of_the_claim_may_publish_again_and_others_get_a_new_scope() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     let again = replaced(ledger.publish(DEFAULT, Some(first), false, true));
@@ -42,7 +42,7 @@ fn whoever_holds_the_claim_may_publish_again_and_others_get_a_scope_of_their_own
 }
 
 #[test]
-fn of_two_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
+fn of_two_executions_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
     let mut ledger = ScopeLedger::default();
     let parents = replaced(ledger.publish(DEFAULT, None, false, true));
     let first = replaced(ledger.publish(DEFAULT, Some(parents), false, true));
@@ -52,7 +52,7 @@ fn of_two_that_inherited_one_claim_the_first_to_publish_takes_it_over() {
 }
 
 #[test]
-fn what_is_pending_is_put_aside_and_can_be_gone_on_with() {
+fn a_pending_configuration_is_put_aside_and_can_be_resumed() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.join(DEFAULT, Key::World, 3);
@@ -64,13 +64,13 @@ fn what_is_pending_is_put_aside_and_can_be_gone_on_with() {
     assert_eq!(ledger.joined(scope, &Key::World), Some(3));
     let resumed = ledger.resume(scope).unwrap();
     assert_eq!(ledger.resume(scope), Some(resumed));
-    // Its executions are gone again, and nothing is lost.
+    // Its executions are gone again, and the configuration is not lost.
     ledger.release(scope, resumed);
     assert!(ledger.resume(scope).is_some());
 }
 
 #[test]
-fn what_could_not_be_moved_is_pending_again_where_it_was() {
+fn a_configuration_that_could_not_be_moved_is_pending_again_in_its_old_scope() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.join(DEFAULT, Key::World, 3);
@@ -83,7 +83,7 @@ fn what_could_not_be_moved_is_pending_again_where_it_was() {
 }
 
 #[test]
-fn a_failed_publish_of_something_else_leaves_the_claim_that_was_there() {
+fn a_failed_publish_of_another_configuration_leaves_the_claim_that_was_there() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, true, true));
     let (second, scope) = aside(ledger.publish(DEFAULT, Some(first), true, true));
@@ -93,7 +93,7 @@ fn a_failed_publish_of_something_else_leaves_the_claim_that_was_there() {
 }
 
 #[test]
-fn what_is_pending_is_never_moved_under_the_feet_of_an_execution_that_goes_on_with_it() {
+fn a_pending_configuration_is_never_moved_while_an_execution_continues_with_it() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.release(DEFAULT, first);
@@ -103,7 +103,7 @@ fn what_is_pending_is_never_moved_under_the_feet_of_an_execution_that_goes_on_wi
 }
 
 #[test]
-fn what_may_not_be_moved_stays_and_the_publish_gets_a_scope_of_its_own() {
+fn a_configuration_that_may_not_be_moved_stays_and_the_publish_gets_a_new_scope() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, false));
     ledger.release(DEFAULT, first);
@@ -112,13 +112,13 @@ fn what_may_not_be_moved_stays_and_the_publish_gets_a_scope_of_its_own() {
 }
 
 #[test]
-fn what_an_execution_has_published_and_not_built_is_kept_when_it_publishes_something_else() {
+fn a_configuration_that_was_not_built_is_kept_when_its_execution_publishes_another_one() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, true, true));
     let (second, scope) = aside(ledger.publish(DEFAULT, Some(first), true, true));
     assert!(ledger.resume(scope).is_some());
     assert_eq!(ledger.claim(DEFAULT), Some(second));
-    // The same again replaces it, and a scope of its own stays where it is.
+    // An equal publish replaces it, and a configuration in a new scope stays there.
     let third = replaced(ledger.publish(DEFAULT, Some(second), false, true));
     let (own, fresh) = new(ledger.publish(DEFAULT, None, true, true));
     let (_, another) = new(ledger.publish(fresh, Some(own), true, true));
@@ -162,7 +162,7 @@ fn a_failed_publish_leaves_the_claim_that_was_there() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, false, true));
     let second = replaced(ledger.publish(DEFAULT, Some(first), false, true));
-    ledger.undo(DEFAULT, first, None); // not the one in force
+    ledger.undo(DEFAULT, first, None); // not the current claim
     assert_eq!(ledger.claim(DEFAULT), Some(second));
     ledger.undo(DEFAULT, second, Some(first));
     assert_eq!(ledger.claim(DEFAULT), Some(first));
@@ -181,7 +181,7 @@ fn the_end_of_an_earlier_claim_ends_nothing() {
 }
 
 #[test]
-fn a_vacant_scope_is_claimed_once_and_nobody_publishes_in_it_meanwhile() {
+fn a_vacant_scope_is_claimed_once_and_no_publish_gets_it_meanwhile() {
     let mut ledger = ScopeLedger::default();
     let tidies = ledger.claim_vacant(DEFAULT).unwrap();
     assert_eq!(ledger.claim_vacant(DEFAULT), None);

@@ -1,4 +1,4 @@
-//! The slot's transitions: which are open from where, and what they leave behind.
+//! The slot's transitions: from which states each is allowed, and what it leaves behind.
 
 use super::*;
 use crate::actor::ThreadId;
@@ -153,7 +153,7 @@ fn forgetting_empties_ready_and_poisoned_slots_and_keeps_the_generation() {
 }
 
 #[test]
-fn a_running_slot_says_what_is_done_to_what() {
+fn a_running_slot_returns_its_purpose_and_its_spec() {
     let slot = building(1);
     let running = slot.running().unwrap();
     assert_eq!(

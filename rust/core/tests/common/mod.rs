@@ -1,6 +1,6 @@
-//! What the registry's tests share: short ways to say who asks for what.
+//! Helpers that the registry's tests share: short ways to make requests.
 
-// Every test file uses its own part.
+// Every test file uses only some of them.
 #![allow(dead_code)]
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use distguard_core::snapshot::SlotSnapshot;
 use distguard_core::spec::Spec;
 use distguard_core::teardown::Teardown;
 
-/// Longer than any test may take: whoever sleeps that long was not woken.
+/// Longer than any test may take: a thread that sleeps that long was not woken.
 pub const FOREVER: Duration = Duration::from_secs(600);
 
 pub fn registry() -> Registry {
@@ -43,7 +43,7 @@ pub fn groups(label: &str) -> Key {
     Key::Groups(label.into())
 }
 
-/// `thread` wants the world with `tp`, may reuse it, and did not look whether it is there.
+/// `thread` asks for the world with `tp`, may reuse it, and has not looked whether it exists.
 pub fn request(thread: u64, tp: i64) -> Request {
     Request {
         key: Key::World,
@@ -81,7 +81,7 @@ pub fn lead(registry: &Registry, request: &Request) -> Ticket {
     }
 }
 
-/// Waits for as long as it takes: only a wake-up brings it on.
+/// Acquires, and waits without a deadline: only a wake-up ends the wait.
 pub fn acquire(
     registry: &Registry,
     mut request: Request,
@@ -96,7 +96,7 @@ pub fn acquire(
     }
 }
 
-/// Lines up and waits for as long as it takes: only a wake-up brings it on.
+/// Lines up, and waits without a deadline: only a wake-up ends the wait.
 pub fn enter(registry: &Registry, phase: impl Into<Access>, thread: u64) -> Result<VisitId, Error> {
     let (visit, mut entry) = registry.arrive(phase, &actor(thread))?;
     while let Entry::Wait { epoch, .. } = entry {
@@ -155,7 +155,7 @@ pub fn is_wait(step: &Result<Step, Error>) -> bool {
     matches!(step, Ok(Step::Wait { .. }))
 }
 
-/// Gives other threads their turn until they have brought `condition` about.
+/// Lets other threads run until `condition` is true.
 pub fn until(condition: impl Fn() -> bool) {
     while !condition() {
         std::thread::yield_now();

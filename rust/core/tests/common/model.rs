@@ -1,4 +1,4 @@
-//! The registry as one thread would write it down on paper: no locks, no clock, no waiting.
+//! A sequential model of the registry: no locks, no clock, no waiting.
 //! The property test runs both side by side. Must share no logic with the crate.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +9,7 @@ use distguard_core::phases::{Access, VisitId};
 use distguard_core::registry::Observed;
 use distguard_core::slot::Origin;
 
-/// What happened, without what the model does not predict (tickets, times, texts).
+/// The outcome of a call, without the parts that the model cannot predict (tickets, times, texts).
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     Lead,
@@ -29,10 +29,10 @@ pub enum Outcome {
     Done,
     Published(u64),
     Inherited,
-    /// Who broke the lease; nobody if it was given back.
+    /// The thread that broke the lease; None if the lease was released.
     Broken(Option<u64>),
     Inside,
-    /// Behind those who are inside and in the way, if any.
+    /// The threads that are inside and in the way, if any.
     InLine(Vec<u64>),
     GaveUp(Vec<u64>),
     VisitOver,
@@ -72,7 +72,7 @@ pub struct Slot {
     pub state: State,
     pub generation: u64,
     inherited: Option<u64>,
-    /// Tells a state from a later one that looks the same.
+    /// Distinguishes a state from a later one that is equal.
     stamp: u64,
 }
 
@@ -99,7 +99,7 @@ pub struct Model {
     pub slots: BTreeMap<Key, Slot>,
     /// By arrival.
     pub visits: Vec<Visit>,
-    /// Leases that went with their state, and who took it away.
+    /// Leases that were broken with their state, and the thread that broke them.
     broken: BTreeMap<LeaseId, u64>,
     doubts: BTreeMap<u64, (Key, u64)>,
     stamps: u64,
@@ -118,7 +118,7 @@ impl Model {
         slot.stamp = stamp;
     }
 
-    /// The state goes, and whoever held it has not given it back.
+    /// The state is going away while leases on it are held.
     fn break_leases(&mut self, key: &Key, by: u64) {
         if let State::Ready(ready) | State::TearingDown { was: ready, .. } = self.state(key) {
             let broken = ready.leases.into_iter().map(|id| (id, by));
@@ -131,7 +131,7 @@ impl Model {
             State::Building { thread, .. }
             | State::Adopting { thread }
             | State::TearingDown { thread, .. } => thread,
-            other => panic!("nobody leads in {other:?}"),
+            other => panic!("no thread leads in {other:?}"),
         }
     }
 
@@ -162,7 +162,7 @@ impl Model {
                 self.set(&ask.key, State::Idle);
             }
         }
-        // A wait that would come back to the asker is no wait.
+        // A wait that would lead back to the asking thread is refused.
         let wait = |leader| {
             if self.is_stuck_behind(leader, ask.thread) {
                 Outcome::Deadlock
@@ -277,7 +277,7 @@ impl Model {
         }
     }
 
-    /// Yes, or what became of the first lease that is not good.
+    /// Yes, or the fate of the first lease that is not good.
     pub fn check(&self, leases: &[(Key, LeaseId)]) -> Outcome {
         for (key, id) in leases {
             let by = match self.state(key) {

@@ -6,7 +6,7 @@ use distguard_core::phases::{Access, Phase, VisitId};
 
 use crate::model::{Model, Outcome, Visit};
 
-/// Captures exclude everybody. A load of runner n excludes whatever names n.
+/// Captures exclude every other visit. A load of runner n excludes every visit that names n.
 fn apart(one: Access, other: Access) -> bool {
     for (a, b) in [(one, other), (other, one)] {
         if a.phase == Phase::Capture {
@@ -44,7 +44,7 @@ impl Model {
             .collect()
     }
 
-    /// Whom `thread` waits for in phases, directly.
+    /// The threads that `thread` waits for directly, in phases.
     fn waited_for(&self, thread: u64, line_too: bool) -> BTreeSet<u64> {
         let mut found = BTreeSet::new();
         for visit in self
@@ -73,7 +73,7 @@ impl Model {
         }
     }
 
-    /// Whether `thread` cannot go on before `asker` does. In the model nobody sleeps for a key.
+    /// Whether `thread` cannot go on before `asker` does. In the model no thread sleeps for a key.
     pub fn is_stuck_behind(&self, thread: u64, asker: u64) -> bool {
         thread == asker || self.reaches(thread, asker, false)
     }

@@ -1,4 +1,4 @@
-//! The log of the ranks: whoever waits for an entry hears of it, and somebody reads until then.
+//! The shared log of the ranks: an entry wakes its waiters, and a thread reads until then.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ fn built(name: &str) -> Entry {
     }
 }
 
-/// Reads a log of two entries as long as somebody waits for one that is not read yet.
+/// Reads a log of two entries as long as a thread waits for one that is not read yet.
 fn read(agreement: &Arc<Agreement>) -> JoinHandle<()> {
     let agreement = agreement.clone();
     thread::spawn(move || {
@@ -41,7 +41,7 @@ fn wait(agreement: &Arc<Agreement>, name: &str) -> Option<JoinHandle<()>> {
 }
 
 #[test]
-fn two_threads_that_wait_for_different_entries_both_hear_of_theirs() {
+fn two_threads_that_wait_for_different_entries_are_both_woken_by_theirs() {
     explore(Bound::Preemptions { full: 4, short: 3 }, || {
         let agreement = Arc::new(Agreement::new());
         let other = {
@@ -57,7 +57,7 @@ fn two_threads_that_wait_for_different_entries_both_hear_of_theirs() {
 }
 
 #[test]
-fn a_log_that_is_lost_wakes_whoever_waits() {
+fn a_log_that_is_lost_wakes_its_waiters() {
     explore(Bound::None, || {
         let agreement = Arc::new(Agreement::new());
         let other = {

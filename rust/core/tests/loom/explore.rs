@@ -1,4 +1,4 @@
-//! Runs a model, says how many interleavings there were; what models have in common.
+//! Runs a model and prints how many interleavings there were; helpers that all models share.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use loom::thread::{self, JoinHandle};
 
 use crate::common;
 
-/// How many preemptions are allowed; a switch away from a thread that waits is none.
+/// How many preemptions are allowed; a switch away from a waiting thread does not count.
 #[derive(Clone, Copy)]
 pub enum Bound {
-    /// Any number: every interleaving there is.
+    /// Any number: every possible interleaving.
     None,
     /// This many, and fewer in the short form.
     Preemptions { full: usize, short: usize },
@@ -52,7 +52,7 @@ pub fn shared() -> Arc<Registry> {
     Arc::new(common::registry())
 }
 
-/// Starts a thread that has the registry.
+/// Starts a thread that runs `body` with the registry.
 pub fn spawn<T: 'static>(
     registry: &Arc<Registry>,
     body: impl FnOnce(&Registry) -> T + 'static,
@@ -66,7 +66,7 @@ pub fn all<T, const N: usize>(threads: [JoinHandle<T>; N]) -> [T; N] {
     threads.map(|thread| thread.join().unwrap())
 }
 
-/// Waits for as long as it takes.
+/// Acquires, and waits without a deadline.
 pub fn blocking(registry: &Registry, request: Request) -> Result<Step, Error> {
     common::acquire(registry, request, || Observed::Unknown)
 }
@@ -76,17 +76,18 @@ pub fn publish(registry: &Registry, ticket: Ticket) -> u64 {
     published.expect("a leader's ticket is good")
 }
 
-/// What a key or a phase guards. loom reports two threads that are at it, one of them changing it,
-/// unless the registry orders them; that costs no interleavings, as looking at a flag would.
+/// A stand-in for the data that a key or a phase guards. loom reports two threads that access it,
+/// one of them with a change, unless the registry orders them. That adds no interleavings, as a
+/// look at a flag would.
 #[derive(Clone, Default)]
 pub struct Guarded(Arc<Cell>);
 
 #[derive(Default)]
 struct Cell(UnsafeCell<()>);
 
-// SAFETY: nothing is in the cell.
+// SAFETY: the cell contains nothing.
 unsafe impl Send for Cell {}
-// SAFETY: as above; and loom checks every access, which is what the cell is for.
+// SAFETY: as above; and loom checks every access, which is the purpose of the cell.
 unsafe impl Sync for Cell {}
 
 impl Guarded {

@@ -1,4 +1,4 @@
-//! Leases against teardown: nobody holds, joins or trusts what was torn down.
+//! Leases against teardown: no thread holds, joins or trusts state that was torn down.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::explore::{all, blocking, explore, publish, shared, spawn, Bound, Guar
 
 const W: Key = Key::World;
 
-/// Joins, or makes it; holds it while using it. Nothing is held when it changed in between.
+/// Joins or makes the object, and holds it during use. Gets no lease if it changed in between.
 fn use_it(registry: &Registry, thread: u64, object: &Guarded) {
     let generation = match blocking(registry, request(thread, 1)).unwrap() {
         Step::Lead(ticket) => {
@@ -33,7 +33,7 @@ fn use_it(registry: &Registry, thread: u64, object: &Guarded) {
     }
 }
 
-/// Destroys it unless somebody holds it or makes it.
+/// Destroys the object unless a thread holds it or makes it.
 fn tear_down(registry: &Registry, thread: u64, object: &Guarded) {
     match registry.begin_teardown(&W, &actor(thread), false) {
         Ok(Teardown::Begun { ticket, .. }) => {
@@ -46,7 +46,7 @@ fn tear_down(registry: &Registry, thread: u64, object: &Guarded) {
 }
 
 #[test]
-fn what_is_held_is_not_torn_down_and_what_is_torn_down_is_not_held() {
+fn held_state_is_not_torn_down_and_torn_down_state_is_not_held() {
     explore(Bound::None, || {
         let (registry, object) = (shared(), Guarded::default());
         build(&registry, &request(0, 1), 7);
@@ -64,7 +64,7 @@ fn a_lease_at_the_joined_generation_is_not_one_on_what_was_made_after_it() {
     explore(Bound::None, || {
         let (registry, object) = (shared(), Guarded::default());
         build(&registry, &request(0, 1), 7);
-        // What lives now; written only by whoever leads.
+        // The generation that is alive now; only the leader writes it.
         let live = Arc::new(AtomicU64::new(1));
         let other = spawn(&registry, {
             let (object, live) = (object.clone(), live.clone());
@@ -89,7 +89,7 @@ fn a_lease_at_the_joined_generation_is_not_one_on_what_was_made_after_it() {
             live.store(0, SeqCst);
             assert!(registry.end_teardown(ticket));
             let Ok(Step::Lead(ticket)) = blocking(&registry, request(0, 1)) else {
-                panic!("nobody else publishes");
+                panic!("no other thread publishes");
             };
             object.change();
             live.store(2, SeqCst);
@@ -115,7 +115,7 @@ fn users_and_a_teardown_of_three_threads_never_overlap() {
 }
 
 #[test]
-fn nobody_joins_a_generation_after_it_was_torn_down() {
+fn no_thread_joins_a_generation_after_it_was_torn_down() {
     explore(Bound::None, || {
         let registry = shared();
         build(&registry, &request(0, 1), 7);
@@ -142,7 +142,7 @@ fn nobody_joins_a_generation_after_it_was_torn_down() {
 }
 
 #[test]
-fn a_teardown_that_fails_lets_whoever_waits_for_it_join_what_is_still_there() {
+fn a_teardown_that_fails_lets_its_waiters_join_the_state_that_remains() {
     explore(Bound::None, || {
         let (registry, object) = (shared(), Guarded::default());
         build(&registry, &request(0, 1), 7);
@@ -166,7 +166,7 @@ fn is_broken_by(checked: &Result<(), Error>, thread: u64) -> bool {
     matches!(checked, Err(Error::LeaseBroken { by: Some(by), .. }) if *by == actor(thread))
 }
 
-/// Looks twice, then gives back; whoever was told once that it is broken is told again.
+/// Checks the lease twice, then releases it; a lease that was broken once stays broken.
 fn holder(held: LeaseId, gone: &Arc<AtomicBool>) -> impl FnOnce(&Registry) + 'static {
     let gone = gone.clone();
     move |registry| {
@@ -181,7 +181,7 @@ fn holder(held: LeaseId, gone: &Arc<AtomicBool>) -> impl FnOnce(&Registry) + 'st
         }
         registry.release(held);
         let Err(Error::LeaseBroken { by: None, .. }) = registry.check_leases(&[(W, held)]) else {
-            panic!("given back is not held");
+            panic!("a released lease is not held");
         };
     }
 }
@@ -197,7 +197,7 @@ fn a_lease_broken_by_force_is_never_good_again() {
         let ticket = begin_teardown(&registry, &W, 0, true);
         gone.store(true, SeqCst);
         assert!(registry.end_teardown(ticket));
-        // Made anew for somebody else, whose lease has nothing to do with the old one.
+        // Made anew for another holder, whose lease is independent of the old one.
         build(&registry, &request(0, 1), 8);
         let own = lease(&registry, &W, "b");
         assert_eq!(registry.check_leases(&[(W, own)]), Ok(()));

@@ -1,4 +1,4 @@
-//! The line in front of a phase: first come, first served, unless that would be a deadlock.
+//! The line in front of a phase: first come, first served, unless that would deadlock.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
@@ -77,8 +77,8 @@ fn captures_go_in_by_arrival() {
     });
 }
 
-/// Thread 0 is in forward and will want the world; thread 1 is in line to capture; thread 2 makes
-/// the world, for which it needs a forward. To stand in line behind the capture would be the end.
+/// Thread 0 is in a forward and will ask for the world. Thread 1 is in line for a capture. Thread 2
+/// makes the world, for which it needs a forward. Behind the capture in line it would deadlock.
 #[test]
 fn a_thread_that_is_waited_for_overtakes_also_when_the_wait_begins_after_it_fell_asleep() {
     explore(Bound::Preemptions { full: 5, short: 3 }, || {
@@ -112,9 +112,9 @@ fn a_thread_that_is_waited_for_overtakes_also_when_the_wait_begins_after_it_fell
     });
 }
 
-/// As above, and nobody looks at the capture: two threads, every interleaving.
+/// As above, but no thread waits with the capture: two threads, every interleaving.
 #[test]
-fn the_beginning_of_a_wait_wakes_whoever_may_overtake_now() {
+fn the_beginning_of_a_wait_wakes_a_thread_that_may_overtake_now() {
     explore(Bound::None, || {
         let registry = shared();
         let forward = inside(&registry, Phase::Forward, 0);
@@ -162,7 +162,7 @@ fn a_thread_that_is_waited_for_through_others_overtakes_too() {
     });
 }
 
-/// Else two of them would wake each other for as long as anybody is in line.
+/// Otherwise two of them would wake each other for as long as any visit is in line.
 #[test]
 fn the_beginning_of_a_wait_for_a_key_does_not_wake_other_waiters_for_it() {
     explore(Bound::None, || {

@@ -1,4 +1,4 @@
-//! The phase lock: what excludes what, and that nobody is left waiting.
+//! The phase lock: which phases exclude each other, and that no thread is left waiting.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use distguard_core::registry::Registry;
 use crate::common::{actor, enter, in_line, inside};
 use crate::explore::{all, explore, shared, spawn, Bound, Guarded};
 
-/// Visits a phase; a capture changes what the others read.
+/// Visits a phase; a capture changes the data that the other phases read.
 fn visit(phase: Phase, thread: u64, guarded: &Guarded) -> impl FnOnce(&Registry) + 'static {
     let guarded = guarded.clone();
     move |registry| {
@@ -35,7 +35,8 @@ fn a_capture_and_a_forward_are_never_inside_together() {
     });
 }
 
-/// What `runner` does, a draft of `target` or none; a load changes what the others read.
+/// A step of `runner`, which is a draft of `target` if there is one; a load changes the data that
+/// the other phases read.
 fn step(
     phase: Phase,
     runner: u64,
@@ -113,7 +114,7 @@ fn loads_and_forwards_overlap_and_never_wait() {
 }
 
 #[test]
-fn a_thread_does_not_wait_for_itself_whoever_is_in_line() {
+fn a_thread_does_not_wait_for_itself_even_with_others_in_line() {
     explore(Bound::Preemptions { full: 4, short: 3 }, || {
         let (registry, guarded) = (shared(), Guarded::default());
         let capture = inside(&registry, Phase::Capture, 0);
@@ -130,7 +131,7 @@ fn a_thread_does_not_wait_for_itself_whoever_is_in_line() {
 }
 
 #[test]
-fn a_forward_that_becomes_a_capture_goes_before_whoever_waits_for_it() {
+fn a_forward_that_becomes_a_capture_overtakes_a_capture_that_waits_for_it() {
     explore(Bound::None, || {
         let (registry, guarded) = (shared(), Guarded::default());
         let forward = inside(&registry, Phase::Forward, 0);
@@ -180,7 +181,7 @@ fn of_two_threads_in_forward_that_both_want_to_capture_one_is_refused() {
 }
 
 #[test]
-fn whoever_gives_up_in_line_lets_the_next_one_on() {
+fn a_waiter_that_times_out_in_line_lets_the_next_one_enter() {
     explore(Bound::None, || {
         let (registry, guarded) = (shared(), Guarded::default());
         let _forward = inside(&registry, Phase::Forward, 0);

@@ -1,4 +1,4 @@
-//! The slot protocol: one leader at a time, everybody else joins, a leader that ends hands over.
+//! The slot protocol: one leader at a time, all others join, a leader that ends hands over.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ fn count(registry: &Registry, decision: Decision) -> usize {
     decisions.iter().filter(|it| **it == decision).count()
 }
 
-/// Makes the object and publishes it, or uses the one that was.
+/// Makes the object and publishes it, or uses the published one.
 fn lead_or_join(thread: u64, object: &Guarded) -> impl FnOnce(&Registry) + 'static {
     let object = object.clone();
     move |registry| match blocking(registry, request(thread, 1)) {
@@ -85,7 +85,7 @@ fn leaders_that_fail_one_after_the_other_leave_no_waiter_behind() {
                     object.change();
                     assert!(registry.fail(ticket, "boom"));
                 }
-                other => panic!("nobody publishes: {other:?}"),
+                other => panic!("no thread publishes: {other:?}"),
             }
         };
         let others = [spawn(&registry, ask(1)), spawn(&registry, ask(2))];
@@ -103,7 +103,7 @@ fn a_leader_that_drops_its_guard_hands_over() {
         let other = spawn(&registry, |registry| blocking(registry, request(1, 1)));
         drop(LeadGuard::new(&registry, first));
         let Ok(Step::Lead(ticket)) = other.join().unwrap() else {
-            panic!("nobody else leads");
+            panic!("no other thread leads");
         };
         let reason = slot(&registry, &W).last_failure;
         assert_eq!(reason.as_deref(), Some("the leader ended without a result"));
@@ -124,7 +124,7 @@ fn a_leader_that_panics_hands_over() {
         });
         assert!(std::panic::catch_unwind(dying).is_err());
         let Ok(Step::Lead(ticket)) = other.join().unwrap() else {
-            panic!("nobody else leads");
+            panic!("no other thread leads");
         };
         let reason = slot(&registry, &W).last_failure;
         assert_eq!(reason.as_deref(), Some("the leader panicked"));
@@ -154,7 +154,7 @@ fn a_waiter_that_wants_other_values_than_the_next_leader_is_refused() {
         let first = lead(&registry, &request(0, 1));
         let other = spawn(&registry, |registry| blocking(registry, request(1, 1)));
         assert!(registry.fail(first, "boom"));
-        // Two takes over before one has looked, or after it.
+        // Thread 2 takes over before or after thread 1 has looked.
         let second = blocking(&registry, request(2, 2));
         match (other.join().unwrap(), second) {
             (Err(Error::SpecMismatch { .. }), Ok(Step::Lead(ticket)))
@@ -187,7 +187,7 @@ fn a_thread_that_looked_before_the_publish_does_not_make_it_twice() {
                         publish(registry, ticket);
                     }
                     Ok(Step::Join { generation: 1 }) => object.read(),
-                    // The leader's object shows before it is published; it leads until then.
+                    // The leader's object is visible before it is published; it leads until then.
                     other => panic!("{other:?}"),
                 }
             }
@@ -201,7 +201,7 @@ fn a_thread_that_looked_before_the_publish_does_not_make_it_twice() {
 }
 
 #[test]
-fn changes_of_another_key_wake_nobody_for_good() {
+fn changes_of_another_key_end_no_wait() {
     explore(Bound::None, || {
         let registry = shared();
         let key = groups("a");

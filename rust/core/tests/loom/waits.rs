@@ -1,4 +1,4 @@
-//! The wait-for graph: of threads that wait for each other one is refused, and all of them end.
+//! The wait-for graph: of threads that wait for each other, one is refused and all of them end.
 
 use distguard_core::error::Error;
 use distguard_core::guard::LeadGuard;
@@ -12,7 +12,7 @@ use crate::explore::{all, blocking, explore, shared, spawn, Bound};
 
 type Named = Vec<(u64, Subject)>;
 
-/// The cycle in an order that does not depend on who was refused.
+/// The cycle in an order that does not depend on which thread was refused.
 fn named(cycle: &[Edge]) -> Named {
     let named = |it: &Edge| (it.thread.0, it.subject.clone());
     let mut named: Vec<_> = cycle.iter().map(named).collect();
@@ -20,7 +20,7 @@ fn named(cycle: &[Edge]) -> Named {
     named
 }
 
-/// Asks for `wanted`; gives back what it has in any case. The cycle if it was refused by one.
+/// Asks for `wanted`; releases `own` in any case. Returns the cycle if it was refused for one.
 fn ask(registry: &Registry, own: LeadGuard<'_>, thread: u64, wanted: &Key) -> Option<Named> {
     let step = blocking(registry, request_for(thread, wanted));
     let cycle = match step {
@@ -35,7 +35,7 @@ fn ask(registry: &Registry, own: LeadGuard<'_>, thread: u64, wanted: &Key) -> Op
     cycle
 }
 
-/// Of all answers, the one that names a cycle.
+/// The only answer that names a cycle.
 fn only(refused: impl IntoIterator<Item = Option<Named>>) -> Named {
     let refused: Vec<_> = refused.into_iter().flatten().collect();
     let [cycle] = refused.try_into().expect("exactly one is refused");
@@ -146,7 +146,7 @@ fn a_waiter_that_is_about_to_look_again_is_no_part_of_a_cycle() {
         other_values.spec = crate::common::spec(2);
         let of_a = lead(&registry, &request_for(0, &a));
         let of_b = lead(&registry, &request_for(1, &b));
-        // Has b, waits for a; is refused a once it is made with other values.
+        // Leads b and waits for a; is refused if a is being made with other values.
         let other = spawn(&registry, {
             let a = a.clone();
             move |registry| {
@@ -164,13 +164,13 @@ fn a_waiter_that_is_about_to_look_again_is_no_part_of_a_cycle() {
             }
         });
         assert!(registry.fail(of_a, "done"));
-        // Leads a for other values, if it is first, and wants b.
+        // Leads a for other values, if it comes first, and asks for b.
         if let Ok(Step::Lead(ticket)) = registry.try_acquire(&other_values) {
             let mut wanted = request_for(2, &b);
             wanted.spec = crate::common::spec(1);
             let step = blocking(&registry, wanted);
             let Ok(Step::Lead(of_b)) = step else {
-                panic!("nobody waits for this thread: {step:?}");
+                panic!("no thread waits for this thread: {step:?}");
             };
             assert!(registry.fail(of_b, "done"));
             assert!(registry.fail(ticket, "done"));

@@ -1,5 +1,5 @@
 //! A random program: threads that lead, join, hold, tear down and visit phases in any order, and
-//! check whatever the registry tells them.
+//! check every answer of the registry.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ fn any_key() -> Key {
     }
 }
 
-/// Runs one program on a registry of its own, and looks at what is left of it.
+/// Runs one program on its own registry, and checks the state that it leaves behind.
 pub fn run(threads: u64, counts: &Arc<Counts>) {
     let (registry, truth) = (Arc::new(registry()), Arc::new(Truth::default()));
     let start = |id| {
@@ -66,7 +66,7 @@ pub fn run(threads: u64, counts: &Arc<Counts>) {
         assert!(!matches!(slot.state, SlotState::Running { .. }));
         assert!(slot.generation >= truth.told(&slot.key));
     }
-    // Nothing is held: it need not be forced.
+    // No lease is held, so the reset need not be forced.
     assert_eq!(registry.reset(&actor(0), false), Ok(()));
     for slot in registry.snapshot().slots {
         assert_eq!(slot.state, SlotState::Idle);
@@ -81,7 +81,7 @@ pub fn run(threads: u64, counts: &Arc<Counts>) {
 struct Lead<'a> {
     key: Key,
     guard: LeadGuard<'a>,
-    /// The generation that is torn down; none for what is being made.
+    /// The generation that is being torn down; None if the state is being made.
     torn: Option<u64>,
 }
 
@@ -89,7 +89,7 @@ struct Lease {
     key: Key,
     id: LeaseId,
     generation: u64,
-    /// It was said that the state is gone.
+    /// Whether the registry has reported the state as gone.
     broken: bool,
 }
 
@@ -281,10 +281,10 @@ impl Worker<'_> {
                     by: Some(_), how, ..
                 }) => {
                     self.counts.broken.fetch_add(1, Relaxed);
-                    // A teardown that fails leaves everything as it was, also this.
+                    // A teardown that fails leaves everything as it was, leases too.
                     lease.broken |= how != "is tearing it down by force";
                 }
-                other => panic!("it was not given back: {other:?}"),
+                other => panic!("the lease was not released: {other:?}"),
             }
         }
     }
@@ -320,7 +320,7 @@ impl Worker<'_> {
         if self.registry.forget(&key) {
             self.truth.is_gone(&key, generation);
         }
-        // Also what is known about the key; its generations go on.
+        // Also removes all that is known about the key; its generations continue.
         if thread_rng().gen_bool(0.3) && self.registry.remove(&key) {
             self.truth.is_gone(&key, generation);
         }
@@ -344,7 +344,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Returns the leases it held last, which nobody may know any more.
+    /// Returns the leases that it held last, which the registry must not know any more.
     fn give_everything_back(mut self) -> Vec<(Key, LeaseId)> {
         while !self.leads.is_empty() {
             self.resolve();
@@ -362,7 +362,7 @@ impl Worker<'_> {
     }
 }
 
-/// Of no runner in particular, or of one of three, the last of which is a draft of the first.
+/// An access of no particular runner, or of one of three; the third is a draft of the first.
 fn any_access() -> Access {
     let phase = Phase::ALL[thread_rng().gen_range(0..3)];
     let runner = match thread_rng().gen_range(0..4u64) {

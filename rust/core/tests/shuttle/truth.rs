@@ -1,5 +1,5 @@
-//! What the threads of a program know about each other without asking the registry, so that what
-//! it says can be checked. Each fact is written by the thread that it is about.
+//! Facts about the threads of a program that do not come from the registry, so that its answers can
+//! be checked. The thread that a fact is about writes it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,7 @@ use distguard_core::key::Key;
 use distguard_core::phases::Access;
 use distguard_core::waitgraph::{Edge, Subject};
 
-/// That the programs did what they are for.
+/// Counts that show that the programs did what they should.
 #[derive(Default)]
 pub struct Counts {
     pub leads: AtomicUsize,
@@ -45,21 +45,21 @@ impl fmt::Display for Counts {
 struct Facts {
     leaders: BTreeMap<Key, u64>,
     inside: Vec<(u64, Access)>,
-    /// What a thread asks for, and may be asleep for.
+    /// The key or phase that a thread asks for, and may sleep for.
     asking: BTreeMap<u64, Subject>,
-    /// How often anybody asked for anything; counts time.
+    /// The number of all asks so far, which serves as the time.
     asks: u64,
-    /// When a thread last began to ask, and when it last gave up in line.
+    /// The times when a thread last began to ask, and when it last timed out in line.
     asked: BTreeMap<u64, u64>,
     gave_up: BTreeMap<u64, u64>,
     /// Generations up to this are gone.
     gone: BTreeMap<Key, u64>,
-    /// The latest generation that anybody was told.
+    /// The latest generation that any thread was told.
     told: BTreeMap<Key, u64>,
 }
 
-/// The facts. Their lock is std's and never held over a call of the registry: no schedule is spent
-/// on it.
+/// The facts. Their lock is std's and never held during a call of the registry, so shuttle spends
+/// no schedules on it.
 #[derive(Default)]
 pub struct Truth(Mutex<Facts>);
 
@@ -68,7 +68,7 @@ impl Truth {
         self.0.lock().unwrap()
     }
 
-    /// Written before the first try.
+    /// Called before the first try.
     pub fn asks(&self, thread: u64, subject: impl Into<Subject>) {
         let mut facts = self.facts();
         facts.asking.insert(thread, subject.into());
@@ -77,8 +77,8 @@ impl Truth {
         facts.asked.insert(thread, now);
     }
 
-    /// Its deadline has passed: a cycle that it was part of has opened by itself. Written once it
-    /// is out of the line.
+    /// Its deadline has passed: a cycle that it was part of has opened by itself. Called after the
+    /// thread has left the line.
     pub fn gives_up(&self, thread: u64) {
         let mut facts = self.facts();
         let now = facts.asks;
@@ -94,7 +94,7 @@ impl Truth {
         assert_eq!(other, None, "two lead {key}");
     }
 
-    /// Written before the lead is given up.
+    /// Called before the lead ends.
     pub fn leads_no_more(&self, thread: u64, key: &Key) {
         let leader = self.facts().leaders.remove(key);
         assert_eq!(leader, Some(thread));
@@ -113,7 +113,7 @@ impl Truth {
         facts.inside.push((thread, access));
     }
 
-    /// Written before the visit ends.
+    /// Called before the visit ends.
     pub fn leaves(&self, thread: u64, access: Access) {
         let mut facts = self.facts();
         let visit = facts.inside.iter().position(|it| *it == (thread, access));
@@ -135,14 +135,14 @@ impl Truth {
         *gone = generation.max(*gone);
     }
 
-    /// Somebody was told the generation.
+    /// A thread was told the generation.
     pub fn tell(&self, key: &Key, generation: u64) {
         let mut facts = self.facts();
         let told = facts.told.entry(key.clone()).or_default();
         *told = generation.max(*told);
     }
 
-    /// Every thread of the cycle asks for what the next one has; `thread` is the first.
+    /// Every thread of the cycle asks for something that the next one has; `thread` is the first.
     pub fn assert_cycle(&self, thread: u64, cycle: &[Edge]) {
         let facts = self.facts();
         assert_eq!(cycle[0].thread.0, thread);

@@ -1,4 +1,4 @@
-"""A model built from transformers' own code replaces a method of torch's for its own thread only."""
+"""A model built from transformers' own code replaces a torch method for its own thread only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sglang_distguard
 
 
 def interleaved(events: list[Any]) -> None:
-    """Two threads enter SGLang's with block one after the other and leave in the same order."""
+    """Two threads enter SGLang's context manager in turn, and leave it in the same order."""
     import torch
     from sglang.srt.models.transformers import _init_on_device_without_buffers
     from torch import nn
@@ -19,7 +19,7 @@ def interleaved(events: list[Any]) -> None:
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
 
     class Marked(nn.Parameter):
-        """As SGLang's own parameters: it has attributes that its constructor does not take."""
+        """Like SGLang's own parameters, it has attributes that its constructor does not take."""
 
     def marked() -> Any:
         parameter = Marked(torch.zeros(2))
@@ -62,8 +62,8 @@ def test_parameters_of_other_threads_are_left_alone_and_so_are_later_ones(guard:
     assert events == [("beside", "cpu"), ("inside", "meta"), ("after", "cpu")]
 
 
-def test_without_the_guard_they_are_not(sglang: None) -> None:
-    """Why the hook is needed: they are made anew, and the process is left with the other's function."""
+def test_without_the_guard_parameters_of_other_threads_are_changed(sglang: None) -> None:
+    """The reason for the hook: parameters are made anew, and another thread's function stays."""
     from torch import nn
 
     assert not sglang_distguard.is_installed()
@@ -78,7 +78,7 @@ def test_without_the_guard_they_are_not(sglang: None) -> None:
     assert found["after"] == "meta"
 
 
-def test_an_error_inside_gives_the_thread_its_method_back(guard: None) -> None:
+def test_an_error_inside_restores_the_method_of_the_thread(guard: None) -> None:
     import torch
     from sglang.srt.models.transformers import _init_on_device_without_buffers
     from torch import nn

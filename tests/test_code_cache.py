@@ -1,4 +1,4 @@
-"""What is kept between processes: whole, fitting and one's own, or made anew."""
+"""Values cached between processes: whole, matching and in a private folder, or made anew."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_a_folder_that_others_may_write_to_is_not_used(folder: Path) -> None:
 
 def test_two_processes_that_write_at_once_leave_a_whole_file(folder: Path) -> None:
     program = (
-        "from sglang_distguard.patching import store\n"
+        "from sglang_distguard.patching import code_cache\n"
         "for round in range(200):\n"
-        "    value = store.kept(('text', round % 3), lambda: list(range(2000)))\n"
+        "    value = code_cache.kept(('text', round % 3), lambda: list(range(2000)))\n"
         "    assert value == list(range(2000))\n"
-        "    for file in list(store._folder().iterdir()):\n"
+        "    for file in list(code_cache._folder().iterdir()):\n"
         "        file.unlink(missing_ok=True)\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
@@ -79,7 +79,8 @@ def test_installing_with_what_is_kept_gives_the_same_code(folder: Path) -> None:
     from sglang_distguard.patching.rewrite import rewrite
 
     source = find_source("sglang.srt.runtime_context")
-    assert source is not None
+    if source is None:
+        pytest.skip("sglang is not installed: `make wheel`")
     names = frozenset({"_CONTEXT", "_PARALLEL"})
     rewrite.cache_clear()
     first = rewrite(source, names)
