@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-rust loom shuttle test-models test-python lint format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu verify clean
+.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu wheel verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,24 +39,36 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard
 	@$(BIN)/python -m sglang_distguard demo
 
-test: test-rust test-models test-python ## every test, Rust and Python
+test: test-rust test-python ## the tests of Rust and Python, with real SGLang
+
+test-all: test test-models test-audit test-ranks test-exhaustive ## every test that CI runs
 
 test-rust: setup
-	@echo "test 1/3: Rust core"
+	@echo "test: Rust core"
 	@cargo test -q -p distguard-core
+
+# xdist's own order would begin the longest files last.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test-python: setup
+	@echo "test: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
+	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
+
+test-audit test-ranks: setup ## the tests of the audit; of several ranks
+	@echo "test: $(@:test-%=%)"
+	@$(PYTEST) -m "$(@:test-%=%) and not slow"
+
+test-exhaustive: setup ## all functions of torch, all bytecodes of hooks, many random inputs
+	@echo "test: exhaustive"
+	@$(PYTEST) --dist load -m "exhaustive and not slow"
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
 loom shuttle:
 	@RUSTFLAGS="--cfg $@" cargo test -q --release -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
 
-test-models: setup
-	@echo "test 2/3: model checkers in short form, and one planted bug for each of them"
+test-models: setup ## model checkers in short form, and one planted bug for each of them
+	@echo "test: model checkers"
 	@DISTGUARD_SHORT=1 $(MAKE) -s loom shuttle
 	@$(BIN)/python verify/mutations.py --short
-
-test-python: setup
-	@echo "test 3/3: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
 	@cargo fmt --all --check
@@ -66,6 +78,9 @@ lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
 	@$(BIN)/lint-imports --no-cache --no-logo >.venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
 	@$(BIN)/pyright
 	@$(BIN)/python -m mypy.stubtest sglang_distguard._core
+
+docs: setup ## write the generated part of docs/process-globals.md
+	@$(BIN)/python verify/documents.py
 
 format: setup ## format and fix what can be fixed
 	@cargo fmt --all
@@ -94,6 +109,9 @@ architectures: setup ## every architecture that runs on CPU, alone, guarded and 
 gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models
 	@$(BIN)/python verify/gpu_memory.py .cache/models
+
+wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
+	@$(BIN)/python verify/wheel.py
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
