@@ -12,7 +12,7 @@ export CARGO_TERM_PROGRESS_WHEN := never
 .PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu wheel verify clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, minutes the first time)
 
@@ -53,11 +53,15 @@ test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
 
-test-audit test-ranks: setup ## the tests of the audit; of several ranks
-	@echo "test: $(@:test-%=%)"
-	@$(PYTEST) -m "$(@:test-%=%) and not slow"
+test-audit: setup ## the tests of the audit
+	@echo "test: audit"
+	@$(PYTEST) -m "audit and not slow"
 
-test-exhaustive: setup ## all functions of torch, all bytecodes of hooks, many random inputs
+test-ranks: setup ## the tests of several ranks
+	@echo "test: several ranks"
+	@$(PYTEST) -m "ranks and not slow"
+
+test-exhaustive: setup ## all functions of torch, interrupts at bytecodes of hooks, random input
 	@echo "test: exhaustive"
 	@$(PYTEST) --dist load -m "exhaustive and not slow"
 

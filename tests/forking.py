@@ -44,7 +44,7 @@ def fresh_registry() -> dict[str, Any]:
     from registry_calls import acquire
 
     before = sglang_distguard.snapshot()
-    claim = acquire("groups:of the child", timeout=5)
+    claim = acquire("groups:of the child", timeout=30)
     claim.publish(identity=7, resource=None)
     return {
         "slots": before["slots"],

@@ -95,6 +95,6 @@ def test_experts_in_transformers_own_code_and_a_model_that_does_not_generate_are
     one's experts.
     """
     command = [sys.executable, "verify/architectures.py", "--only", "dots1", "xlm_roberta_scores"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
     assert re.findall(r"^(\w+): right", ran.stdout, re.M) == ["dots1", "xlm_roberta_scores"]

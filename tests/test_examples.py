@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
@@ -32,9 +31,13 @@ def test_two_runners_over_two_ranks_started_by_torchrun() -> None:
     assert lines[-1] == "the same on 2 ranks: True"
 
 
-def test_the_program_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_program_in_the_readme_runs_as_it_stands_and_prints_what_stands_there(
+    tmp_path: Path,
+) -> None:
     found = re.search(
-        r"<!-- program -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"<!-- program -->\n```python\n(.*?)```\n<!-- /program -->\n\n```\n(.*?)```",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL,
     )
     assert found is not None
     program = tmp_path / "program.py"
@@ -43,5 +46,4 @@ def test_the_program_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         [sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert ran.returncode == 0, ran.stderr[-5000:]
-    made = [ast.literal_eval(line) for line in ran.stdout.splitlines()]
-    assert [[len(tokens) for tokens in prompts] for prompts in made] == [[4, 4], [4, 4]]
+    assert ran.stdout == found[2]

@@ -115,10 +115,10 @@ def test_a_fork_waits_for_an_install_in_another_thread() -> None:
     release = threading.Thread(target=go_on.set)
     release.start()
     assert in_child(sglang_distguard.is_installed) is False
-    assert in_child(lambda: installation._lock.acquire(timeout=5)) is True
+    assert in_child(lambda: installation._lock.acquire(timeout=30)) is True
     thread.join()
     release.join()
-    assert installation._lock.acquire(timeout=5)
+    assert installation._lock.acquire(timeout=30)
     installation._lock.release()
 
 

@@ -87,6 +87,12 @@ STEPS = (
         {"DISTGUARD_EXAMPLES": "400"},
     ),
     Step(
+        "operators",
+        "the default dtype over torch's operator tables, also in float16 and float64",
+        (*PYTEST, "-m", "slow", "tests/test_default_dtype_operators.py"),
+        _PYTHON,
+    ),
+    Step(
         "cycles",
         "200 times two runners built, used, closed, all torn down",
         (*PYTEST, "-m", "slow", "tests/test_leaks.py"),

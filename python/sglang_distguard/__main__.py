@@ -40,12 +40,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return _run(arguments)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _BROUGHT_BY_SGLANG:
+        if error.name not in _BROUGHT_BY_SGLANG:  # a part of a package that is there
             raise
         print(
-            f"error: {arguments.command} needs sglang, and {missing} is not installed here. "
-            "Install it: pip install sglang==0.5.23",
+            f"error: {arguments.command} needs {error.name}, which is not installed here. sglang "
+            "brings it: pip install sglang==0.5.23",
             file=sys.stderr,
         )
         return 2

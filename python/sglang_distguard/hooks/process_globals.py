@@ -19,7 +19,7 @@ class How(StrEnum):
 
     SHARED = "shared"  # one per process, single-flight through the registry
     SCOPED = "scoped"  # every runner has its own
-    THREAD_LOCAL = "thread-local"  # the calling thread has its own while it loads
+    THREAD_LOCAL = "thread-local"  # the calling thread has its own value
     EXCLUDED = "excluded"  # phases that may not overlap
     HARMLESS = "harmless"  # equal for every runner, or a cache that only grows
 

@@ -45,7 +45,7 @@ def choose() -> list[ModulePlan]:
         lacking[generation] = missing
     reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in lacking.items())
     raise NotSupported(
-        f"sglang {version or '(unknown version)'} lacks what distguard needs ({reasons}). "
+        f"sglang {version or '(unknown version)'} lacks what the guard needs ({reasons}). "
         "Nothing was patched. Use a version listed in docs/COMPATIBILITY.md, or report this one.",
         sglang=version,
         missing=[name for found in lacking.values() for name in found],

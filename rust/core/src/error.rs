@@ -10,7 +10,7 @@ use crate::lease::Holder;
 use crate::phases::Access;
 use crate::slot::Purpose;
 use crate::spec::FieldDiff;
-use crate::waitgraph::Edge;
+use crate::waitgraph::{Edge, Subject};
 
 /// The leader and the holders of the requested state.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,8 +89,8 @@ pub enum Error {
     },
     /// The wait would never end.
     Deadlock {
-        /// Each thread and the subject it waits for, the caller first. The caller holds the
-        /// subject that the last thread waits for. Never empty.
+        /// Each thread and the subject it waits for, the caller first. The next thread holds or
+        /// blocks that subject, the caller that of the last thread. Never empty.
         cycle: Vec<Edge>,
     },
     /// The state is held.
@@ -195,7 +195,8 @@ impl fmt::Display for Error {
                 f,
                 "This wait would never end: {}. An initialiser must not request again what it is \
                  initialising. Initialisers that share several keys must request them in the same \
-                 order.",
+                 order. A step that is refused because another one waits for it may be called \
+                 again.",
                 join(&circle(cycle), "; ")
             ),
             Self::InUse { key, holders } => write!(
@@ -243,8 +244,13 @@ fn circle(cycle: &[Edge]) -> Vec<String> {
         .iter()
         .zip(holders)
         .map(|(edge, holder)| {
-            let (name, wanted) = (&edge.name, &edge.subject);
-            format!("{name} waits for {wanted} (held by {})", holder.name)
+            let (name, wanted, holder) = (&edge.name, &edge.subject, &holder.name);
+            // A phase is not held: the other thread is in one that conflicts with it.
+            let relation = match wanted {
+                Subject::Key(_) => "held by",
+                Subject::Phase(_) => "blocked by",
+            };
+            format!("{name} waits for {wanted} ({relation} {holder})")
         })
         .collect()
 }
@@ -375,7 +381,7 @@ mod tests {
             edge(2, "thread T2", (&crate::phases::Phase::Capture).into()),
         ];
         let text = "thread T1 waits for world (held by thread T2); thread T2 waits for \
-                    phase:capture (held by thread T1). ";
+                    phase:capture (blocked by thread T1). ";
         assert_says(&Error::Deadlock { cycle }, &[text]);
     }
 

@@ -38,7 +38,7 @@ impl<T: Into<Access> + Copy> From<&T> for Subject {
     }
 }
 
-/// One edge of a cycle: `thread` waits for `subject`, which the next edge's thread holds.
+/// One edge of a cycle: `thread` waits for `subject`, which the next edge's thread holds or blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Edge {
     /// The waiting thread.

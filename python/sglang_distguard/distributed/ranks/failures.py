@@ -138,16 +138,11 @@ def error_of(
     except ValueError:
         facts = {"kind": "left", "reason": failure}
     details = {"name": what, "stage": stage, "rank": rank}
-    remedy = (
-        "What this rank had made for it is destroyed. Build it again once the cause is removed."
-        if creates
-        else "The communicators that it used are out of step and were destroyed. Rebuild the "
-        "runners that used them."
-    )
+    remedy = _remedy(stage, creates=creates)
     if facts["kind"] == "disagree":
         return _disagreement(what, facts["fields"], details)
     if facts["kind"] == "missing":
-        return _absence(what, stage, facts, details)
+        return _absence(what, stage, facts, details, creates=creates)
     if facts["kind"] == "failed":
         failures = {int(other): text for other, text in facts["failures"].items()}
         told = "; ".join(f"rank {other}: {text}" for other, text in failures.items())
@@ -190,22 +185,39 @@ def _disagreement(
     )
 
 
+def _remedy(stage: str, *, creates: bool) -> str:
+    if creates:
+        return (
+            "What this rank had made for it is destroyed. Build it again once the cause is removed."
+        )
+    if stage == "ask":  # no rank begins what not all have asked for
+        return "Nothing was changed. Call it again once the cause is removed."
+    broken = (
+        "its communicators are out of step and were destroyed or disconnected: the runners that "
+        "used them raise LeaseBroken. Build those again."
+    )
+    if stage == "turn":
+        return broken[0].upper() + broken[1:]
+    return f"If a rank had begun it, {broken} Otherwise nothing was changed: call it again."
+
+
 def _absence(
-    what: str, stage: str, facts: Mapping[str, Any], details: Mapping[str, Any]
+    what: str, stage: str, facts: Mapping[str, Any], details: Mapping[str, Any], *, creates: bool
 ) -> DistGuardError:
     absent, failures = facts["missing"], facts["failures"]
     doing = {
         "ask": "ask for it",
         "begin": "finish its turn",
-        "turn": "finish creating its groups",
+        "turn": "finish creating its groups" if creates else "finish it",
         "build": "finish building it",
     }[stage]
+    same = "build runners under the same names" if creates else "call the same methods"
     who = f"{_ranks(absent)} did not {doing}" if absent else "no decision was written"
     told = "".join(f"; rank {rank}: {text}" for rank, text in failures.items())
     return AgreementTimeout(
         f"{what}: {who} within {facts['waited']:.1f} s, so rank {facts['by']} aborted it on all "
-        f"ranks{told}. Check whether those ranks are alive, and build runners under the same names "
-        "there (py-spy dump shows what they wait for). agreement_timeout=... changes the deadline.",
+        f"ranks{told}. Check whether those ranks are alive, and {same} there (py-spy dump shows "
+        "what they wait for). agreement_timeout=... changes the deadline.",
         **details,
         missing=absent,
         waited=facts["waited"],
@@ -217,11 +229,14 @@ def _overlong_turn(
     what: str, facts: Mapping[str, Any], details: Mapping[str, Any]
 ) -> DistGuardError:
     holder = facts["holder"]
-    has_it = "and it is free now" if holder is None else f"because {holder} has it"
+    reason, remedy = "and it is free now", "try again"
+    if holder is not None:
+        reason = f"because {holder} has it"
+        remedy = "check what the holder is doing (py-spy dump)"
     return AgreementTimeout(
-        f"{what}: the turn did not come within {facts['waited']:.1f} s {has_it}, so rank "
-        f"{facts['by']} aborted it on all ranks. Turns run one after the other on all ranks: check "
-        "what the holder is doing (py-spy dump). timeout=... changes the deadline.",
+        f"{what}: the turn did not come within {facts['waited']:.1f} s {reason}, so rank "
+        f"{facts['by']} aborted it on all ranks. Turns run one after the other on all ranks: "
+        f"{remedy}, or allow more time with timeout=...",
         **details,
         missing=[],
         waited=facts["waited"],
