@@ -302,13 +302,13 @@ def test_an_untreated_change_is_uncovered_and_a_write_that_never_ran_is_not_call
 
 def test_a_ledger_tells_what_is_new_gone_and_changed(tmp_path: Path) -> None:
     file = tmp_path / "0.csv"
-    ledger.write(file, ledger.rows([finding("a", "scoped"), finding("b", "harmless")]))
+    ledger.write(file, ledger.rows([finding("a", "scoped"), finding("b", "unmanaged")]))
     known = ledger.read(file)
     now = ledger.rows([finding("b", "UNCOVERED"), finding("c", "not exercised")])
     assert list(ledger.differences(known, known)) == []
     assert list(ledger.differences(known, now)) == [
         "gone: sglang.m.a",
-        "changed: sglang.m.b: verdict was 'harmless', is 'UNCOVERED'",
+        "changed: sglang.m.b: verdict was 'unmanaged', is 'UNCOVERED'",
         "new: sglang.m.c (container): not exercised",
     ]
     file.write_text("something,else\n")

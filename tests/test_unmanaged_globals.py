@@ -21,11 +21,11 @@ from sglang_distguard.testing import bit_equal, generate, server_args, solo
 
 Model = Callable[..., Path]
 
-HARMLESS = [row for row in process_globals.TREATMENTS if row.how is How.HARMLESS]
+UNMANAGED = [row for row in process_globals.TREATMENTS if row.how is How.UNMANAGED]
 
 
 def caches() -> Iterator[tuple[str, Any]]:
-    for row in HARMLESS:
+    for row in UNMANAGED:
         if row.module.startswith("sglang."):
             thing = getattr(importlib.import_module(row.module), row.name, None)
             if is_cache(thing):
@@ -94,7 +94,7 @@ class Switched:
         self._threads = number_of_threads()
 
     def all(self) -> None:
-        for row in HARMLESS:
+        for row in UNMANAGED:
             if not is_cache(found(row)):
                 change = self._of_process(row.module, row.name)
                 if change is None:
@@ -208,5 +208,5 @@ def test_changes_of_unmanaged_globals_change_no_logits(
         for runner, expected in zip(runners, alone, strict=True):
             made = generate(runner, activate=sglang_distguard.activate)
             assert bit_equal(made.logits, expected)
-    caches_of = {(row.module, row.name) for row in HARMLESS if is_cache(found(row))}
-    assert switched.done | caches_of == {(row.module, row.name) for row in HARMLESS}
+    caches_of = {(row.module, row.name) for row in UNMANAGED if is_cache(found(row))}
+    assert switched.done | caches_of == {(row.module, row.name) for row in UNMANAGED}

@@ -21,7 +21,7 @@ class How(StrEnum):
     SCOPED = "scoped"  # every runner has its own
     THREAD_LOCAL = "thread-local"  # the calling thread has its own value
     EXCLUDED = "excluded"  # phases that may not overlap
-    HARMLESS = "harmless"  # equal for every runner, or a cache that only grows
+    UNMANAGED = "unmanaged"  # equal for every runner, or a cache that only grows
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ TREATMENTS: tuple[Treatment, ...] = (
             "hooks.model_runner",
         ),
     ),
-    *_rows(How.HARMLESS, *unmanaged_globals.LINES),
+    *_rows(How.UNMANAGED, *unmanaged_globals.LINES),
 )
 
 _BY_KEY = {(row.module, row.name): row for row in TREATMENTS}
