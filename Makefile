@@ -41,7 +41,7 @@ demo: setup ## 8 runners of 5 architectures from 8 threads, then the same withou
 
 test: test-rust test-python ## the tests of Rust and Python, with real SGLang
 
-test-all: test test-models test-audit test-ranks test-exhaustive ## every test that CI runs
+test-all: test test-models test-audit test-ranks test-exhaustive ## every test; CI runs this
 
 test-rust: setup
 	@echo "test: Rust core"
@@ -53,17 +53,13 @@ test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
 
-test-audit: setup ## the tests of the audit
-	@echo "test: audit"
-	@$(PYTEST) -m "audit and not slow"
-
-test-ranks: setup ## the tests of several ranks
-	@echo "test: several ranks"
-	@$(PYTEST) -m "ranks and not slow"
-
-test-exhaustive: setup ## all functions of torch, interrupts at bytecodes of hooks, random input
-	@echo "test: exhaustive"
-	@$(PYTEST) --dist load -m "exhaustive and not slow"
+test-audit: ## the tests of the audit
+test-ranks: ## the tests of several ranks
+test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input
+test-exhaustive: PYTEST += --dist load
+test-audit test-ranks test-exhaustive: setup
+	@echo "test: $(@:test-%=%)"
+	@$(PYTEST) -m "$(@:test-%=%) and not slow"
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
 loom shuttle:

@@ -11,17 +11,17 @@ from sglang_distguard import _core
 from sglang_distguard.sync import waiting
 
 
+def request(key: Any, spec: Any, **options: Any) -> _core.Request:
+    """A request for ``key`` with the usual options; ``options`` replace them."""
+    usual = {"runner": None, "reuse": True, "reentrant": False, "slow_after": 30.0}
+    arguments: dict[str, Any] = {**usual, **options}
+    return _core.Request(key, spec, **arguments)
+
+
 def acquire(key: str, *, size: int = 1, timeout: float = 30.0, **options: Any) -> _core.Claim:
     """Request ``key``, for which no object exists yet."""
-    arguments: dict[str, Any] = {
-        "runner": None,
-        "reuse": True,
-        "reentrant": False,
-        "slow_after": 30.0,
-        **options,
-    }
-    request = _core.Request(key, {"size": size}, **arguments)
-    return waiting.until(lambda: request.try_acquire(None), request, timeout=timeout, what=key)
+    asked = request(key, {"size": size}, **options)
+    return waiting.until(lambda: asked.try_acquire(None), asked, timeout=timeout, what=key)
 
 
 def state_of(key: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from bad_values import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from registry_calls import request
 from sglang_distguard import _core
 
 count = pytest.fixture(scope="module", autouse=True)(report)
@@ -74,9 +75,7 @@ def ask(
     **options: Any,
 ) -> None:
     """Make one request; afterwards it leads no longer, even when ``use`` raises."""
-    usual = {"runner": None, "reuse": True, "reentrant": False, "slow_after": 30.0}
-    arguments: dict[str, Any] = {**usual, **options}
-    claim = _core.Request(key, {} if spec is None else spec, **arguments).try_acquire(identity)
+    claim = request(key, {} if spec is None else spec, **options).try_acquire(identity)
     assert claim is not None
     try:
         if use is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard
+from registry_calls import request
 from sglang_distguard import BuildRequest, NotSupported, _core
 from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
@@ -197,10 +198,7 @@ def another_thread_makes_the_world() -> Iterator[None]:
     spec = {"world_size": 1, "rank": 0, "local_rank": 0, "backend": "gloo"}
 
     def lead() -> None:
-        request = _core.Request(
-            "world", spec, runner="slow", reuse=True, reentrant=False, slow_after=30.0
-        )
-        claim = request.try_acquire(None)
+        claim = request("world", spec, runner="slow").try_acquire(None)
         assert claim is not None
         leading.set()
         assert finish.wait(60)

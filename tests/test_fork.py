@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sglang_distguard
 from forking import fresh_registry, in_child, put_fresh_registry
-from registry_calls import acquire, leader_of, state_of, until, waits_for
+from registry_calls import acquire, leader_of, request, state_of, until, waits_for
 from sglang_distguard import _core
 from sglang_distguard.process import installation
 from sglang_distguard.testing import server_args, steps
@@ -59,16 +59,9 @@ def test_no_lock_that_other_threads_hold_at_the_fork_blocks_the_child() -> None:
 
     def change(number: int) -> None:
         while not stop.is_set():
-            request = _core.Request(
-                f"groups:busy {number}",
-                {},
-                runner=None,
-                reuse=True,
-                reentrant=False,
-                slow_after=9.0,
-            )
-            claim = request.try_acquire(None)
-            request.wait(0.0)
+            asked = request(f"groups:busy {number}", {}, slow_after=9.0)
+            claim = asked.try_acquire(None)
+            asked.wait(0.0)
             if claim is not None:
                 claim.fail("again")
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from registry_calls import state_of
+from registry_calls import request, state_of
 from sglang_distguard import _core
 from sglang_distguard.config import settings
 
@@ -126,16 +126,14 @@ class OneThread(RuleBasedStateMachine):
         known = self.known[key]
         if known.spec is not None:
             spec = {**known.spec, "one field more": 1} if other else known.spec
-        request = _core.Request(
-            key, spec, runner="asks", reuse=True, reentrant=False, slow_after=30.0
-        )
+        asked = request(key, spec, runner="asks")
         identity = None if known.spec is None else 1
         if known.spec is not None and other:
             counted.refused += 1
             with pytest.raises(dg.SpecMismatch, match="one field more"):
-                request.try_acquire(identity)
+                asked.try_acquire(identity)
             return
-        claim = request.try_acquire(identity)
+        claim = asked.try_acquire(identity)
         assert claim is not None
         assert claim.decision == ("lead" if known.spec is None else "join")
         if claim.decision == "lead":
@@ -150,10 +148,7 @@ class OneThread(RuleBasedStateMachine):
         if self.known[key].spec is not None:
             return
         counted.calls += 1
-        request = _core.Request(
-            key, {}, runner="fails", reuse=True, reentrant=False, slow_after=30.0
-        )
-        claim = request.try_acquire(None)
+        claim = request(key, {}, runner="fails").try_acquire(None)
         assert claim is not None
         claim.fail(reason)
         assert state_of(key)["last_failure"] == reason

@@ -61,12 +61,17 @@ def _run(command: Sequence[str | Path], cwd: Path = ROOT) -> str:
     return ran.stdout
 
 
-def build(python: Path) -> Path:
-    """Build the wheel for ``python`` from the source distribution only, as pip does."""
+def build_source() -> Path:
+    """Build the source distribution."""
     with tempfile.TemporaryDirectory() as folder:
         _run([BIN / "maturin", "sdist", "-o", folder])
-        (archive,) = Path(folder).glob("*.tar.gz")
-        shutil.copy(archive, WHEELS)
+        (archive,) = Path(folder).iterdir()
+        return Path(shutil.copy(archive, WHEELS))
+
+
+def build(python: Path, archive: Path) -> Path:
+    """Build the wheel for ``python`` from the source distribution only, as pip does."""
+    with tempfile.TemporaryDirectory() as folder:
         shutil.unpack_archive(archive, folder)
         source = Path(folder) / archive.name.removesuffix(".tar.gz")
         _run([BIN / "maturin", "build", "--release", "-i", python, "-o", folder], source)
@@ -104,13 +109,14 @@ def test(python: Path, wheel: Path) -> str:
 def main(versions: Sequence[str]) -> int:
     """Build and test for each version; print one line for each."""
     WHEELS.mkdir(parents=True, exist_ok=True)
+    archive = build_source()
     tested = 0
     for version in tqdm(versions, desc="wheels", unit="Python", disable=None):
         python = find_python(version)
         if python is None:
             tqdm.write(f"Python {version}: not on this machine, not tested")
             continue
-        wheel = build(python)
+        wheel = build(python, archive)
         tqdm.write(f"Python {version}: {wheel.name}: {test(python, wheel)}")
         tested += 1
     return 0 if tested else 1

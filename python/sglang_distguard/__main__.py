@@ -42,9 +42,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _BROUGHT_BY_SGLANG:  # a part of a package that is there
             raise
+        from sglang_distguard.hooks.versions import INSTALL
+
         print(
             f"error: {arguments.command} needs {error.name}, which is not installed here. sglang "
-            "brings it: pip install sglang==0.5.23",
+            f"brings it: {INSTALL}",
             file=sys.stderr,
         )
         return 2

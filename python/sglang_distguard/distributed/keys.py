@@ -9,11 +9,12 @@ from sglang_distguard import _core
 #: Registry keys of state that the process shares.
 WORLD = "world"
 GROUPS = "groups"
+PROCESS = "process"
 
 
 def own_key(scope: Optional[_core.Scope]) -> str:
     """Return the registry key of the groups that ``scope`` owns in a world of several ranks."""
-    return f"{GROUPS}:{0 if scope is None else scope.id}"
+    return _of_scope(GROUPS, scope)
 
 
 def key_in_use(scope: Optional[_core.Scope]) -> str:
@@ -28,11 +29,10 @@ def all_keys() -> tuple[str, ...]:
     return (GROUPS, *sorted(owned))
 
 
-#: Registry key of the process settings.
-PROCESS = "process"
-
-
 def experts_key() -> str:
     """Return the registry key of the current scope's expert metadata."""
-    scope = _core.current_scope()
-    return f"experts:{0 if scope is None else scope.id}"
+    return _of_scope("experts", _core.current_scope())
+
+
+def _of_scope(kind: str, scope: Optional[_core.Scope]) -> str:
+    return f"{kind}:{0 if scope is None else scope.id}"

@@ -10,6 +10,8 @@ from sglang_distguard.errors import NotSupported
 from sglang_distguard.hooks import generation_0_5_23
 from sglang_distguard.patching import Change, ModulePlan, find_source
 
+#: How to get a release that the guard supports.
+INSTALL = "pip install sglang==0.5.23"
 #: Generation -> its changes. Newest first: the first generation whose needs are all met is used.
 GENERATIONS: dict[str, Callable[[], Sequence[Change]]] = {
     "runtime contexts (sglang 0.5.23)": generation_0_5_23.changes,
@@ -33,7 +35,7 @@ def choose() -> list[ModulePlan]:
     version = installed_version()
     if find_source("sglang.srt.server_args") is None:
         raise NotSupported(
-            "sglang is not installed in this environment; install it (pip install sglang==0.5.23)",
+            f"sglang is not installed in this environment; install it ({INSTALL})",
             sglang=version,
             missing=["sglang"],
         )

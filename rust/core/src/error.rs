@@ -119,9 +119,6 @@ pub enum Error {
     },
 }
 
-/// How to allow more time for a wait.
-const MORE_TIME: &str = "runner_scope(timeout=…), install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT.";
-
 impl std::error::Error for Error {}
 
 impl fmt::Display for Error {
@@ -149,14 +146,10 @@ impl fmt::Display for Error {
             ),
             Self::Timeout { key, owner, waited } => {
                 write!(f, "Timed out after waiting {} for {key}", seconds(*waited))?;
-                match owner {
-                    Some(owner) => write!(
-                        f,
-                        ", which {owner}. Nothing was changed. Look at what that thread does, or allow"
-                    )?,
-                    None => f.write_str(". Nothing was changed. Try again, or allow")?,
+                if let Some(owner) = owner {
+                    write!(f, ", which {owner}")?;
                 }
-                write!(f, " more time: {MORE_TIME}")
+                f.write_str(&after_a_timeout(owner.is_some()))
             }
             Self::PhaseTimeout {
                 access,
@@ -164,9 +157,10 @@ impl fmt::Display for Error {
                 waited,
             } => write!(
                 f,
-                "Timed out after waiting {} for {access}, because {} more time: {MORE_TIME}",
+                "Timed out after waiting {} for {access}, because {}{}",
                 seconds(*waited),
-                obstacle(inside)
+                obstacle(inside),
+                after_a_timeout(!inside.is_empty())
             ),
             Self::VisitOver => f.write_str(
                 "This visit to a phase has ended, or was made before a fork. Enter the phase again.",
@@ -225,15 +219,24 @@ impl fmt::Display for Error {
     }
 }
 
-/// What a thread that waited for a phase can do about the threads in its way.
+/// Why a thread did not enter its phase in time.
 fn obstacle(inside: &[Actor]) -> String {
     if inside.is_empty() {
-        return "other threads were ahead in line. Nothing was changed. Try again, or allow".into();
+        return "other threads were ahead in line".into();
     }
+    format!("a conflicting phase is occupied by {}", join(inside, ", "))
+}
+
+/// What the caller can do after a timeout; `is_named`: the text before names the thread in the way.
+fn after_a_timeout(is_named: bool) -> String {
+    let first = if is_named {
+        "Look at what that thread does"
+    } else {
+        "Try again"
+    };
     format!(
-        "a conflicting phase is occupied by {}. Nothing was changed. Look at what that thread \
-         does, or allow",
-        join(inside, ", ")
+        ". Nothing was changed. {first}, or allow more time: runner_scope(timeout=…), \
+         install(timeout=…) or SGLANG_DISTGUARD_TIMEOUT."
     )
 }
 
