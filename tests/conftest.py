@@ -25,6 +25,7 @@ KINDS = {
         "test_architectures",
         "test_audit_machines",
         "test_audit_sources",
+        "test_audit_values",
         "test_unmanaged_globals",
     ),
     "ranks": ("test_ranks", "test_ranks_communicators", "test_ranks_layouts", "test_agreement"),

@@ -28,6 +28,7 @@ from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
+from sglang_distguard.audit.serving import SERVERS
 from sglang_distguard.audit.traces import tracing
 from sglang_distguard.hooks import process_globals
 from sglang_distguard.testing import ARCHITECTURES
@@ -417,6 +418,10 @@ def test_settings_are_given_to_every_runner_as_json_or_text() -> None:
 
 def test_by_default_an_audit_runs_every_small_model_graphs_switches_and_new_weights() -> None:
     chosen = list(cases.everything(lambda name: Path(name)))
-    assert [it.name for it in chosen if not (it.graphs or it.settings)] == list(ARCHITECTURES)
+    special = {it.name for it in chosen if it.graphs or it.settings or it.server}
+    plain = [it.name for it in chosen if it.generates and it.name not in special]
+    assert plain == list(ARCHITECTURES)
+    assert [it.name for it in chosen if not it.generates] == list(cases.POOLED)
     assert any(it.graphs for it in chosen)
+    assert {it.server for it in chosen} == {"", *SERVERS}
     assert {name for it in chosen for name in it.actions} == set(ACTIONS)

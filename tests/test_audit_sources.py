@@ -28,6 +28,7 @@ def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals(
 
 WAYS = """
 import os
+import sys
 import msgspec
 from msgspec.structs import force_setattr
 from sglang.other import settings
@@ -96,6 +97,30 @@ def write(k, v):
         ("function", "os.environ.setdefault('MADE_UP', v)", "environ['MADE_UP']"),
         ("function", "del os.environ['MADE_UP']", "environ['MADE_UP']"),
         ("function", "os.environ[k.name] = v", "environ[k.name]"),
+        ("function", "setattr(config, k, v)", "config"),
+        ("function", "setattr(Kept, k, v)", "Kept.[k]"),
+        ("function", "setattr(os, k, v)", "[k]"),
+        ("function", "globals()[k] = v", "[k]"),
+        ("function", "globals().update(k)", "[update]"),
+        ("function", "vars(config)[k] = v", "config"),
+        ("function", "vars(os)['made_up'] = v", "made_up"),
+        ("function", "Kept.__dict__[k] = v", "Kept.[k]"),
+        ("function", "os.__dict__.update(k)", "[update]"),
+        ("function", "sys.modules[__name__].made_up = v", "made_up"),
+        ("function", "setattr(sys.modules[__name__], k, v)", "[k]"),
+        ("function", "it = CACHE; it[k] = v", "CACHE"),
+        ("function", "it = CACHE[k]; it.x = v", "CACHE"),
+        ("function", "it = CACHE.get(k); it.append(v)", "CACHE"),
+        ("function", "it = other = 1; it = CACHE; same = it; same.append(v)", "CACHE"),
+        ("function", "if (it := CACHE.get(k)): it.append(v)", "CACHE"),
+        ("function", "for it in CACHE: it.x = v", "CACHE"),
+        ("function", "for k, it in CACHE.items(): it.append(v)", "CACHE"),
+        ("function", "it = Kept.seen; it[k] = v", "Kept.seen"),
+        ("function", "it = config.items; it[k] = v", "config"),
+        ("function", "it = CACHE; it = {}", None),
+        ("function", "it = v; it[k] = 1", None),
+        ("method", "it = self.seen; it[k] = v", "Kept.seen"),
+        ("method", "it = self.mine; it[k] = v", None),
         ("class method", "klass.seen = v", "Kept.seen"),
         ("class method", "klass.seen[k] = v", "Kept.seen"),
         ("class method", "setattr(klass, 'seen', v)", "Kept.seen"),

@@ -7,7 +7,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,9 @@ class Switched:
         self._monkeypatch, self._folder = monkeypatch, folder
         self.done: set[tuple[str, str]] = set()
         self._threads = number_of_threads()
+        self._operators = 0
+        #: Takes back what ``monkeypatch`` cannot.
+        self.undo = ExitStack()
 
     def all(self) -> None:
         for row in UNMANAGED:
@@ -112,8 +115,13 @@ class Switched:
 
         level = self._monkeypatch.setattr
         groups: Any = torch.distributed.distributed_c10d._world.pg_group_ranks
-        if module == "logging":
+        if module == "logging" and name != "_handlerList":
             return lambda: level(logging.getLogger(name), "level", 10)
+        if "operators" in self._reason(module, name):
+            return self._register_an_operator
+        known = self._of_libraries(module, name)
+        if known is not None:
+            return known
         return {
             ("torch", "rng"): lambda: torch.rand(7),
             ("threading", "threads:tqdm._monitor.TMonitor"): lambda: list(
@@ -134,6 +142,83 @@ class Switched:
                 lambda: self._monkeypatch.setenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", "1")
             ),
         }.get((module, name))
+
+    @staticmethod
+    def _reason(module: str, name: str) -> str:
+        row = process_globals.find(module, name)
+        assert row is not None
+        return row.reason
+
+    def _register_an_operator(self) -> None:
+        import torch
+
+        self._operators += 1
+        name = f"made_up_{id(self)}::nothing_{self._operators}"
+
+        def nothing(x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        torch.library.custom_op(name, nothing, mutates_args=())
+
+    def _of_libraries(self, module: str, name: str) -> Callable[[], Any] | None:
+        import atexit
+        import random
+        import sys
+
+        import numpy
+        import torch
+        import transformers
+        from sglang.kernels.jit.utils import arch
+        from transformers import modeling_utils
+        from transformers.models.auto import configuration_auto, modeling_auto
+
+        patch: Any = self._monkeypatch
+        attention: Any = modeling_utils.ALL_ATTENTION_FUNCTIONS
+        models: Any = modeling_auto.MODEL_MAPPING
+        limit = sys.getrecursionlimit()
+
+        def no_gradients() -> None:
+            self.undo.enter_context(torch.no_grad())
+
+        def recurse() -> None:
+            self.undo.callback(sys.setrecursionlimit, limit)
+            sys.setrecursionlimit(max(limit, 2000))
+
+        table: dict[str, Callable[[], Any]] = {
+            "random": random.random,
+            "numpy": numpy.random.rand,
+            "torch.cuda": lambda: torch.manual_seed(7),
+            "torch.mtia": lambda: torch.manual_seed(8),
+            "torch.xpu": lambda: torch.manual_seed(9),
+            "psutil": lambda: patch.setattr(f"psutil.{name}", 1),
+            "torch.grad_mode": no_gradients,
+            "torch.get_device_module": lambda: torch.get_device_module("cpu"),
+            "torch.nn.modules.module": lambda: patch.setattr(
+                torch.nn.Module, "___needs_generation_tag_patch", True, raising=False
+            ),
+            "transformers.models.auto.configuration_auto": (
+                lambda: configuration_auto.CONFIG_MAPPING["mamba"]
+            ),
+            "transformers.models.auto.modeling_auto": (
+                lambda: patch.setitem(models._extra_content, int, int)
+            ),
+            "transformers.modeling_utils": (
+                lambda: patch.setitem(attention._local_mapping, "made up", int)
+            ),
+            "transformers": lambda: patch.setattr(
+                transformers.ParakeetFeatureExtractor, "_backends", ["made up"], raising=False
+            ),
+            "atexit": lambda: atexit.register(int),
+            "logging": logging.StreamHandler,
+            "sys.getrecursionlimit": recurse,
+            "sglang.kernels.jit.utils.arch": (
+                lambda: getattr(arch, name)() if name != "_CUDA_ARCH" else None
+            ),
+            "threading.threads:sglang.srt.utils.watchdog.WatchdogRaw._watchdog_thread": (
+                lambda: patch.setattr(self, "pool", started_pool(), raising=False)
+            ),
+        }
+        return table.get(f"{module}.{name}", table.get(module))
 
     def _of_sglang(self, module: str, name: str) -> Callable[[], Any]:
         *path, last = name.split(".")
@@ -199,7 +284,7 @@ def test_changes_of_unmanaged_globals_change_no_logits(
         solo(model(name), dtype, cache_dir=CACHE).logits
         for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
     ]
-    with two_runners(model) as runners:  # built before
+    with switched.undo, two_runners(model) as runners:  # built before
         switched.all()
         for runner, expected in zip(runners, alone, strict=True):
             made = generate(runner, activate=sglang_distguard.activate)

@@ -9,13 +9,14 @@ from typing import Any
 
 from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.runs import Subject
+from sglang_distguard.audit.serving import SERVERS
 
 _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two runners that generate, of one checkpoint and with different dtypes.
+    """Two runners of one checkpoint and with different dtypes, that generate or embed.
 
     Attributes:
         name: shown in messages.
@@ -23,6 +24,9 @@ class Case:
         settings: ``ServerArgs`` fields that override the recipe's for both runners (JSON values).
         actions: what each runner does in addition; keys of ``ACTIONS``.
         graphs: whether both runners capture and replay decode graphs.
+        generates: whether the model generates; else a prefill gives embeddings or scores.
+        runs: how it runs: keys of ``processes.HOW``.
+        server: what each runner belongs to, and serves: a key of ``SERVERS``; "" for a runner alone.
     """
 
     name: str
@@ -30,9 +34,14 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     actions: tuple[str, ...] = ()
     graphs: bool = False
+    generates: bool = True
+    runs: tuple[str, ...] = ("alone", "together")
+    server: str = ""
 
     def subject(self) -> Subject:
         """The subject to run, in a process that has imported SGLang."""
+        if self.server:
+            return self._serving()
         settings = {**(_graphs() if self.graphs else {}), **self.settings}
 
         def build(number: int, after: Callable[[str], None]) -> Any:
@@ -43,9 +52,26 @@ class Case:
 
         return Subject(build, self._compute)
 
+    def _serving(self) -> Subject:
+        server = SERVERS[self.server]()
+
+        def build(number: int, after: Callable[[str], None]) -> Any:
+            from sglang_distguard.testing import server_args
+
+            settings = {"dtype": _DTYPES[number], **server.settings, **self.settings}
+            return server.build(server_args(self.model, **settings), after)
+
+        def compute(runner: Any, number: int, **how: Any) -> None:
+            server.serve(runner, **{"after": lambda phase: None, **how})
+
+        return Subject(build, compute)
+
     def _compute(self, runner: Any, number: int, **how: Any) -> None:
         from sglang_distguard.testing import steps
 
+        if not self.generates:
+            steps.embed(runner, **how)
+            return
         steps.generate(runner, **how)
         for name in self.actions:
             ACTIONS[name](runner, **how)
@@ -69,17 +95,23 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     a runner can reach: graphs, switches, new weights, sampling.
 
     Args:
-        model_of: returns the checkpoint of an architecture.
+        model_of: returns the checkpoint of an architecture of ``testing.catalog``.
     """
     from sglang_distguard.testing import ARCHITECTURES
+    from sglang_distguard.testing.catalog import CATALOG
 
     for name in ARCHITECTURES:
         yield Case(name, str(model_of(name)))
+    for name in POOLED:
+        settings = CATALOG[name].overrides
+        yield Case(name, str(model_of(name)), settings, generates=False, runs=("together",))
     import torch
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True)
     yield Case("qwen3_moe with switches", moe, _SWITCHES, tuple(ACTIONS))
+    for server in SERVERS:
+        yield Case(f"two of llama's {server}s", llama, runs=("together",), server=server)
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
@@ -92,6 +124,8 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
         yield Case("qwen3_moe recorded, with graphs", moe, {**_HALF, **recording}, graphs=True)
 
 
+#: An encoder, an embedding model, and a reward model.
+POOLED = ("bert", "llama_embedding", "qwen3_reward")
 _HALF = {"dtype": "bfloat16"}
 _LORA = {
     **_HALF,

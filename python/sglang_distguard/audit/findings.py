@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from sglang_distguard.audit import duties
 from sglang_distguard.audit.observe import Key
 from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
@@ -23,6 +24,8 @@ class Open(StrEnum):
     UNSEEN = "not exercised"  # functions write it, but none of those that ran did
     UNWRITTEN = "no writer found"  # it did not change, and no line that writes it is known
     MACHINE = "machine"  # a cache that can hold only a property of machine and installation
+    DUTY = "reader's duty"  # no program can see its changes; ``duties`` says who reads what
+    UNSEEABLE = "UNSEEABLE"  # as before, and ``duties`` says nothing about it
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Finding:
     Attributes:
         module: where it is.
         name: of the global; "Class.attribute" for a class's.
-        kind: "global statement", "container", "cache", "object", "written" or "process".
+        kind: "global statement", "container", "cache", "object", "closure", "written", "process",
+            "extension type" (of objects whose state no Python code can read) or "library" (all
+            globals of one, without those that have a line of their own).
         verdict: the treatment, or one of ``Open``.
         reason: of the treatment; empty without one.
         writes: where SGLang writes it, as far as its text shows.
@@ -83,10 +88,15 @@ def find(
     seen: dict[Key, list[Change]] = {}
     for run in runs:
         for change in run.changes:
-            seen.setdefault((change.module, change.name), []).append(change)
+            seen.setdefault(_listed(change, writes), []).append(change)
+    libraries = {(package, "*") for package in duties.LIBRARIES}
+    kinds |= dict.fromkeys(libraries, "library")
+    unread = {key for run in runs for key in run.unread}
+    kinds |= dict.fromkeys(unread, "extension type")
+    cut = {key for run in runs for key in run.cut}
     # Every treatment gets a line, even if these runs did not reach its global.
     treated = {(row.module, row.name) for row in process_globals.TREATMENTS}
-    for module, name in seen.keys() | treated:
+    for module, name in seen.keys() | treated | cut:
         kinds.setdefault((module, name), _kind_of_other(module))
     ran: dict[tuple[str, int], set[Ran]] = {}
     for run in runs:
@@ -99,10 +109,20 @@ def find(
             tuple(writes.get(key, ())),
             tuple(dict.fromkeys(seen.get(key, ()))),
             _ran(writes.get(key, ()), ran),
-            is_probe=kinds[key] == "cache" and is_probe(*key, files),
+            is_probe=kinds[key] in _ASKED and is_probe(*key, files),
+            is_hidden=key in unread or key in cut or key in libraries,
         )
         for key in sorted(kinds)
     ]
+
+
+def _listed(change: Change, writes: Mapping[Key, object]) -> Key:
+    """The key of the line that has the change: its own, or that of a whole library."""
+    key = change.module, change.name
+    library = duties.library_of(change.module)
+    if library is None or key in writes or process_globals.find(*key) is not None:
+        return key
+    return library, "*"
 
 
 def _ran(writes: Iterable[Write], ran: Mapping[tuple[str, int], set[Ran]]) -> tuple[Ran, ...]:
@@ -139,6 +159,7 @@ def _finding(
     ran: tuple[Ran, ...],
     *,
     is_probe: bool,
+    is_hidden: bool,
 ) -> Finding:
     row = process_globals.find(*key)
     phases = {it.phase for it in (*changes, *ran)}
@@ -146,6 +167,9 @@ def _finding(
         verdict, lasting, reason = row.how.value, row.how.value, row.reason
     elif is_probe:
         verdict, lasting, reason = Open.MACHINE.value, Open.MACHINE.value, ""
+    elif is_hidden:
+        reason = duties.REASONS.get(key, "")
+        verdict = lasting = (Open.DUTY if reason else Open.UNSEEABLE).value
     else:
         verdict, reason = _open(kind, writes, phases).value, ""
         lasting = _open(kind, writes, phases - {"import"}).value
@@ -161,5 +185,8 @@ def _open(kind: str, writes: tuple[Write, ...], phases: Set[str]) -> Open:
         return Open.UNCOVERED
     if phases:
         return Open.ONCE
-    # Calling a cache writes it.
-    return Open.UNSEEN if writes or kind == "cache" else Open.UNWRITTEN
+    return Open.UNSEEN if writes or kind in _ASKED else Open.UNWRITTEN
+
+
+#: Kinds that a call writes.
+_ASKED = ("cache", "closure")

@@ -84,6 +84,8 @@ def _read(file: Path) -> Run:
         [(module, name, kind) for module, name, kind in found["kinds"]],
         found["files"],
         [Ran(**ran) for ran in found["ran"]],
+        [(module, name) for module, name in found["cut"]],
+        [(module, name) for module, name in found["unread"]],
     )
 
 
@@ -170,7 +172,7 @@ def _together(case: Case) -> Run:
     return runs.together(case.subject())
 
 
-_HOW: Mapping[str, Callable[[Case], Run]] = {"alone": _alone, "together": _together}
+HOW: Mapping[str, Callable[[Case], Run]] = {"alone": _alone, "together": _together}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -182,7 +184,7 @@ def main(arguments: Sequence[str]) -> None:
         children.print_to(_log(Path(place)))
         _end_after(float(seconds))
         runs.importing()
-        _write(Path(place), _HOW[single[0]](given[0]))
+        _write(Path(place), HOW[single[0]](given[0]))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # a closed runner may leave threads that no code waits for
@@ -204,7 +206,8 @@ def _run_cases(cases: Sequence[Case], folder: Path, seconds: float) -> None:
         _read_models(run.files)
     starts: dict[str, Callable[[], int]] = {}
     for case in cases:
-        for how, work in _HOW.items():
+        for how in case.runs:
+            work = HOW[how]
             name = f"{case.name} {how}"
             starts[name] = (
                 partial(fork, partial(work, case), folder / name, seconds)

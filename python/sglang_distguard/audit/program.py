@@ -94,9 +94,11 @@ def _cases(
             raise ValueError(f"{model} is no checkpoint: it has no config.json")
         return [Case(model.name, str(model), settings)]
     from sglang_distguard.testing import ARCHITECTURES, create_model
+    from sglang_distguard.testing.catalog import create
 
     def model_of(name: str) -> Path:
-        return create_model(name, cache / "models")
+        make = create_model if name in ARCHITECTURES else create
+        return make(name, cache / "models")
 
     for name in architectures:
         if name not in ARCHITECTURES:
@@ -113,7 +115,7 @@ def audit(given: Sequence[Case]) -> list[findings.Finding]:
     Raises:
         RuntimeError: a run failed.
     """
-    with tqdm(total=2 * len(given), desc="runs", unit="run") as bar:
+    with tqdm(total=sum(len(it.runs) for it in given), desc="runs", unit="run") as bar:
         runs = run_all(given, done=bar.update)
     files = {module for it in runs for module in it.files}
     with tqdm(total=len(files), desc="sources", unit="file") as bar:

@@ -12,8 +12,8 @@ _PLACES = 2
 
 
 def uncovered(findings: Iterable[Finding]) -> list[Finding]:
-    """The untreated globals that changed, or whose writers ran."""
-    return [finding for finding in findings if finding.verdict == Open.UNCOVERED]
+    """The untreated globals that changed, or whose writers ran, or whose state cannot be read."""
+    return [it for it in findings if it.verdict in (Open.UNCOVERED, Open.UNSEEABLE)]
 
 
 def text(findings: Sequence[Finding]) -> str:
@@ -26,7 +26,8 @@ def text(findings: Sequence[Finding]) -> str:
 
 def _lines(findings: Sequence[Finding]) -> Iterator[str]:
     changed = [it for it in findings if any(map(_is_later, it.changes))]
-    told = [it for it in findings if it.verdict == Open.UNCOVERED or it in changed]
+    missing = uncovered(findings)
+    told = [it for it in findings if it in changed or it in missing]
     for finding in sorted(told, key=lambda it: (it.verdict, it.module, it.name)):
         reason = f": {finding.reason}" if finding.reason else ""
         yield f"{finding.module}.{finding.name}"

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from sglang_distguard.audit.observe import Key, Observation, observe, sglang_globals, source_files
+from sglang_distguard.audit import libraries
+from sglang_distguard.audit.libraries import was_imported
+from sglang_distguard.audit.observe import Key, Observation, observe, source_files
 from sglang_distguard.audit.traces import Trace, tracing, untraced
-from sglang_distguard.audit.values import Value, kind_of
+from sglang_distguard.audit.values import Value, texts
 
 PHASES = (
     *("import", "publish", "init", "load", "pool", "backends", "graphs"),
     *("prefill", "decode", "weights", "close"),
 )
+#: What is observed of the first runner, and of the second. The rest counts to the next one.
+_DETAILS = frozenset(PHASES) - {"pool", "backends"}
+_ENDS = frozenset(["graphs", "prefill", "decode", "weights"])
 _NOTHING = "(nothing)"
 
 
@@ -69,12 +74,17 @@ class Run:
         kinds: [module, name, kind] of SGLang's globals that can change.
         files: each imported SGLang module -> its source file.
         ran: the lines that ran and write a global.
+        cut: [module, name] of the globals that hold more than was read.
+        unread: [module, name] of the types of objects that SGLang's globals hold and whose state no
+            Python code can read.
     """
 
     changes: list[Change]
     kinds: list[tuple[str, str, str]]
     files: dict[str, str]
     ran: list[Ran]
+    cut: list[tuple[str, str]] = field(default_factory=list)
+    unread: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Watch:
@@ -84,23 +94,47 @@ class Watch:
         self.trace = Trace() if trace is None else trace
         self.changes: list[Change] = []
         self.ran: list[Ran] = []
+        #: What had changed before lines that may restore it; the phase is not known yet.
+        self._meanwhile: dict[Key, tuple[str, str]] = {}
         with untraced():
             self.last = observe()
+            self.libraries = libraries.libraries()
 
-    def of(self, runner: str) -> Callable[[str], None]:
-        return lambda phase: self.after(runner, phase)
+    def of(self, runner: str, phases: Set[str]) -> Callable[[str], None]:
+        """Return a function to call after each phase; it observes ``phases`` only."""
+        return lambda phase: self.after(runner, phase) if phase in phases else None
+
+    def before_restoring(self) -> None:
+        """Record what has changed since the last phase: the next line may restore it."""
+        for it in differences(self.last, observe(), phase="", runner=""):
+            self._meanwhile[it.module, it.name] = it.before, it.after
 
     def after(self, runner: str, phase: str) -> None:
         with untraced():
-            now = observe()
+            now, others = observe(), libraries.libraries(self.libraries)
             self.changes += differences(self.last, now, phase=phase, runner=runner)
+            self.changes += [
+                Change(*key, phase, runner, *told)
+                for key, *told in libraries.differences(self.libraries, others)
+            ]
             self.ran += [Ran(*place, phase, runner) for place in self.trace.take()]
-        self.last = now
+        found = {(it.module, it.name) for it in self.changes if it.phase == phase}
+        self.changes += [
+            Change(*key, phase, runner, *told)
+            for key, told in self._meanwhile.items()
+            if key not in found
+        ]
+        self._meanwhile.clear()
+        self.last, self.libraries = now, others
 
     def take(self) -> Run:
         """Return what was seen since the last call of this method; more may follow."""
-        kinds = [(*key, kind) for key, thing in sglang_globals() if (kind := kind_of(thing))]
-        taken = Run(self.changes, kinds, source_files(), self.ran)
+        own = {key: value for key, value in self.last.items() if _is_sglangs(key)}
+        kinds = [(*key, kind) for key, value in own.items() if (kind := value.kind)]
+        cut = [key for key, value in self.last.items() if value.is_cut]
+        held = {node.unread for value in own.values() for node, _, _ in value.nodes}
+        unread = sorted((it.__module__, it.__qualname__) for it in held if it is not None)
+        taken = Run(self.changes, kinds, source_files(), self.ran, cut, unread)
         self.changes, self.ran = [], []
         return taken
 
@@ -117,14 +151,19 @@ def differences(before: Observation, now: Observation, *, phase: str, runner: st
         old, new = before.get(key), now.get(key)
         if old == new or (old is None and new is not None and _came(key, new, known)):
             continue
-        texts = [_NOTHING if it is None else it.text for it in (old, new)]
-        found.append(Change(*key, phase, runner, *texts))
+        if old is not None and new is not None:
+            told = texts(old, new)
+        else:
+            told = [_NOTHING if it is None else it.text for it in (old, new)]
+        found.append(Change(*key, phase, runner, *told))
     return found
 
 
 def _came(key: Key, new: Value, known: Set[str]) -> bool:
     """Whether a global is new because a module was imported."""
-    return (key[0] not in known and not new.was_asked) or new.may_appear
+    if new.may_appear or (key[0] not in known and not new.was_asked):
+        return True
+    return not _is_sglangs(key) and was_imported(*key, new.thing)
 
 
 @dataclass(frozen=True)
@@ -167,8 +206,9 @@ def alone(subject: Subject) -> Run:
     """Build and run runner 0 with plain SGLang, in this process, which has imported it."""
     watch = Watch()
     with tracing(watch.trace):
-        runner = subject.build(0, watch.of("alone"))
-        subject.compute(runner, 0, after=watch.of("alone"))
+        after = watch.of("alone", _DETAILS)
+        runner = subject.build(0, after)
+        subject.compute(runner, 0, after=after)
         del runner
         _tear_down()
         watch.after("alone", "close")
@@ -180,14 +220,14 @@ def together(subject: Subject) -> Run:
     import sglang_distguard
 
     watch = Watch()
+    watch.trace.before_restoring = watch.before_restoring
     with tracing(watch.trace):
         runners = []
         for number, name in enumerate(("first", "second")):
+            after = watch.of(name, _DETAILS if number == 0 else _ENDS)
             with sglang_distguard.runner_scope(name):
-                runner = subject.build(number, watch.of(name))
-            subject.compute(
-                runner, number, activate=sglang_distguard.activate, after=watch.of(name)
-            )
+                runner = subject.build(number, after)
+            subject.compute(runner, number, activate=sglang_distguard.activate, after=after)
             runners.append(runner)
             del runner
         _at_once(subject, runners)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import gc
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from sglang_distguard.audit.statements import (
     FIELDS,
     MODULE,
+    aliases,
     bound_names,
     chain,
     is_name,
@@ -54,6 +56,8 @@ class _Scope:
     local: set[str] = field(default_factory=set)
     declared: set[str] = field(default_factory=set)
     imported: _Names = field(default_factory=dict)
+    #: Local name -> the containers that it is another name of, or of an element of.
+    aliases: dict[str, list[ast.expr]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,18 @@ class Source:
     """The writes and declarations in the text of a module.
 
     Attributes:
-        writes: every write of a global in its functions, as far as names show. Writes to objects
-            that are passed around, or under a computed name, are not found; such changes show when
-            they happen (``observe``). Environment variables are found: ``environ[name]``.
+        writes: every write of a global in its functions, as far as names show, also through a local
+            name for it or for one of its elements. Writes to objects that are passed around are not
+            found; such changes show when they happen (``observe``). Under a computed name the name
+            is an expression: ``environ[name]``, ``Class.[name]``.
         declared: every name in a ``global`` statement.
+        moments: first lines of what may restore a value: a ``finally`` clause, an ``__exit__``, a
+            generator that is a context manager, after its ``yield``.
     """
 
     writes: tuple[Write, ...]
     declared: frozenset[str]
+    moments: frozenset[int] = frozenset()
 
 
 @functools.cache
@@ -101,7 +109,30 @@ def read(module: str, text: str) -> Source:
     declared = frozenset(
         name for node in nodes if isinstance(node, ast.Global) for name in node.names
     )
-    return Source(tuple(sorted(set(_Reader(module).read(tree)))), declared)
+    writes = tuple(sorted(set(_Reader(module).read(tree))))
+    return Source(writes, declared, frozenset(_moments(tree)))
+
+
+def _moments(tree: ast.Module) -> Iterator[int]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and node.finalbody:
+            yield node.finalbody[0].lineno
+        elif isinstance(node, ast.FunctionDef):
+            decorators = [ast.unparse(it) for it in node.decorator_list]
+            if node.name == "__exit__":
+                yield node.body[0].lineno
+            elif any(it.endswith("contextmanager") for it in decorators):
+                yield from _after_yields(node.body)
+
+
+def _after_yields(body: list[ast.stmt]) -> Iterator[int]:
+    """The lines of the statements that follow a statement with a ``yield`` in it."""
+    for statement, following in itertools.pairwise(body):
+        if any(isinstance(it, (ast.Yield, ast.YieldFrom)) for it in ast.walk(statement)):
+            yield following.lineno
+    for statement in body:
+        for name in ("body", "orelse", "finalbody"):
+            yield from _after_yields(getattr(statement, name, []))
 
 
 class _Reader:
@@ -150,11 +181,18 @@ class _Reader:
     def _writes_of(
         self, node: ast.AST, functions: list[_Scope], classes: list[str]
     ) -> Iterator[Write]:
+        line = getattr(node, "lineno", 0)
         for target, rebinds in written_by(node):
             found = self._meaning(target, functions, classes, rebinds)
             if found is not None:
-                line = getattr(node, "lineno", 0)
                 yield Write(*found, self._module, line, functions[-1].name, rebinds)
+                continue
+            if isinstance(target, ast.Name) and rebinds:
+                continue
+            for other in _other_names(target, functions):
+                found = self._meaning(other, functions, classes, rebinds=False)
+                if found is not None:
+                    yield Write(*found, self._module, line, functions[-1].name, rebinds=False)
 
     def _meaning(
         self, target: ast.expr, functions: list[_Scope], classes: list[str], rebinds: bool
@@ -206,6 +244,21 @@ class _Reader:
             if name in scope.local:
                 return scope.imported.get(name)
         return self._imported.get(name)
+
+
+def _other_names(target: ast.expr, functions: list[_Scope]) -> Iterator[ast.expr]:
+    """The containers that the local name at the beginning of ``target`` stands for."""
+    first = target.id if isinstance(target, ast.Name) else chain(target)[0]
+    for scope in reversed(functions):
+        if first in scope.local:
+            seen, pending = {first}, list(scope.aliases.get(first, ()))
+            while pending:
+                container = pending.pop()
+                yield container
+                if isinstance(container, ast.Name) and container.id not in seen:
+                    seen.add(container.id)
+                    pending += scope.aliases.get(container.id, ())
+            return
 
 
 def _is_owner(name: str, functions: list[_Scope]) -> bool:
@@ -289,6 +342,8 @@ def _scope_of(function: ast.AST, name: str) -> _Scope:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             scope.imported |= _imports(node)
         scope.local |= set(bound_names(node))
+        for alias, container in aliases(node):
+            scope.aliases.setdefault(alias, []).append(container)
     return scope
 
 

@@ -37,7 +37,7 @@ _SETTERS = frozenset(
 _OBJECTS_SETTERS = frozenset(["__setattr__", "__delattr__"])
 #: 0.5.23: writes of an environment variable through a field of ``envs``.
 FIELDS = ("sglang.srt.environ", "envs", frozenset(["set", "override", "clear"]))
-#: Stands for the analysed module in the place of ``globals()``.
+#: Stands for the analysed module in the place of ``globals()`` and ``sys.modules[__name__]``.
 MODULE = "globals()"
 _WRITING = frozenset(
     [
@@ -74,7 +74,7 @@ def written_by(node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
     for target in targets:
         for part in _parts(target):
             if isinstance(part, ast.Subscript):
-                named = _variable(part.value, part.slice) or _of_globals(part)
+                named = _variable(part.value, part.slice) or _of_namespace(part)
                 yield (named, True) if named is not None else (_container(part), False)
             elif isinstance(part, (ast.Name, ast.Attribute)):
                 container = _container(part)
@@ -94,15 +94,21 @@ def _changed_by(call: ast.Call, method: ast.Attribute) -> Iterator[tuple[ast.exp
         if method.attr in FIELDS[2]:
             yield called_on, True
     elif method.attr in _CHANGES:
-        yield _container(called_on), False
+        owner = _owner_of(called_on)
+        if owner is not None:
+            yield ast.Attribute(owner, f"[{method.attr}]", ast.Store()), True
+        else:
+            yield _container(called_on), False
 
 
 def _container(written: ast.expr) -> ast.expr:
     """``written`` itself or its container: ``a.b`` for ``a.b[1].c``, ``a`` for ``a.get(1)``."""
     found, node = written, written
     while True:
+        if _is_own_module(node):
+            return found
         if isinstance(node, ast.Subscript):
-            named = _of_globals(node)
+            named = _of_namespace(node)
             if named is not None:
                 return named
             found = node = node.value
@@ -125,11 +131,26 @@ def _variable(container: ast.expr, name: ast.expr) -> ast.expr | None:
     return None
 
 
-def _of_globals(part: ast.Subscript) -> ast.expr | None:
-    """``globals()["name"]`` as an attribute of the analysed module."""
-    if _is_call_of(part.value, "globals") and isinstance(part.slice, ast.Constant):
-        return ast.Attribute(ast.Name(MODULE), str(part.slice.value), ast.Store())
+def _of_namespace(part: ast.Subscript) -> ast.expr | None:
+    """``globals()["name"]``, ``vars(x)["name"]`` or ``x.__dict__["name"]`` as an attribute."""
+    owner = _owner_of(part.value)
+    return None if owner is None else ast.Attribute(owner, _named(part.slice), ast.Store())
+
+
+def _owner_of(namespace: ast.expr) -> ast.expr | None:
+    """The module, class or object of ``globals()``, ``vars(x)`` or ``x.__dict__``."""
+    if _is_call_of(namespace, "globals"):
+        return ast.Name(MODULE)
+    if isinstance(namespace, ast.Call) and is_name(namespace.func, "vars") and namespace.args:
+        return namespace.args[0]
+    if isinstance(namespace, ast.Attribute) and namespace.attr == "__dict__":
+        return namespace.value
     return None
+
+
+def _named(name: ast.expr) -> str:
+    """The name of an attribute; a computed one is its expression in brackets."""
+    return str(name.value) if isinstance(name, ast.Constant) else f"[{ast.unparse(name)}]"
 
 
 def is_name(node: ast.expr, name: str) -> bool:
@@ -141,8 +162,12 @@ def _is_call_of(node: ast.expr, name: str) -> bool:
     return isinstance(node, ast.Call) and is_name(node.func, name)
 
 
+def _is_own_module(node: ast.expr) -> bool:
+    return isinstance(node, ast.Subscript) and ast.unparse(node) == "sys.modules[__name__]"
+
+
 def _set_attribute(call: ast.Call) -> ast.Attribute | None:
-    """The attribute that ``setattr`` or a similar call writes, if its name is a constant."""
+    """The attribute that ``setattr`` or a similar call writes."""
     function = call.func
     if isinstance(function, ast.Name):
         sets = function.id in _SETTERS
@@ -152,8 +177,8 @@ def _set_attribute(call: ast.Call) -> ast.Attribute | None:
         )
     else:
         return None
-    if sets and len(call.args) >= 2 and isinstance(call.args[1], ast.Constant):
-        return ast.Attribute(call.args[0], str(call.args[1].value), ast.Store())
+    if sets and len(call.args) >= 2:
+        return ast.Attribute(call.args[0], _named(call.args[1]), ast.Store())
     return None
 
 
@@ -175,11 +200,36 @@ def chain(target: ast.expr) -> tuple[str, list[str]]:
         target = target.value
     if _is_call_of(target, "type"):
         return "cls", attributes
+    if _is_own_module(target):
+        return MODULE, attributes
     if not isinstance(target, ast.Name):
         return "", []
     if target.id == "self" and attributes[:1] == ["__class__"]:
         return "cls", attributes[1:]
     return target.id, attributes
+
+
+def aliases(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Yield (bare name, container) of names that ``node`` binds to a container or its element."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        pairs = [(node.targets[0], node.value)]
+    elif isinstance(node, ast.NamedExpr):
+        pairs = [(node.target, node.value)]
+    elif isinstance(node, (ast.For, ast.AsyncFor)):
+        iterated = node.iter
+        if (
+            isinstance(iterated, ast.Call)
+            and isinstance(iterated.func, ast.Attribute)
+            and iterated.func.attr in ("items", "values")
+        ):
+            iterated = iterated.func.value
+        pairs = [(part, iterated) for part in _parts(node.target)]
+    else:
+        return
+    for target, value in pairs:
+        container = _container(value)
+        if isinstance(target, ast.Name) and isinstance(container, (ast.Name, ast.Attribute)):
+            yield target.id, container
 
 
 def bound_names(node: ast.AST) -> Iterator[str]:

@@ -28,6 +28,10 @@ class Trace:
 
     def __init__(self) -> None:
         self._ran: set[Place] = set()
+        #: Called on the main thread, untraced, where a line is about to run that may restore a
+        #: value (``Source.moments``); once for each such line.
+        self.before_restoring: Optional[Callable[[], None]] = None
+        self._restored: set[Place] = set()
         # Keyed by identity: equal functions of two modules have equal code, and comparing is slow.
         self._tracers: dict[int, tuple[types.CodeType, Optional[_Tracer]]] = {}
 
@@ -54,16 +58,29 @@ class Trace:
         if not code.co_filename.endswith(".py"):
             return None
         lines = {line for _, _, line in code.co_lines() if line is not None}
-        lines &= {write.line for write in source_of(module, code.co_filename).writes}
-        if not lines or code.co_name == "<module>":
+        source = source_of(module, code.co_filename)
+        writes = lines & {write.line for write in source.writes}
+        moments = lines & source.moments if self.before_restoring is not None else set[int]()
+        if not (writes or moments) or code.co_name == "<module>":
             return None
 
         def trace(frame: types.FrameType, event: str, argument: Any) -> _Tracer:
-            if event == "line" and frame.f_lineno in lines:
-                self._ran.add((module, frame.f_lineno))
+            if event == "line":
+                if frame.f_lineno in writes:
+                    self._ran.add((module, frame.f_lineno))
+                if frame.f_lineno in moments:
+                    self._will_restore((module, frame.f_lineno))
             return trace
 
         return trace
+
+    def _will_restore(self, place: Place) -> None:
+        if place in self._restored or threading.current_thread() is not threading.main_thread():
+            return
+        self._restored.add(place)
+        if self.before_restoring is not None:
+            with untraced():
+                self.before_restoring()
 
 
 @contextmanager

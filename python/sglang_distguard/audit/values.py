@@ -1,209 +1,210 @@
 """The value of a process-global at one moment: a form to compare and a text to print.
 
-Objects are read without running their code, because lazy modules import themselves when an
-attribute is read. Not seen: changes deeper than ``DEPTH``, inside other libraries' objects, or in a
-``threading.local`` of other threads.
+A value has everything that the global holds, as far as ``graph`` reads objects: the contents of
+containers and objects, of closures, default arguments and caches. ``DEPTH`` and ``OBJECTS`` bound
+it, and the audit reports a value that holds more.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
-import itertools
-import sys
-import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from sglang_distguard.context import environment
+from sglang_distguard.audit.graph import CACHE, Node, Reader, attributes, is_a
 
-#: How many levels of containers and of SGLang's own objects are compared.
-DEPTH = 3
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
-#: Only rebinding these is seen; their contents are listed separately, or are code.
-_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-_CACHE = type(functools.lru_cache(lambda: None))
-_SEQUENCES = (list, tuple, deque)
-_SETS = (set, frozenset)
-_WEAK_MAPPINGS = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
-_WEAK = (*_WEAK_MAPPINGS, weakref.WeakSet)
+#: How many references away from its global an object is read.
+DEPTH = 32
+#: How many objects of one global are read.
+OBJECTS = 10_000
+_ATOMS = (bool, int, float, complex, str, bytes, type(None))
+#: New ones are no change: they are code that was imported.
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_WRAPPERS = (classmethod, staticmethod)
+_WEAK = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet)
+_SIZED = (dict, list, tuple, deque, set, frozenset, bytearray, *_WEAK)
+_MUTABLE = (dict, list, set, deque, bytearray, *_WEAK)
 
 
-@dataclass(frozen=True)
 class Value:
     """A value as it was when it was read.
 
     Attributes:
-        text: to print.
-        print: equal for equal values, down to ``DEPTH`` levels.
-        kept: keeps the objects alive whose identities are in ``print``, so that no later object can
-            have the same identity.
+        thing: what the global was bound to.
+        form: equal for the same object, or for equal constants and tuples of them.
+        states: identity -> state of each object that it holds.
+        nodes: these objects in the order of their distance, each with the number of the one that
+            refers to it and a label. They keep alive what ``form`` and ``states`` identify.
         may_appear: whether it is no change when the value is new: it is imported code, or was not
             read before.
+        size: number of its elements, if it is a container or a cache.
         was_asked: whether it is a cache that keeps, or kept, a result.
+        is_cut: whether it holds more than was read.
     """
 
-    text: str
-    print: Any
-    kept: Any
-    may_appear: bool
-    was_asked: bool
+    __slots__ = ("form", "is_cut", "may_appear", "nodes", "size", "states", "thing", "was_asked")
+
+    def __init__(self, thing: Any, reader: Reader) -> None:
+        root = Node(None)
+        self.thing = thing
+        self.form: Any = root.token(thing, "")
+        self.nodes: list[tuple[Node, int, str]] = [(root, 0, "")]
+        self.states: dict[int, Any] = _NOTHING
+        self.is_cut = False
+        if root.held and not is_a(thing, type):  # a class's attributes are globals themselves
+            self.is_cut = _walk(self.nodes, reader)
+            self.states = {id(node.thing): node.state for node, _, _ in self.nodes[1:]}
+        traits = _traits(type(thing))
+        self.size = len(thing) if traits.is_sized else 0
+        self.may_appear = traits.is_code
+        self.was_asked = False
+        if traits.is_cache:
+            info = thing.cache_info()
+            self.size, self.was_asked = info.currsize, info.misses > 0
+
+    @property
+    def text(self) -> str:
+        """To print."""
+        thing = self.thing
+        if is_a(thing, _ATOMS):
+            text = repr(thing)
+            return text if len(text) <= 60 else text[:59] + "…"
+        traits = _traits(type(thing))
+        name = "cache" if traits.is_cache else type(thing).__name__
+        if traits.is_sized or traits.is_cache:
+            return f"{name} of {self.size}"
+        if traits.is_code:
+            return f"{name} {getattr(thing, '__qualname__', getattr(thing, '__name__', ''))}"
+        return name
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of global if it can change, else None.
+
+        It is "cache", "container", "object", or "closure": a function or property that holds
+        something that can change.
+        """
+        thing = self.thing
+        if is_cache(thing):
+            return "cache"
+        if is_container(thing):
+            return "container"
+        if is_a(thing, (*_CODE, property)):
+            held = (node.thing for node, _, _ in self.nodes[2:])
+            return "closure" if any(map(_can_change, held)) else None
+        return "object" if is_object(thing) else None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and self.print == other.print
+        return isinstance(other, Value) and self.form == other.form and self.states == other.states
 
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-
-def value_of(thing: Any) -> Value:
-    """The present value of ``thing``."""
-    thing = _function_of(thing)
-    kept: list[Any] = [thing]
-    asked = is_cache(thing) and thing.cache_info().misses > 0
-    return Value(_text(thing), _print(thing, DEPTH, kept), kept, isinstance(thing, _OPAQUE), asked)
+    __hash__ = None  # type: ignore[assignment]
 
 
-def kind_of(thing: Any) -> str | None:
-    """Return "cache", "container" or "object" if ``thing`` can change, else None."""
-    thing = _function_of(thing)
-    if is_cache(thing):
-        return "cache"
-    if is_container(thing):
-        return "container"
-    return "object" if is_object(thing) else None
+_NOTHING: dict[int, Any] = {}
+
+
+class _Traits(NamedTuple):
+    is_sized: bool
+    is_code: bool
+    is_cache: bool
+
+
+@functools.cache
+def _traits(kind: type) -> _Traits:
+    return _Traits(issubclass(kind, _SIZED), issubclass(kind, _CODE), kind is CACHE)
+
+
+def value_of(thing: Any, reader: Reader | None = None) -> Value:
+    """The present value of ``thing``.
+
+    Args:
+        thing: what a global is bound to.
+        reader: of the present moment; reads no object twice.
+    """
+    return Value(_function_of(thing), Reader() if reader is None else reader)
+
+
+def _walk(nodes: list[tuple[Node, int, str]], reader: Reader) -> bool:
+    """Append everything that the first node holds; return whether there is more."""
+    seen: set[int] = set()
+    begin, depth, is_cut = 0, 0, False
+    while begin < len(nodes):
+        end, depth = len(nodes), depth + 1
+        for number in range(begin, end):
+            for label, thing in nodes[number][0].held:
+                if id(thing) in seen:
+                    continue
+                if depth > DEPTH or len(nodes) > OBJECTS:
+                    return True
+                seen.add(id(thing))
+                node = reader.node(thing)
+                is_cut = is_cut or node.is_cut
+                nodes.append((node, number, label))
+        begin = end
+    return is_cut
+
+
+def texts(before: Value, after: Value) -> tuple[str, str]:
+    """Describe the first difference between two values of one global."""
+    if before.form != after.form:
+        return before.text, after.text
+    for value in (after, before):
+        for node, number, label in value.nodes[1:]:
+            key = id(node.thing)
+            old, new = before.states.get(key), after.states.get(key)
+            if old != new:
+                path = _path(value.nodes, number, label)
+                found = [_described(type(node.thing), it, path) for it in (old, new)]
+                return found[0], found[1]
+    return before.text, after.text
+
+
+def _path(nodes: list[tuple[Node, int, str]], number: int, label: str) -> str:
+    parts = [label]
+    while number:
+        _, number, label = nodes[number]
+        parts.insert(0, label)
+    return "".join(parts)
+
+
+def _described(kind: type, state: Any, path: str) -> str:
+    if state is None:
+        told = "(nothing)"
+    elif issubclass(kind, _SIZED) and kind is not bytearray:
+        told = f"{kind.__name__} of {len(state if isinstance(state, frozenset) else state[0])}"
+    elif kind is CACHE:
+        told = f"cache of {state[1]}"
+    else:
+        told = kind.__name__
+    return f"{path}: {told}" if path else told
+
+
+def _can_change(thing: Any) -> bool:
+    return is_cache(thing) or is_container(thing) or is_object(thing)
 
 
 def is_cache(thing: Any) -> bool:
     """Whether ``thing`` is a function that ``functools.lru_cache`` wraps."""
-    return type(thing) is _CACHE
+    return type(thing) is CACHE
 
 
 def is_container(thing: Any) -> bool:
     """Whether ``thing`` is a mutable container."""
-    return isinstance(thing, (dict, list, set, deque, bytearray, *_WEAK))
+    return is_a(thing, _MUTABLE)
 
 
 def is_object(thing: Any) -> bool:
     """Whether ``thing`` is an instance of an SGLang class and has instance attributes."""
-    if isinstance(thing, (*_OPAQUE, *_ATOMS)) or not _module(thing).startswith("sglang."):
+    if is_a(thing, (*_CODE, *_ATOMS)) or not _module(thing).startswith("sglang."):
         return False
-    return bool(attributes(thing)) or any(True for _ in _slots(thing))
-
-
-def attributes(thing: Any) -> dict[str, Any]:
-    """The instance attributes of ``thing``, read without running its code."""
-    if type(thing) is threading.local:  # a subclass's constructor runs on a thread's first access
-        return vars(thing)
-    found = {}
-    for name, slot in _slots(thing):
-        try:
-            found[name] = slot.__get__(thing)
-        except AttributeError:  # not set
-            continue
-    try:
-        others = object.__getattribute__(thing, "__dict__")
-    except AttributeError:
-        return found
-    if isinstance(others, dict):
-        found.update((name, it) for name, it in list(others.items()) if not _is_a_hook(it))
-    return found
-
-
-def _is_a_hook(thing: Any) -> bool:
-    """Whether it is the guard's (``environment.ask_scopes_first``), and no change by SGLang."""
-    return isinstance(thing, functools.partial) and thing.func.__module__ == environment.__name__
-
-
-def _slots(thing: Any) -> Iterator[tuple[str, types.MemberDescriptorType]]:
-    for kind in type(thing).__mro__:
-        for name, slot in vars(kind).items():
-            if isinstance(slot, types.MemberDescriptorType) and not name.startswith("__"):
-                yield name, slot
+    return bool(attributes(thing))
 
 
 def _function_of(thing: Any) -> Any:
     """The function of a class or static method; any other ``thing`` as it is."""
-    return thing.__func__ if isinstance(thing, (classmethod, staticmethod)) else thing
-
-
-def _print(thing: Any, depth: int, kept: list[Any]) -> Any:
-    if isinstance(thing, _ATOMS):
-        return type(thing), repr(thing) if isinstance(thing, float) else thing
-    if is_cache(thing):
-        info = thing.cache_info()
-        return id(thing), info.misses, info.currsize
-    if isinstance(thing, (bytearray, itertools.count)):
-        return id(thing), repr(thing)
-    if isinstance(thing, types.FunctionType) and depth > 0 and vars(thing):
-        kept.append(thing)
-        return id(thing), _print(vars(thing), depth - 1, kept)
-    if isinstance(thing, _OPAQUE) or depth == 0:
-        kept.append(thing)
-        return id(thing)
-    if isinstance(thing, _WEAK_MAPPINGS):
-        items = dict(thing)
-        return id(thing), _print(list(items.items()), depth, kept)[1]
-    if isinstance(thing, weakref.WeakSet):
-        return id(thing), _print(set(thing), depth, kept)[1]
-    version = _version(thing)
-    if version is not None:
-        kept.append(thing)
-        return id(thing), version
-    if isinstance(thing, dict):
-        items = [
-            (_print(key, 0, kept), _print(value, depth - 1, kept))
-            for key, value in list(dict.items(thing))
-        ]
-        return _identity(thing), tuple(items)
-    if isinstance(thing, _SEQUENCES):
-        return _identity(thing), tuple(_print(item, depth - 1, kept) for item in tuple(thing))
-    if isinstance(thing, _SETS):
-        return _identity(thing), frozenset(_print(item, 0, kept) for item in tuple(thing))
-    kept.append(thing)
-    if not is_object(thing) and type(thing) is not threading.local:
-        return id(thing)
-    inside = attributes(thing)
-    return id(thing), tuple(
-        (name, _print(value, depth - 1, kept)) for name, value in list(inside.items())
-    )
-
-
-def _version(thing: Any) -> int | None:
-    """How often a tensor was written; None for anything else, and where torch does not count."""
-    tensor = getattr(sys.modules.get("torch"), "Tensor", ())
-    if not issubclass(type(thing), tensor):
-        return None
-    try:
-        return int(thing._version)
-    except RuntimeError:  # a tensor of inference mode has no version
-        return None
-
-
-def _identity(thing: Any) -> Any:
-    # Equal tuples and frozensets are interchangeable; one of two equal lists may be changed.
-    return type(thing) if isinstance(thing, (tuple, frozenset)) else id(thing)
-
-
-def _text(thing: Any) -> str:
-    if isinstance(thing, _ATOMS):
-        text = repr(thing)
-        return text if len(text) <= 60 else text[:59] + "…"
-    if is_cache(thing):
-        return f"cache of {thing.cache_info().currsize}"
-    if isinstance(thing, (dict, *_SEQUENCES, *_SETS, *_WEAK, bytearray)):
-        return f"{_name(thing)} of {len(thing)}"
-    if isinstance(thing, _OPAQUE):
-        return f"{_name(thing)} {getattr(thing, '__qualname__', getattr(thing, '__name__', ''))}"
-    return _name(thing)
-
-
-def _name(thing: Any) -> str:
-    return type(thing).__name__
+    return thing.__func__ if is_a(thing, _WRAPPERS) else thing
 
 
 def _module(thing: Any) -> str:

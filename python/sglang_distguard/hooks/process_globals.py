@@ -68,6 +68,13 @@ TREATMENTS: tuple[Treatment, ...] = (
             "runner's own world",
             "hooks.process_groups",
         ),
+        (
+            "torch.distributed.distributed_c10d",
+            "_backend _default_pg_init_method _group_count _pg_backend_config _pg_group_ranks "
+            "_pg_map _pg_names _pg_to_tag _tags_to_pg _world",
+            "torch's own lists of the world and its groups",
+            "hooks.process_groups",
+        ),
         (_STATE, "_WORLD", "coordinator of the world", "hooks.parallel_state"),
         (
             "sys",
@@ -77,7 +84,8 @@ TREATMENTS: tuple[Treatment, ...] = (
         ),
         (
             "torch",
-            "float32_matmul_precision allow_tf32",
+            "float32_matmul_precision allow_tf32 cublas_allow_tf32 fp32_precision.cuda.matmul "
+            "fp32_precision.mkldnn.matmul",
             "changed by enable_tf32_matmul; runners that live at once must agree on it",
             "distributed.process_settings",
         ),
@@ -190,6 +198,53 @@ TREATMENTS: tuple[Treatment, ...] = (
             "get_w8a8_channelwise_fp8_configs",
             "cached results that depend on torch.compile",
             "hooks.caches",
+        ),
+        (
+            _SRT + "utils.hf_transformers.config",
+            "get_config",
+            "configuration files of checkpoints by path; the next checkpoint there may be another",
+            "hooks.caches",
+        ),
+        (
+            _SRT + "utils.hf_transformers.common",
+            "get_generation_config",
+            "configuration files of checkpoints by path; the next checkpoint there may be another",
+            "hooks.caches",
+        ),
+        (
+            _SRT + "managers.mm_schedule",
+            "embedding_cache",
+            "what one model made of images, by the images alone",
+        ),
+        (
+            _SRT + "mem_cache.radix_cache",
+            "TreeNode.counter",
+            "numbers of one tree's nodes; two threads that count together give a number twice",
+        ),
+        (
+            _SRT + "mem_cache.unified_cache.unified_tree_core",
+            "UnifiedTreeNode.counter",
+            "numbers of one tree's nodes; two threads that count together give a number twice",
+        ),
+        (
+            _SRT + "managers.cache_controller",
+            "CacheOperation.counter StorageOperation.counter",
+            "numbers of one cache's operations; two threads that count together give a number twice",
+        ),
+        (
+            _SRT + "managers.mm_utils",
+            "_is_default_tensor_transport",
+            "read from one scheduler's configuration",
+        ),
+        (
+            _SRT + "managers.overlap_utils",
+            "_offered_relay",
+            "buffers that one runner's graphs read, for its own scheduler",
+        ),
+        (
+            "sglang.kernels.ops.mamba.triton_ops.ssu_dispatch",
+            "_mamba_ssu_backend",
+            "made from one scheduler's configuration",
         ),
         (
             "sglang.kernels.fused_op",

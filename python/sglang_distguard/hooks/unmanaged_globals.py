@@ -8,6 +8,8 @@ from __future__ import annotations
 _SRT = "sglang.srt."
 _MACHINE = "caches a hardware or installation property"
 _KERNEL = "kernel cache keyed by its arguments"
+_OPERATORS = "operators, which imports register, and caches of which kernel serves which tensors"
+_REGISTERED = "SGLang's own models, registered by imports"
 _FIELDS = "caches the fields of SGLang's own classes"
 
 #: (module, names, reason)
@@ -19,6 +21,70 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "temperature; samples, and weights missing in the checkpoint, are as random as with one "
         "runner",
     ),
+    (
+        "random",
+        "getstate _inst",
+        "each TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
+    ),
+    (
+        "numpy",
+        "rng",
+        "each TpModelWorker seeds it; makes the prompts of warm-ups and of profiles",
+    ),
+    *(
+        (f"torch.{device}", "_lazy_seed_tracker", "seeds for a device that has not started")
+        for device in ("cuda", "mtia", "xpu")
+    ),
+    ("psutil", "_LOWEST_PID", _MACHINE),
+    (
+        _SRT + "managers.schedule_policy",
+        "_use_exact_chunk_fill",
+        "caches a hardware property and an environment variable that SGLang does not write",
+    ),
+    (
+        "threading",
+        "threads:sglang.srt.utils.watchdog.WatchdogRaw._watchdog_thread",
+        "one for each scheduler, which it watches; it computes nothing",
+    ),
+    (
+        "torch",
+        "grad_mode",
+        "torch keeps it per thread; SGLang's code enters it by with statements and decorators",
+    ),
+    (
+        "torch",
+        "operators",
+        "numbers of operators and of their kernels, registered by imports and by torch.compile",
+    ),
+    ("torch", "get_device_module", "cache keyed by its arguments"),
+    ("torch.library", "_defs _impls", _OPERATORS),
+    ("torch._library.custom_ops", "OPDEFS OPDEF_TO_LIB", _OPERATORS),
+    ("torch._library.simple_registry", "singleton", _OPERATORS),
+    (_SRT + "utils", "sglang_lib", _OPERATORS),
+    (_SRT + "utils.common", "sglang_lib", _OPERATORS),
+    ("torch.nn.modules.module", "Module.___needs_generation_tag_patch", "a mark of Dynamo's"),
+    (
+        "transformers.models.auto.configuration_auto",
+        "CONFIG_MAPPING",
+        "modules of transformers' configurations, imported when they are first asked for",
+    ),
+    ("transformers.models.auto.modeling_auto", "AutoModel._model_mapping", _REGISTERED),
+    ("transformers.models.auto.modeling_auto", "MODEL_MAPPING MODEL_MAPPING_NAMES", _REGISTERED),
+    (
+        "transformers.modeling_utils",
+        "ALL_ATTENTION_FUNCTIONS",
+        "SGLang's attention function, registered by an import; it is given the model's own layers",
+    ),
+    (
+        "transformers",
+        "ParakeetFeatureExtractor._backends",
+        "names of the packages that a class needs, noted when it is first asked for",
+    ),
+    ("atexit", "callbacks", "number of functions that end threads and processes at exit"),
+    ("logging", "_handlerList", "list of all handlers, to flush them at exit"),
+    ("psutil", "_TOTAL_PHYMEM", _MACHINE),
+    ("sys", "getrecursionlimit", "torch.compile raises it to 2000 and does not lower it"),
+    ("sglang.kernels.jit.utils.arch", "_init_jit_cuda_arch_once is_arch_support_pdl", _MACHINE),
     (_SRT + "models.utils", "_has_cpu_fused_qk_norm", _MACHINE),
     (_SRT + "models.qwen3_moe", "_has_cpu_fused_qk_norm_rope", _MACHINE),
     ("logging", "flash_attn", "log level of another library"),
