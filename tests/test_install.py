@@ -41,7 +41,7 @@ def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
                         inner = inner.__func__
                     found[name, f"{attribute}.{member}"] = (id(inner), code_of(inner))
     # Inert accessors stay, because a suspended function may still read through one.
-    return {key: it for key, it in found.items() if "_distguard_scoped" not in key[1]}
+    return {key: it for key, it in found.items() if "_distguard_scope" not in key[1]}
 
 
 def code_of(value: object) -> int:

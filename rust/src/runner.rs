@@ -294,7 +294,7 @@ impl RunnerHandle {
         let first = self.release();
         if let Some(scope) = self.scope.as_ref().filter(|_| first) {
             if scopes().with(|ledger| ledger.live(self.scope_id)) == 0 {
-                scope.bind(py).get().clear();
+                scope.bind(py).get().clear(py);
             }
         }
         first

@@ -173,7 +173,8 @@ class ModulePlan:
         )
         if not names and not elsewhere and not blocks:
             return Rewrite({}, {})
-        return rewrite(self.source, names, elsewhere, blocks)
+        flags = frozenset(flag.name for flag in self._flags)
+        return rewrite(self.source, names, elsewhere, blocks, flags)
 
     @property
     def _scoped_names(self) -> list[str]:
@@ -382,7 +383,7 @@ class ModulePlan:
             if not code.co_flags & inspect.CO_OPTIMIZED:
                 # The body of a module or class: it runs once, or a frame keeps it (CPython 3.11).
                 continue
-            raw = code_swap.reached(code, code_swap.GLOBALS, names)
+            raw = code_swap.reached_directly(code, names)
             raw |= code_swap.reached(code, code_swap.ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
