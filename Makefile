@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu wheel verify clean
+.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit architectures same-key gpu wheel verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -105,6 +105,9 @@ audit: setup ## which process-globals of SGLang change, and whether each is trea
 
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
+
+same-key: setup ## runners of one path and other content, every architecture; writes docs/ (20 minutes to an hour)
+	@$(BIN)/python verify/same_key.py --jobs 2
 
 gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models
