@@ -1,7 +1,7 @@
 """The treatment of each process-global of SGLang: the one table that hooks and documents read.
 
 To treat another one, add a row. A scoped module global or class attribute needs nothing else. Names
-and behaviour are those of sglang 0.5.23.
+and behaviour are those of sglang 0.5.23; ``releases`` says what not every supported release has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Optional
 
 from sglang_distguard.distributed.coordinators import FIELDS, FLAGS, PATCHED
-from sglang_distguard.hooks import unmanaged_globals
+from sglang_distguard.hooks import releases, unmanaged_globals
 
 
 class How(StrEnum):
@@ -375,7 +375,8 @@ def scoped() -> dict[str, list[str]]:
 def markdown() -> str:
     """Return the table of docs/process-globals.md; a test compares the two."""
     lines = ["| module | global | treatment | reason |", "|---|---|---|---|"]
-    lines += [
-        f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason} |" for row in TREATMENTS
-    ]
+    for row in TREATMENTS:
+        span = releases.span_of(row.module, row.name)
+        only = f" (sglang {span})" if span.is_limited else ""
+        lines.append(f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason}{only} |")
     return "\n".join(lines)
