@@ -1,4 +1,4 @@
-"""What the text of a module defines and binds, as far as it shows without running it."""
+"""The names that the text of a module defines and binds, as far as it shows without running it."""
 
 from __future__ import annotations
 
