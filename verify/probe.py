@@ -26,6 +26,7 @@ os.environ["SGLANG_DISTGUARD_CACHE"] = "0"
 from packaging.version import Version
 from sglang_distguard.audit.sources import uncollected
 from sglang_distguard.hooks import generation_0_5_21, releases, versions
+from sglang_distguard.hooks.process_globals import TREATMENTS
 from sglang_distguard.hooks.versions import Plan
 from sglang_distguard.patching import find_source, outline
 from sglang_distguard.patching.source import files_below
@@ -105,7 +106,8 @@ def findings(plan: Plan, at: Path) -> Iterator[tuple[str, str]]:
 
     Kinds: "missing" (required), "refused" (in a form that cannot be changed), "lost" (an earlier
     release had it), "dropped" (this release does not have it, as ``releases`` says), "wrong"
-    (``releases`` says that it does not have it, and it does).
+    (``releases`` says that it does not have it, and it does), "row about nothing" (of a global
+    that needs no hook, and that an earlier release had).
     """
     for it in plan.missing:
         yield "missing", f"{it.module}.{it.qualname} ({it.why}){_moved(it.module, it.qualname, at)}"
@@ -117,6 +119,14 @@ def findings(plan: Plan, at: Path) -> Iterator[tuple[str, str]]:
             continue
         kind = "lost" if it in plan.lost else "dropped"
         yield kind, f"{it.module}.{it.name}{_moved(it.module, it.name, at)}"
+    for row in TREATMENTS:
+        key = row.module, row.name
+        is_sglangs = row.module.startswith("sglang.") and "*" not in row.name
+        if is_sglangs and key not in {(it.module, it.name) for it in plan.absent}:
+            source = find_source(row.module, at)
+            names = outline(source).bound | outline(source).imported if source else ()
+            if row.name.partition(".")[0] not in names and releases.has(plan.release, *key):
+                yield "row about nothing", f"{row.module}.{row.name}{_moved(*key, at)}"
     for module, name in releases.limited():
         source = find_source(module, at)
         is_there = source is not None and name in outline(source).bound | outline(source).imported

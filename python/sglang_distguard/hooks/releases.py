@@ -34,6 +34,7 @@ class Span(NamedTuple):
 
 
 _SRT = "sglang.srt."
+_LORA = "sglang.kernels.ops.lora.dense."
 #: (module, names, releases), for names of rows and hooks that not every supported release has.
 _LIMITED: tuple[tuple[str, str, Span], ...] = (
     (_SRT + "runtime_context", "create_context use_context", Span("0.5.22")),
@@ -45,6 +46,13 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         "_dp_tp_moe_masks_pad_rows",
         Span("0.5.22"),
     ),
+    (_SRT + "utils.common", "is_sail is_confidential_compute", Span("0.5.23")),
+    (_SRT + "utils.common", "is_sm110_supported", Span("0.5.22")),
+    (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", Span("0.5.22")),
+    # To 0.5.21 below kernels.ops.gemm.
+    (_LORA + "chunked_sgmv_expand", "_chunked_lora_expand_kernel", Span("0.5.22")),
+    (_LORA + "chunked_sgmv_shrink", "_chunked_lora_shrink_kernel", Span("0.5.22")),
+    (_LORA + "lora_tuning_config", "get_lora_configs _logged_configs", Span("0.5.22")),
 )
 _SPANS = {(module, name): span for module, names, span in _LIMITED for name in names.split()}
 
