@@ -13,7 +13,16 @@ import sglang_distguard
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.hooks import generation_0_5_21, releases, requirements, versions
 from sglang_distguard.hooks.versions import Plan
-from sglang_distguard.patching import Around, Change, Needs, Replace, Scoped, Within, split
+from sglang_distguard.patching import (
+    Around,
+    Change,
+    ModuleSource,
+    Needs,
+    Replace,
+    Scoped,
+    Within,
+    split,
+)
 
 MODULE = "sglang.srt.made_up"
 NEWEST = releases.SUPPORTED[-1]
@@ -123,6 +132,12 @@ def test_a_replaced_attribute_is_looked_up_in_the_text(
 ) -> None:
     plan = plan_of(text, [Replace(MODULE, "cached", unchanged)])
     assert absent(plan) == ([] if is_there else ["cached"])
+
+
+def test_an_attribute_of_instances_is_found_in_slots() -> None:
+    source = ModuleSource(MODULE, "made_up.py", "class C:\n    __slots__ = ('a', '_b')\n")
+    needs = [Needs(MODULE, f"C.{name}") for name in ("a", "_b", "c")]
+    assert split(source, needs)[0] == needs[:2]
 
 
 def test_what_an_earlier_release_had_is_told_and_what_a_later_one_brings_is_not(

@@ -3,6 +3,8 @@
 .venv/bin/python verify/probe.py sglang==0.5.23
 .venv/bin/python verify/probe.py --newest 3
 
+torch and Python are those of this environment, not those that the release asks for.
+
 Exit status: 1 if the guard would refuse a release, or a row or hook has lost what it is about; 2 if
 a release cannot be downloaded.
 """

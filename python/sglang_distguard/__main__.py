@@ -125,7 +125,6 @@ def _status(*, as_json: bool) -> int:
     from sglang_distguard.config import settings
     from sglang_distguard.errors import NotSupported
     from sglang_distguard.hooks import releases, versions
-    from sglang_distguard.hooks.versions import installed_version
 
     try:
         plan = versions.choose()
@@ -139,9 +138,9 @@ def _status(*, as_json: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = {
-        "sglang": installed_version(),
+        "sglang": versions.installed_version(),
         "supported": supported,
-        "verified": releases.is_verified(installed_version()),
+        "verified": releases.is_verified(versions.installed_version()),
         "detail": reason,
         "dropped": [f"{it.module}.{it.name}" for it in plan.absent] if plan else [],
         "warnings": plan.warnings() if plan else [],

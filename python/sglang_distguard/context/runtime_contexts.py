@@ -17,7 +17,10 @@ MODULE = "sglang.srt.runtime_context"
 
 
 class RuntimeContexts:
-    """The ``Generation`` of these releases."""
+    """The ``Generation`` of these releases.
+
+    Only ``published``, ``published_in`` and ``snapshot`` need the guard to be installed.
+    """
 
     def publish(self, server_args: Any, *, world_rank: int, gpu_id: int) -> None:
         from sglang.srt.runtime_context import SpawnRanks, publish
@@ -71,7 +74,7 @@ class RuntimeContexts:
         return not all(check_cuda_graph_backend(phase, Backend.DISABLED) for phase in of_graphs)
 
     def process_settings(self) -> dict[str, bool]:
-        from sglang.srt.runtime_context import get_exec, get_parallel
+        from sglang.srt.runtime_context import get_exec
 
         execution = get_exec()
         return {
@@ -79,7 +82,7 @@ class RuntimeContexts:
                 execution.deterministic.enable_deterministic_inference
             ),
             "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
-            "enable_p2p_check": bool(get_parallel().enable_p2p_check),
+            "enable_p2p_check": bool(self._parallel.enable_p2p_check),
         }
 
     def widths(self, names: Sequence[str]) -> dict[str, int]:
@@ -104,7 +107,9 @@ class RuntimeContexts:
 
     @property
     def _parallel(self) -> Any:
-        return accessor(MODULE, "_PARALLEL").value
+        from sglang.srt.runtime_context import get_parallel
+
+        return get_parallel()
 
 
 def scope_of_context(context: Any) -> Optional[_core.Scope]:
