@@ -27,8 +27,7 @@ os.environ["SGLANG_DISTGUARD_CACHE"] = "0"
 
 from packaging.version import Version
 from sglang_distguard.audit.sources import uncollected
-from sglang_distguard.hooks import generation_0_5_21, releases, versions
-from sglang_distguard.hooks.process_globals import TREATMENTS
+from sglang_distguard.hooks import generation_0_5_21, process_globals, releases, versions
 from sglang_distguard.hooks.versions import Plan
 from sglang_distguard.patching import find_source, outline
 from sglang_distguard.patching.source import files_below
@@ -121,13 +120,13 @@ def findings(plan: Plan, at: Path) -> Iterator[tuple[str, str]]:
             continue
         kind = "lost" if it in plan.lost else "dropped"
         yield kind, f"{it.module}.{it.name}{_moved(it.module, it.name, at)}"
-    for row in TREATMENTS:
+    for row in process_globals.of_release(plan.release):
         key = row.module, row.name
         is_sglangs = row.module.startswith("sglang.") and "*" not in row.name
         if is_sglangs and key not in {(it.module, it.name) for it in plan.absent}:
             source = find_source(row.module, at)
             names = outline(source).bound | outline(source).imported if source else ()
-            if row.name.partition(".")[0] not in names and releases.has(plan.release, *key):
+            if row.name.partition(".")[0] not in names:
                 yield "row about nothing", f"{row.module}.{row.name}{_moved(*key, at)}"
     for module, name in releases.limited():
         source = find_source(module, at)

@@ -363,6 +363,11 @@ def find(module: str, name: str) -> Optional[Treatment]:
     return _BY_KEY.get((module, name)) or _BY_KEY.get((module, every))
 
 
+def of_release(release: Optional[str]) -> list[Treatment]:
+    """Return the rows of what ``release`` has; None is a release of unknown version."""
+    return [row for row in TREATMENTS if releases.has(release, row.module, row.name)]
+
+
 def scoped() -> dict[str, list[str]]:
     """Return module -> its globals and class attributes that are scoped without a hook."""
     found: dict[str, list[str]] = {}

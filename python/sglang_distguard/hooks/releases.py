@@ -46,6 +46,7 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         "_dp_tp_moe_masks_pad_rows",
         Span("0.5.22"),
     ),
+    ("sglang.kernels.fused_op", "_platform", Span(None, "0.5.22")),
     (_SRT + "utils.common", "is_sail is_confidential_compute", Span("0.5.23")),
     (_SRT + "utils.common", "is_sm110_supported", Span("0.5.22")),
     (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", Span("0.5.22")),
