@@ -18,7 +18,7 @@ import sglang_distguard
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.hooks import process_globals, versions
-from sglang_distguard.patching import Needs, find_source, is_changed, readers
+from sglang_distguard.patching import Needs, Scoped, find_source, is_changed, readers
 from sglang_distguard.patching.code_swap import functions_of
 
 
@@ -341,12 +341,18 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
     new_interpreter.run_well(program)
 
 
-def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
-    for module, names in process_globals.scoped().items():
-        source = find_source(module)
-        assert source is not None, module
-        assert all(name.rpartition(".")[2] in source.text for name in names)
-    assert versions.choose().absent == []
+def test_every_scoped_global_of_the_installed_sglang_is_in_the_plan() -> None:
+    plan = versions.choose()
+    planned = {
+        (it.module, it.name)
+        for module in plan.modules
+        for it in module.changes
+        if isinstance(it, Scoped)
+    }
+    rows = process_globals.of_release(plan.release)
+    assert planned == {
+        (it.module, it.name) for it in rows if it.how is process_globals.How.SCOPED and not it.by
+    }
 
 
 def test_only_three_modules_read_scoped_globals_of_other_modules() -> None:

@@ -161,6 +161,7 @@ def test_what_an_earlier_release_had_is_told_and_what_a_later_one_brings_is_not(
         "0.6.0": ["_young", "_gone"],
         None: ["_young", "_gone"],
     }
+    assert [it.name for it in plan_of("", changes, "0.5.22").absent] == ["_young", "_gone"]
     (warning,) = plan_of("", changes, "0.5.21").warnings()
     assert f"{MODULE}._gone" in warning
     assert "_young" not in warning

@@ -293,6 +293,12 @@ TREATMENTS: tuple[Treatment, ...] = (
             "read from one runner's configuration",
         ),
         (
+            _SRT + "layers.quantization.mxfp4_flashinfer_trtllm_moe",
+            "_fused_finalize_all_reduce_world_size _fused_finalize_all_reduce_probed "
+            "_fused_finalize_all_reduce_comm",
+            "made from one runner's tensor-parallel group",
+        ),
+        (
             _SRT + "layers.moe.moe_runner.triton_utils",
             "_config",
             "override of the MoE kernel configuration inside a with block",

@@ -46,6 +46,12 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         "_dp_tp_moe_masks_pad_rows",
         Span("0.5.22"),
     ),
+    (
+        _SRT + "layers.quantization.mxfp4_flashinfer_trtllm_moe",
+        "_fused_finalize_all_reduce_world_size _fused_finalize_all_reduce_probed "
+        "_fused_finalize_all_reduce_comm",
+        Span(None, "0.5.21"),
+    ),
     ("sglang.kernels.fused_op", "_platform", Span(None, "0.5.22")),
     (_SRT + "utils.common", "is_sail is_confidential_compute", Span("0.5.23")),
     (_SRT + "utils.common", "is_sm110_supported", Span("0.5.22")),
@@ -74,10 +80,13 @@ def has(release: Optional[str], module: str, name: str) -> bool:
     A release that is newer than all known ones should have what the newest of them has, and so
     should one of unknown version (None).
     """
-    first, last = span_of(module, name)
-    if release is None:
-        return last is None
-    return not (_before(release, first) or _before(last, release))
+    return not (_before(release, span_of(module, name).first) or is_past(release, module, name))
+
+
+def is_past(release: Optional[str], module: str, name: str) -> bool:
+    """Whether only releases before ``release`` have ``module``.``name``."""
+    last = span_of(module, name).last
+    return last is not None and (release is None or _before(last, release))
 
 
 def is_verified(release: Optional[str]) -> bool:

@@ -37,7 +37,8 @@ class Plan:
     Attributes:
         release: version of the distribution; None if it is unknown.
         modules: the changes of each module.
-        absent: rows and hooks for which this release has nothing. They are dropped.
+        absent: rows and hooks for which this release has nothing. They are dropped. Those that
+            only earlier releases need are not listed.
         missing: what is required and not there.
         refused: why a global or a function cannot be changed in the form that it has.
     """
@@ -157,7 +158,7 @@ def plan_of(changes: Iterable[Change], release: Optional[str], at: Optional[Path
         except NotSupported as error:
             plan.refused.append(str(error))
             continue
-        plan.absent += absent
+        plan.absent += [it for it in absent if not releases.is_past(release, it.module, it.name)]
     scoped = {
         module: [it.name for it in present if isinstance(it, Scoped)]
         for module, present in found.items()

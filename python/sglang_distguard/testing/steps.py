@@ -209,7 +209,7 @@ def _prefill_batch(
     runner.token_to_kv_pool_allocator.clear()
     requests = []
     for index, prompt in enumerate(prompts):
-        made = Req(
+        made: Any = Req(
             rid=str(index),
             origin_input_text="",
             origin_input_ids=array("q", prompt),
@@ -217,7 +217,10 @@ def _prefill_batch(
         )
         made.full_untruncated_fill_ids = made.origin_input_ids
         made.logprob_start_len = -1
-        made.extend_end = len(made.origin_input_ids)
+        if hasattr(made, "set_extend_range"):  # 0.5.21 and earlier
+            made.set_extend_range(0, len(made.origin_input_ids))
+        else:
+            made.extend_end = len(made.origin_input_ids)
         requests.append(made)
     batch = ScheduleBatch.init_new(
         reqs=requests,
