@@ -29,7 +29,7 @@ from sglang_distguard.audit.cases import Case
 from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.traces import tracing
-from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.testing import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,10 +383,11 @@ follow(starts, folder, 0.5)
     assert told in ran.stderr
 
 
-def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
-    known = ledger.read(LEDGER)
+@pytest.mark.parametrize("release", releases.SUPPORTED)
+def test_a_ledger_has_every_treatment_and_nothing_that_is_uncovered(release: str) -> None:
+    known = ledger.read(LEDGER.with_name(f"{release}.csv"))
     assert [key for key, row in known.items() if row[3] == Open.UNCOVERED] == []
-    for row in process_globals.TREATMENTS:
+    for row in process_globals.of_release(release):
         assert known[row.module, row.name][3:5] == (row.how.value, row.reason)
 
 

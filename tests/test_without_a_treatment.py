@@ -30,7 +30,7 @@ def switch_off(treatment: str) -> None:
     from sglang_distguard import _core
     from sglang_distguard.hooks import (
         expert_location,
-        generation_0_5_23,
+        generation_0_5_21,
         model_loader,
         parallel_state,
         torch_dtype,
@@ -56,7 +56,7 @@ def switch_off(treatment: str) -> None:
         left_out = (Scoped(module, "_forward_input_buffer_pool"),)
     versions.GENERATIONS = {
         f"without {treatment}": lambda: [
-            change for change in generation_0_5_23.changes() if change not in left_out
+            change for change in generation_0_5_21.changes() if change not in left_out
         ]
     }
 

@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 from sglang_distguard._core import ScopedGlobal
-from sglang_distguard.context.scopes import CONTEXT_MODULE, find_accessor
+from sglang_distguard.context import generation
 from sglang_distguard.patching import Replace
 
 
@@ -19,7 +19,6 @@ class _PerConfigCache:
     def __init__(self, cached: Any) -> None:
         functools.update_wrapper(self, cached)
         self.__wrapped__ = cached.__wrapped__  # the uncached function, as in an lru_cache
-        self._cached = cached
         self._new = functools.lru_cache(**cached.cache_parameters())
         # (configuration, its cache). The default scope has such a pair too, because one runner may
         # follow another there.
@@ -28,10 +27,7 @@ class _PerConfigCache:
 
     @property
     def _own(self) -> Any:
-        context = find_accessor(CONTEXT_MODULE, "_CONTEXT")
-        if context is None:
-            return self._cached  # the guard was uninstalled before the context was imported (again)
-        now = context.value._server_args
+        now = generation.current().published()
         configuration, cache = self._entry.value
         if cache is None or configuration is not now:
             cache = self._new(self.__wrapped__)
