@@ -102,15 +102,16 @@ class Forked:
             socket.send_fds(self._connection, [fork_server.FILES], files)
             self._connection.sendall(f"{json.dumps(job)}\n".encode())
 
-    def wait(self) -> subprocess.CompletedProcess[str]:
-        """Wait until the program has ended."""
+    def wait(self, seconds: float = DEADLINE) -> subprocess.CompletedProcess[str]:
+        """Wait until the program has ended; it is ended after ``seconds``."""
         late = False
         with self._out, self._err, self._connection, _saying_why():
-            self._connection.settimeout(DEADLINE)
+            self._connection.settimeout(seconds)
             try:
                 code = self._connection.recv(16)
             except TimeoutError:
                 late = True
+                self._connection.settimeout(DEADLINE)
                 self._connection.shutdown(socket.SHUT_WR)  # has its stacks printed, and ends it
                 code = self._connection.recv(16)
             if not code:
@@ -120,9 +121,7 @@ class Forked:
             done = subprocess.CompletedProcess(
                 ["forked"], int(code), self._out.read(), self._err.read()
             )
-        assert not late, (
-            f"no end within {DEADLINE} s:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        )
+        assert not late, f"no end within {seconds} s:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done
 
 
