@@ -14,9 +14,9 @@ import pytest
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 # torch 2.14.1 looks up the name of every address it connects to: 5 s where a name server is slow.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
-# By default OpenMP's threads spin while they wait for the next operator, which took nine tenths of
-# a small model's processor time (two workers on two cores). OpenMP reads this when torch is
-# imported. It changes no bits.
+# For tests that are not run by make. OpenMP's threads spin by default while they wait for the next
+# operator, which took nine tenths of a small model's processor time (two workers on two cores).
+# OpenMP reads this when torch is imported. It changes no bits.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 #: Largest absolute error against Hugging Face in float32; logits are of order 1.
 CLOSE = 1e-5
@@ -43,7 +43,14 @@ KINDS = {
     ),
 }
 #: Files that take longest begin first, so that no processor idles at the end.
-LONGEST = ("test_install", "test_failing_initialisation", "test_exit", "test_graphs")
+LONGEST = (
+    "test_install",
+    "test_failing_initialisation",
+    "test_examples",
+    "test_references",
+    "test_execution",
+    "test_graphs",
+)
 
 #: Ids of scopes that outlived their tests; each is reported once.
 _TOLD: set[int] = set()
