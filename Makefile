@@ -6,6 +6,8 @@ BIN := .venv/bin
 SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
 # Compiled sglang and torch are imported many times: without .pyc files each import takes 30 s, not 12.
 unexport PYTHONDONTWRITEBYTECODE
+# OpenMP's threads spin by default while they wait for the next operator: half of the demo's processor time.
+export OMP_WAIT_POLICY ?= passive
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
@@ -51,7 +53,7 @@ test-rust: setup
 # xdist's own order would begin the longest files last.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-python: setup
-	@echo "test: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
+	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
 
 test-audit: ## the tests of the audit

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import new_interpreter
+import interpreters
 import pytest
 from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard.__main__ import main
@@ -378,7 +378,7 @@ works = {{"another": another, "that one": lambda: {work}}}
 starts = {{name: partial(fork, work, folder / name, 0.5) for name, work in works.items()}}
 follow(starts, folder, 0.5)
 """
-    ran = new_interpreter.run(program)
+    ran = interpreters.run(program)
     assert ran.returncode == 1
     assert told in ran.stderr
 

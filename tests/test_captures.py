@@ -115,7 +115,7 @@ def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
 ) -> None:
     """0.5.23: the worker, not a ModelRunner, makes `EAGLEDraftCudaGraphRunner` and similar ones."""
     assert capture_beside_a_forward(*two) == ["capture", "forward"]
-    expected = solo(model("gpt2"), "float32", cache_dir=CACHE).logits
+    expected = solo(model("gpt2"), "float32", cache_dir=CACHE / "solo").logits
     for runner in two:
         assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
     assert inside() == []

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import new_interpreter
+import interpreters
 import pytest
 import sglang_distguard
+from interpreters import Has
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.hooks import process_globals, versions
@@ -227,7 +228,7 @@ def run_programs(programs: Mapping[str, str]) -> dict[str, str]:
     """Run each program in its own process, two at a time; return the errors of failed ones."""
 
     def errors_of(program: str) -> str:
-        done = new_interpreter.run(program)
+        done = interpreters.run(program, has=Has.THIRD_PARTY)
         return "" if done.returncode == 0 else done.stderr
 
     with ThreadPoolExecutor(2) as pool:
@@ -250,7 +251,7 @@ def test_functions_of_a_module_that_is_imported_later_are_changed_without_a_sear
         import sglang.srt.runtime_context as rc
         assert code_swap.is_changed(rc.get_context.__code__)
     """
-    new_interpreter.run_well(program)
+    interpreters.run_well(program)
 
 
 def test_a_reload_that_fails_leaves_the_module_guarded(
@@ -338,7 +339,7 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
         "import sys, sglang_distguard as d; d.snapshot(); d.is_installed(); "
         "assert not [m for m in sys.modules if m.startswith(('sglang.', 'torch'))]"
     )
-    new_interpreter.run_well(program)
+    interpreters.run_well(program)
 
 
 def test_every_scoped_global_of_the_installed_sglang_is_in_the_plan() -> None:
@@ -408,7 +409,7 @@ def test_an_entry_point_that_is_switched_off_imports_nothing_of_ours(value: str 
         ours.load()()
         assert set(sys.modules) - before == {"sglang_distguard_plugin"}, set(sys.modules) - before
     """
-    new_interpreter.run_well(f"VALUE = {value!r}\n", program)
+    interpreters.run_well(f"VALUE = {value!r}\n", program)
 
 
 def test_in_processes_of_sglang_the_entry_point_makes_two_runners_right_or_changes_nothing(
@@ -427,7 +428,7 @@ if d.is_installed():
 print(d.is_installed(), sum(o.error is None and not o.problems for o in outcomes))
 """
     for value, expected in (("true", ["True", "2"]), ("false", ["False", "0"])):
-        done = new_interpreter.run(program, SGLANG_ALLOW_REUSE_DISTRIBUTED=value)
+        done = interpreters.run(program, has=Has.SGLANG, SGLANG_ALLOW_REUSE_DISTRIBUTED=value)
         built = done.stdout.split()[-2:]
         # Without the guard at most one of two is built.
         assert built[:1] == expected[:1], done.stderr

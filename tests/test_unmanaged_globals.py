@@ -198,7 +198,7 @@ def test_changes_of_unmanaged_globals_change_no_logits(
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)
     alone = [
-        solo(model(name), dtype, cache_dir=CACHE).logits
+        solo(model(name), dtype, cache_dir=CACHE / "solo").logits
         for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
     ]
     with two_runners(model) as runners:  # built before
