@@ -23,6 +23,7 @@ class Case:
         settings: ``ServerArgs`` fields that override the recipe's for both runners (JSON values).
         actions: what each runner does in addition; keys of ``ACTIONS``.
         graphs: whether both runners capture and replay decode graphs.
+        switches: as ``settings``, but those that the release does not have are left out.
     """
 
     name: str
@@ -30,15 +31,22 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     actions: tuple[str, ...] = ()
     graphs: bool = False
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
     def subject(self) -> Subject:
         """The subject to run, in a process that has imported SGLang."""
         settings = {**(_graphs() if self.graphs else {}), **self.settings}
 
         def build(number: int, after: Callable[[str], None]) -> Any:
+            from sglang.srt.arg_groups.arg_utils import field_names
+            from sglang.srt.server_args import ServerArgs
+
             from sglang_distguard.testing import server_args, steps
 
-            args = server_args(self.model, **{"dtype": _DTYPES[number], **settings})
+            known = field_names(ServerArgs)
+            switches = {name: it for name, it in self.switches.items() if name in known}
+            wanted = {"dtype": _DTYPES[number], **switches, **settings}
+            args = server_args(self.model, **wanted)
             return steps.build(args, after=after)
 
         return Subject(build, self._compute)
@@ -79,7 +87,7 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True)
-    yield Case("qwen3_moe with switches", moe, _SWITCHES, tuple(ACTIONS))
+    yield Case("qwen3_moe with switches", moe, actions=tuple(ACTIONS), switches=_SWITCHES)
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
