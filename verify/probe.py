@@ -130,7 +130,7 @@ def findings(plan: Plan, at: Path) -> Iterator[tuple[str, str]]:
                 yield "row about nothing", f"{row.module}.{row.name}{_moved(*key, at)}"
     for module, name in releases.limited():
         source = find_source(module, at)
-        is_there = source is not None and name in outline(source).bound | outline(source).imported
+        is_there = source is not None and name in outline(source).bound
         if is_there and not releases.has(plan.release, module, name):
             span = releases.span_of(module, name)
             yield "wrong", f"{module}.{name} is here; hooks/releases.py says: {span}"

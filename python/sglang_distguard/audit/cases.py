@@ -9,6 +9,8 @@ from typing import Any
 
 from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.runs import Subject
+from sglang_distguard.hooks.releases import ALL, Span
+from sglang_distguard.hooks.versions import installed_version
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -23,7 +25,6 @@ class Case:
         settings: ``ServerArgs`` fields that override the recipe's for both runners (JSON values).
         actions: what each runner does in addition; keys of ``ACTIONS``.
         graphs: whether both runners capture and replay decode graphs.
-        switches: as ``settings``, but those that the release does not have are left out.
     """
 
     name: str
@@ -31,22 +32,15 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     actions: tuple[str, ...] = ()
     graphs: bool = False
-    switches: Mapping[str, Any] = field(default_factory=dict)
 
     def subject(self) -> Subject:
         """The subject to run, in a process that has imported SGLang."""
         settings = {**(_graphs() if self.graphs else {}), **self.settings}
 
         def build(number: int, after: Callable[[str], None]) -> Any:
-            from sglang.srt.arg_groups.arg_utils import field_names
-            from sglang.srt.server_args import ServerArgs
-
             from sglang_distguard.testing import server_args, steps
 
-            known = field_names(ServerArgs)
-            switches = {name: it for name, it in self.switches.items() if name in known}
-            wanted = {"dtype": _DTYPES[number], **switches, **settings}
-            args = server_args(self.model, **wanted)
+            args = server_args(self.model, **{"dtype": _DTYPES[number], **settings})
             return steps.build(args, after=after)
 
         return Subject(build, self._compute)
@@ -87,7 +81,9 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True)
-    yield Case("qwen3_moe with switches", moe, actions=tuple(ACTIONS), switches=_SWITCHES)
+    release = installed_version()
+    switches = {name: it for name, it in _SWITCHES.items() if _NEEDS.get(name, ALL).has(release)}
+    yield Case("qwen3_moe with switches", moe, switches, tuple(ACTIONS))
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
@@ -123,3 +119,6 @@ _SWITCHES = {
     "enable_watermark": True,
     "page_size": 16,
 }
+#: The releases in which a CPU supports a switch: 0.5.21 knows no watermarks, and takes memory for
+#: pages of several tokens with a Triton kernel.
+_NEEDS = {"enable_watermark": Span("0.5.22"), "page_size": Span("0.5.22")}

@@ -27,12 +27,26 @@ class Span(NamedTuple):
         """Whether a supported release may lack the name."""
         return self.first is not None or self.last is not None
 
+    def has(self, release: Optional[str]) -> bool:
+        """Whether ``release`` is one of them.
+
+        A release that is newer than all known ones should have what the newest of them has, and
+        so should one of unknown version (None).
+        """
+        return not (_before(release, self.first) or self.is_past(release))
+
+    def is_past(self, release: Optional[str]) -> bool:
+        """Whether all of them are earlier than ``release``."""
+        return self.last is not None and (release is None or _before(self.last, release))
+
     def __str__(self) -> str:
         if self.last is None:
             return f"{self.first} and later" if self.first else "all"
         return f"{self.first} to {self.last}" if self.first else f"{self.last} and earlier"
 
 
+#: Every release.
+ALL = Span()
 _SRT = "sglang.srt."
 _LORA = "sglang.kernels.ops.lora.dense."
 #: (module, names, releases), for names of rows and hooks that not every supported release has.
@@ -71,22 +85,12 @@ def limited() -> Iterator[tuple[str, str]]:
 
 def span_of(module: str, name: str) -> Span:
     """The releases that have ``module``.``name``, which a row or a hook is about."""
-    return _SPANS.get((module, name), Span())
+    return _SPANS.get((module, name), ALL)
 
 
 def has(release: Optional[str], module: str, name: str) -> bool:
-    """Whether ``release`` should have ``module``.``name``.
-
-    A release that is newer than all known ones should have what the newest of them has, and so
-    should one of unknown version (None).
-    """
-    return not (_before(release, span_of(module, name).first) or is_past(release, module, name))
-
-
-def is_past(release: Optional[str], module: str, name: str) -> bool:
-    """Whether only releases before ``release`` have ``module``.``name``."""
-    last = span_of(module, name).last
-    return last is not None and (release is None or _before(last, release))
+    """Whether ``release`` should have ``module``.``name``."""
+    return span_of(module, name).has(release)
 
 
 def is_verified(release: Optional[str]) -> bool:

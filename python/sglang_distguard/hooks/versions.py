@@ -158,7 +158,9 @@ def plan_of(changes: Iterable[Change], release: Optional[str], at: Optional[Path
         except NotSupported as error:
             plan.refused.append(str(error))
             continue
-        plan.absent += [it for it in absent if not releases.is_past(release, it.module, it.name)]
+        plan.absent += [
+            it for it in absent if not releases.span_of(it.module, it.name).is_past(release)
+        ]
     scoped = {
         module: [it.name for it in present if isinstance(it, Scoped)]
         for module, present in found.items()
