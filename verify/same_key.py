@@ -17,6 +17,7 @@ bit, with the same runner in a process of its own without the guard.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from architecture_outcomes import versions
-from architecture_steps import SEEDS, Folders, compute, failure, in_child
+from architecture_steps import M_PERTURB, SEEDS, Folders, compute, failure, in_child
 from architectures import digest, in_parallel, prepare
 from sglang_distguard.testing import steps
 from sglang_distguard.testing.catalog import CATALOG, create
@@ -55,7 +56,8 @@ FACTORS: Mapping[str, float] = {
     "logit_scale": 2.0,
 }
 
-SAME, OTHER, UNTOLD = "bit-equal", "OTHER BITS", "the same alone"
+SAME, OTHER = "bit-equal", "OTHER BITS"
+UNTOLD, UNDEFINED = "the same alone", "undefined alone"
 HEAD = """# Same key, other content
 
 Runners of one process that agree in everything that a memory could be keyed by (path, file names, shapes,
@@ -70,6 +72,7 @@ that runs alone on a CPU ([ARCHITECTURES.md](ARCHITECTURES.md)) and writes this 
 
 "{same}" means that every runner has the bits that it has in a process of its own without the guard.
 "{untold}" means that both contents give the same bits alone, so that nothing could be mixed up.
+"{undefined}" means that the bits of a runner alone depend on uninitialised memory.
 
 | architecture | weights | configuration | reopened | note |
 |---|---|---|---|---|
@@ -119,6 +122,17 @@ def alone(name: str, checkpoint: Path, override: Mapping[str, Any], file: Path) 
     runner = build(name, Place(file.with_suffix("")).put(checkpoint), override)
     torch.save(compute(CATALOG[name], runner, None), file)
     return {}
+
+
+def disturbed(name: str, file: Path) -> dict[str, Any]:
+    """Whether the first runner has its bits alone again, with other uninitialised memory."""
+    import torch
+
+    ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
+    again = file.with_suffix(".again.pt")
+    alone(name, create(name, FOLDERS.models, seed=SEEDS[0]), {}, again)
+    before, after = (torch.load(it, weights_only=True) for it in (file, again))
+    return {"same": bit_equal(before, after)}
 
 
 class Guarded:
@@ -222,7 +236,16 @@ def guarded(name: str, override: Mapping[str, Any], files: Mapping[str, Path]) -
 
 def compare(name: str, seconds: float) -> None:
     """Run one architecture, each runner alone and then all with the guard; save the row."""
-    checkpoints = [create(name, FOLDERS.models, seed=seed) for seed in SEEDS]
+
+    def made() -> list[str]:
+        # In a process of its own: making a model starts OpenMP, which must not be before a fork.
+        return [str(create(name, FOLDERS.models, seed=seed)) for seed in SEEDS]
+
+    found = in_child(FOLDERS, f"{name}-checkpoints", seconds, made)
+    if "failed" in found:
+        _save(name, {"failed": f"no checkpoint: {found['failed']}", "where": found["where"]})
+        return
+    checkpoints = [Path(folder) for folder in found]
     override = changed(json.loads((checkpoints[0] / "config.json").read_text()))
     cases = {"first": (checkpoints[0], {}), "second": (checkpoints[1], {})}
     if override:
@@ -236,17 +259,25 @@ def compare(name: str, seconds: float) -> None:
         if "failed" in found:
             _save(name, {"cannot": f"{key}: {found['failed']} ({found['where']})"})
             return
-    label = f"{name}-guarded"
-    _save(name, in_child(FOLDERS, label, seconds, lambda: guarded(name, override, files)))
+    result = in_child(FOLDERS, f"{name}-guarded", seconds, lambda: guarded(name, override, files))
+    if any(result.get("problems", {}).values()):
+        result["undefined"] = not in_child(
+            FOLDERS, f"{name}-disturbed", seconds, lambda: disturbed(name, files["first"])
+        ).get("same")
+    _save(name, result)
 
 
 def _save(name: str, result: Mapping[str, Any]) -> None:
-    (FOLDERS.work / f"{name}.row.json").write_text(json.dumps(result))
+    _row_file(name).write_text(json.dumps(result))
+
+
+def _row_file(name: str) -> Path:
+    return FOLDERS.work / f"{name}.row.json"
 
 
 def row(name: str) -> list[str]:
     """The cells of one architecture after its name; the last one is the note."""
-    file = FOLDERS.work / f"{name}.row.json"
+    file = _row_file(name)
     if not file.is_file():
         return ["FAILED", "FAILED", "FAILED", "the run itself failed"]
     result = json.loads(file.read_text())
@@ -255,6 +286,8 @@ def row(name: str) -> list[str]:
     if "failed" in result:
         return ["FAILED", "FAILED", "FAILED", f"{result['failed']} ({result['where']})"]
     problems, notes = result["problems"], []
+    if result.get("undefined"):
+        return [*[UNDEFINED] * 3, "the bits differ alone with other uninitialised memory"]
     cells = []
     for what, content in (("weights", "second"), ("configuration", "overridden"), ("reopened", "")):
         notes += [f"{what}: {problem}" for problem in problems[what]]
@@ -271,6 +304,9 @@ def main() -> int:
     """Run the architectures; return 1 if any runner had other bits, or failed, with the guard."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of a run that was interrupted"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time (default 1)")
     parser.add_argument(
         "--seconds", type=float, default=600, help="deadline of a step (default 600)"
@@ -282,12 +318,13 @@ def main() -> int:
     names = [name for name in CATALOG if not options.only or name in options.only]
     for folder in (FOLDERS.models, FOLDERS.work):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (FOLDERS.work / f"{name}.row.json").unlink(missing_ok=True)
+    waiting = [name for name in names if not (options.resume and _row_file(name).is_file())]
+    for name in waiting:
+        _row_file(name).unlink(missing_ok=True)
     tqdm.monitor_interval = 0  # its thread would be lost in every fork
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     prepare()
-    in_parallel("same key", names, options.jobs, lambda name: compare(name, options.seconds))
+    in_parallel("same key", waiting, options.jobs, lambda name: compare(name, options.seconds))
     rows = {name: row(name) for name in names}
     for name, cells in rows.items():
         print(f"{name}: {' | '.join(cells)}")
@@ -295,7 +332,7 @@ def main() -> int:
     wrong = [name for name, cells in ran.items() if {OTHER, "FAILED"} & set(cells)]
     print(f"{len(ran)} ran, {len(wrong)} wrong, {len(rows) - len(ran)} do not run alone")
     if not options.only:
-        head = HEAD.format(versions=versions(), same=SAME, untold=UNTOLD)
+        head = HEAD.format(versions=versions(), same=SAME, untold=UNTOLD, undefined=UNDEFINED)
         lines = [f"| {name} | {' | '.join(cells)} |\n" for name, cells in ran.items()]
         DOCUMENT.write_text(head + "".join(lines))
     return int(bool(wrong))
