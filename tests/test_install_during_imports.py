@@ -11,7 +11,7 @@ _HALF_IMPORTED = """
     from importlib.machinery import PathFinder, SourceFileLoader
     import sglang.srt.distributed
     import sglang_distguard as dg
-    from sglang_distguard.context.scopes import accessor
+    from sglang_distguard.context.accessors import accessor
 
     NAME = "sglang.srt.distributed.bootstrap"
     sys.modules.pop(NAME, None)
