@@ -21,6 +21,7 @@ from typing import Any
 
 from sglang_distguard.audit.sources import source_of, uncollected
 from sglang_distguard.audit.values import Value, is_cache, value_of
+from sglang_distguard.patching.syntax import MARK
 from sglang_distguard.process.installation import is_installed
 
 #: (module, name); a class's attribute is "Class.attribute".
@@ -108,6 +109,7 @@ def _is_special(name: str) -> bool:
         (name.startswith("__") and name.endswith("__"))
         or name.startswith("_abc_")
         or name.startswith(_DYNAMOS)
+        or name.startswith(MARK)  # the guard's own
     )
 
 

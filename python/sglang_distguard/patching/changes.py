@@ -83,7 +83,11 @@ class Within:
 
 @dataclass(frozen=True)
 class Replace:
-    """``make(original)`` returns the replacement of an attribute that is not a Python function."""
+    """``make(original)`` returns the replacement of an attribute that is not a Python function.
+
+    Given a replacement, which a module has copied from another one at its import, ``make`` returns
+    it. Its original is its ``__replaced__``.
+    """
 
     module: str
     name: str
