@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         except subprocess.CalledProcessError as error:
             print(f"error: {requirement}: {_last_line(error.stderr)}", file=sys.stderr)
             results.append(2)
-    return max(results)
+    return max(results, default=2)  # pip lists none
 
 
 def _last_line(text: str) -> str:
@@ -68,13 +68,14 @@ def _last_line(text: str) -> str:
 
 def newest(count: int) -> list[str]:
     """The newest releases that the configured package index has, newest first."""
-    listed = _pip("index", "versions", "sglang", "--retries", "1")
+    listed = _pip("index", "versions", "sglang")
     found = re.search(r"^Available versions: (.*)$", listed, re.MULTILINE)
     return found[1].split(", ")[:count] if found else []
 
 
 def _pip(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    quietly = ("--disable-pip-version-check", "--no-input", "--retries", "1")
+    command = [sys.executable, "-m", "pip", *arguments, *quietly]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout
 
