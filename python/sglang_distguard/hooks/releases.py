@@ -60,6 +60,7 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         "_dp_tp_moe_masks_pad_rows",
         Span("0.5.22"),
     ),
+    (_SRT + "arg_groups.muse_spark_hook", "get_config", Span("0.5.23")),
     (
         _SRT + "layers.quantization.mxfp4_flashinfer_trtllm_moe",
         "_fused_finalize_all_reduce_world_size _fused_finalize_all_reduce_probed "

@@ -73,6 +73,11 @@ _LINES: tuple[tuple[str, str, str], ...] = (
         "cpu_has_amx_support is_host_cpu_arm64",
         "say whether ranks reduce through memory of the whole process",
     ),
+    (
+        _SRT + "utils.common",
+        "lru_cache_frozenset",
+        "caches what was read from the files of a checkpoint",
+    ),
     (_SRT + "layers.moe", "initialize_moe_config", "one of the steps before a runner"),
     (
         _SRT + "layers.quantization.fp4_utils",
