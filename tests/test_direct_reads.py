@@ -6,11 +6,13 @@ import gc
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+from registry_calls import run_in_threads
 from rewritten_modules import Load, loader
 from sglang_distguard import _core
 from sglang_distguard._core import OwnFlag, ScopedGlobal
@@ -184,11 +186,7 @@ def test_threads_that_create_and_drop_scopes_always_read_their_own(load: Load) -
             if found != ["initial", (number, turn), "default"]:
                 wrong.append(found)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(*(partial(work, number) for number in range(4)))
     assert wrong == []
 
 

@@ -228,9 +228,7 @@ def guarded(name: str, override: Mapping[str, Any], files: Mapping[str, Path]) -
     if override:
         it.configuration(checkpoints[0], override)
     it.reopened(checkpoints[0])
-    untold = [
-        key for key, file in files.items() if key != "first" and bit_equal(bits["first"], bits[key])
-    ]
+    untold = [key for key in bits if key != "first" and bit_equal(bits["first"], bits[key])]
     return {"problems": it.problems, "untold": untold, "override": sorted(override)}
 
 
