@@ -1,15 +1,18 @@
 # Everything runs from .venv, which `make setup` makes. `make` alone lists the targets.
 PYTHON ?= python3.11
-SGLANG ?= sglang==0.5.23
+NEWEST := sglang==0.5.23
+SGLANG ?= $(NEWEST)
 BIN := .venv/bin
 SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
 # Compiled sglang and torch are imported many times: without .pyc files each import takes 30 s, not 12.
 unexport PYTHONDONTWRITEBYTECODE
+# OpenMP's threads spin by default while they wait for the next operator: half of the demo's processor time.
+export OMP_WAIT_POLICY ?= passive
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit architectures gpu wheel verify clean
+.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -28,7 +31,7 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
 	@echo "setup 2/3: $(SGLANG) and tools: about 10 GB with CUDA libraries; a minute or two, longer on a slow network"
-	@$(BIN)/uv pip install -q --group dev "$(SGLANG)" "tqdm>=4.60"
+	@$(BIN)/uv pip install -q --overrides verify/overrides.txt --group dev "$(SGLANG)" "tqdm>=4.60"
 	@touch $@
 
 .venv/.native: .venv/.packages $(SOURCES)
@@ -50,7 +53,7 @@ test-rust: setup
 # xdist's own order would begin the longest files last.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-python: setup
-	@echo "test: Python, with real SGLang (the first run makes reference results: 2-3 minutes more)"
+	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
 
 test-audit: ## the tests of the audit
@@ -103,8 +106,23 @@ ranks-builds ranks-communicators: setup
 audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (4 minutes)
 	@$(BIN)/python -m sglang_distguard audit --ledger ledger/$(subst sglang==,,$(SGLANG)).csv
 
+# .venv keeps its SGLang, whatever release is looked at.
+probe: ## what another SGLang has for the guard, from its wheel: make probe SGLANG=sglang==VERSION (seconds)
+	@$(MAKE) -s setup SGLANG=$(NEWEST)
+	@$(BIN)/python verify/probe.py $(SGLANG)
+
+probe-newest: setup ## the same for the three newest releases of the package index; CI runs this
+	@$(BIN)/python verify/probe.py --newest 3
+
+compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sglang==VERSION (20 minutes)
+	@$(MAKE) -s setup SGLANG=$(NEWEST)
+	@$(BIN)/python verify/compat.py $(SGLANG)
+
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
+
+same-key: setup ## runners of one path and other content, every architecture; writes docs/ (20 minutes to an hour)
+	@$(BIN)/python verify/same_key.py --jobs 2
 
 gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models

@@ -1,8 +1,7 @@
-"""One runner with SGLang's CPU graphs, alone: ``python graph_programs.py MODEL FILE``."""
+"""One runner with SGLang's CPU graphs, alone."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,3 @@ def main(model: str, output: str) -> None:
     runner: Any = build(server_args(model, **graphs.CPU_GRAPHS))
     assert type(runner.decode_cuda_graph_runner).__name__ == "CPUGraphRunner"
     torch.save(generate(runner).logits, Path(output))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import new_interpreter
+import interpreters
 import pytest
 from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard.__main__ import main
@@ -30,7 +30,7 @@ from sglang_distguard.audit.findings import Finding, Open
 from sglang_distguard.audit.runs import Change, Ran, Run, Watch, differences
 from sglang_distguard.audit.serving import SERVERS
 from sglang_distguard.audit.traces import tracing
-from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.testing import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -379,15 +379,16 @@ works = {{"another": another, "that one": lambda: {work}}}
 starts = {{name: partial(fork, work, folder / name, 0.5) for name, work in works.items()}}
 follow(starts, folder, 0.5)
 """
-    ran = new_interpreter.run(program)
+    ran = interpreters.run(program)
     assert ran.returncode == 1
     assert told in ran.stderr
 
 
-def test_the_ledger_has_every_treatment_and_nothing_that_is_uncovered() -> None:
-    known = ledger.read(LEDGER)
+@pytest.mark.parametrize("release", releases.SUPPORTED)
+def test_a_ledger_has_every_treatment_and_nothing_that_is_uncovered(release: str) -> None:
+    known = ledger.read(LEDGER.with_name(f"{release}.csv"))
     assert [key for key, row in known.items() if row[3] == Open.UNCOVERED] == []
-    for row in process_globals.TREATMENTS:
+    for row in process_globals.of_release(release):
         assert known[row.module, row.name][3:5] == (row.how.value, row.reason)
 
 

@@ -17,7 +17,7 @@ from registry_calls import in_line, inside, run_in_threads, until
 from sglang_distguard import _core
 from sglang_distguard.distributed import world
 from sglang_distguard.errors import DeadlockError, NotSupported
-from sglang_distguard.hooks import generation_0_5_23, graph_captures, versions
+from sglang_distguard.hooks import generation_0_5_21, graph_captures, versions
 from sglang_distguard.runner.handle import handle_of
 from sglang_distguard.sync.phases import in_phase
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
@@ -115,7 +115,7 @@ def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
 ) -> None:
     """0.5.23: the worker, not a ModelRunner, makes `EAGLEDraftCudaGraphRunner` and similar ones."""
     assert capture_beside_a_forward(*two) == ["capture", "forward"]
-    expected = solo(model("gpt2"), "float32", cache_dir=CACHE).logits
+    expected = solo(model("gpt2"), "float32", cache_dir=CACHE / "solo").logits
     for runner in two:
         assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
     assert inside() == []
@@ -124,7 +124,7 @@ def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
 def test_without_the_hooks_a_draft_workers_capture_overlaps_forwards(
     sglang: None, model: Model, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    left = [it for it in generation_0_5_23.changes() if it not in graph_captures.CHANGES]
+    left = [it for it in generation_0_5_21.changes() if it not in graph_captures.CHANGES]
     monkeypatch.setattr(versions, "GENERATIONS", {"without captures": lambda: left})
     two = request.getfixturevalue("two")
     assert capture_beside_a_forward(*two) == ["forward", "capture"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
+from interpreters import Forked
 from registry_calls import until
 from runner_calls import Blocked, logits, steps_in_line, steps_inside, thread
 from sglang_distguard.testing import bit_equal, free_port, server_args
@@ -223,11 +222,9 @@ def test_weights_of_another_process_are_received_beside_forwards_and_loaded_alon
     new, port = model("llama", seed=1), free_port()
     given = weights_of(new)
     old = logits(runner)
-    sender = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SENDER), str(port), str(new), given[-1][0]],
-        stdin=subprocess.PIPE,
-        text=True,
-    )
+    reading, writing = os.pipe()
+    sender = Forked(SENDER, arguments=[str(port), str(new), given[-1][0]], stdin=reading)
+    os.close(reading)
     updater = runner.weight_updater
     made = updater.init_weights_update_group("127.0.0.1", port, 1, 2, "new", backend="gloo")
     assert made[0], made
@@ -242,11 +239,11 @@ def test_weights_of_another_process_are_received_beside_forwards_and_loaded_alon
     until(lambda: "receive_weights_from_distributed" in steps_inside() or not receiver.is_alive())
     assert bit_equal(logits(runner), old)  # the last tensor has not been sent
     assert receiver.is_alive()
-    assert sender.stdin is not None
-    sender.stdin.write("\n")
-    sender.stdin.close()
+    os.write(writing, b"\n")
+    os.close(writing)
     receiver.join()
-    assert sender.wait() == 0
+    ended = sender.wait()
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert isinstance(received[0], list), received
     assert updater.load_weights_from_distributed(received[0])[0]
     assert updater.destroy_weights_update_group("new")[0]

@@ -7,7 +7,8 @@ import json
 import pytest
 from sglang_distguard.__main__ import main
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.hooks import versions
+from sglang_distguard.hooks import generation_0_5_21, versions
+from sglang_distguard.patching import Scoped
 
 
 def test_status_says_that_the_installed_sglang_is_supported(
@@ -16,20 +17,38 @@ def test_status_says_that_the_installed_sglang_is_supported(
     monkeypatch.setenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", "true")
     assert main(["status", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["sglang"] == "0.5.23"
+    assert facts["sglang"] == versions.installed_version()
     assert facts["supported"] is True
+    assert (facts["verified"], facts["dropped"], facts["warnings"]) == (True, [], [])
     assert facts["SGLANG_ALLOW_REUSE_DISTRIBUTED"] is True
 
 
 def test_status_ends_with_1_and_the_reason_when_it_is_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_changes: object) -> object:
+    def refuse() -> object:
         raise NotSupported("it lacks a thing")
 
-    monkeypatch.setattr(versions, "_plan", refuse)
+    monkeypatch.setattr(versions, "choose", refuse)
     assert main(["status"]) == 1
     assert "it lacks a thing" in capsys.readouterr().out
+
+
+def test_status_says_what_is_dropped_and_that_a_release_is_not_verified(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Scoped("sglang.srt.environ", "_of_an_old_release")
+    changes = [*generation_0_5_21.changes(), gone]
+    monkeypatch.setattr(versions, "GENERATIONS", {"this one": lambda: changes})
+    monkeypatch.setattr(versions, "installed_version", lambda: "99.0")
+    assert main(["status", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["supported"], facts["verified"]) == (True, False)
+    assert facts["dropped"] == ["sglang.srt.environ._of_an_old_release"]
+    assert facts["warnings"][0].startswith("sglang 99.0 is unverified")
+    assert "_of_an_old_release" in facts["warnings"][1]
+    assert main(["status"]) == 0
+    assert "sglang 99.0 is unverified" in capsys.readouterr().out
 
 
 def test_a_variable_that_cannot_be_used_ends_with_2(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sglang_distguard
-from conftest import teardown_everything
+from conftest import only_new_objects_collected, teardown_everything
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -24,14 +24,15 @@ def eight(sglang: None, cache: Path) -> Iterator[tuple[list[fleet.Outcome], list
     """Eight runners, built by SGLang's own code from eight threads, and what a bystander saw."""
     members = fleet.members(cache)
     sglang_distguard.install()
-    with fleet.bystander() as seen:
-        outcomes = fleet.build_all(members, build_named)
-    yield outcomes, seen
-    for outcome in outcomes:
-        if outcome.runner is not None:
-            sglang_distguard.close(outcome.runner)
-            outcome.runner = None
-    gc.collect()
+    with only_new_objects_collected():
+        with fleet.bystander() as seen:
+            outcomes = fleet.build_all(members, build_named)
+        yield outcomes, seen
+        for outcome in outcomes:
+            if outcome.runner is not None:
+                sglang_distguard.close(outcome.runner)
+                outcome.runner = None
+        gc.collect()
     teardown_everything()
     sglang_distguard.uninstall()
 

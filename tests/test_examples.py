@@ -19,7 +19,7 @@ def test_two_runners_over_two_ranks_started_by_torchrun() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-5000:]
     lines = ran.stdout.splitlines()

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from new_interpreter import run
+from interpreters import Has, run
 
 # Waits in these programs have 300 seconds, more than a program: one that waits to the end fails.
 
@@ -116,7 +116,7 @@ def test_control_c_ends_a_process_that_waits() -> None:
 
 
 def test_runners_that_were_never_closed_exit_without_output(cache: Path) -> None:
-    result = run(RUNNERS, "print('built', len(runners))\n")
+    result = run(RUNNERS, "print('built', len(runners))\n", has=Has.SGLANG)
     assert (result.returncode, result.stdout) == (0, "built 2\n"), result.stderr
     assert own_messages(result.stderr) == []
 
@@ -139,6 +139,7 @@ def test_daemon_threads_in_the_middle_of_forwards_do_not_crash_the_exit(cache: P
             rounds.wait()
             print("forwarding")
             """,
+        has=Has.SGLANG,
     )
     assert (result.returncode, result.stdout) == (0, "forwarding\n"), result.stderr
     assert own_messages(result.stderr) == []
@@ -189,6 +190,7 @@ def test_an_activate_that_idles_does_not_delay_the_exit() -> None:
         inside.wait()
         print("still inside of a step:", _core.begin_exit(60.0))
         """,
+        has=Has.SGLANG,
     )
     assert done.returncode == 0, done.stderr
     assert "still inside of a step: 0" in done.stdout

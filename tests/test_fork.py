@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import sglang_distguard
 from forking import fresh_registry, in_child, put_fresh_registry
-from registry_calls import acquire, leader_of, request, state_of, until, waits_for
+from interpreters import run_well
+from registry_calls import acquire, leader_of, state_of, until, waits_for
 from sglang_distguard import _core
 from sglang_distguard.process import installation
 from sglang_distguard.testing import server_args, steps
@@ -53,28 +54,39 @@ def test_multiprocessing_starts_with_an_empty_registry_by_every_method(method: s
 def test_no_lock_that_other_threads_hold_at_the_fork_blocks_the_child() -> None:
     """Threads change the registry all the time, so that at some fork its lock is held.
 
+    A process without SGLang forks faster.
+
     Without `start_afresh` the 89th of 300 such children hung (once, two cores).
     """
-    stop = threading.Event()
+    run_well(
+        f"FRESH = {FRESH}\n",
+        """
+        import threading
+        from forking import fresh_registry, in_child
+        from registry_calls import request
 
-    def change(number: int) -> None:
-        while not stop.is_set():
-            asked = request(f"groups:busy {number}", {}, slow_after=9.0)
-            claim = asked.try_acquire(None)
-            asked.wait(0.0)
-            if claim is not None:
-                claim.fail("again")
+        stop = threading.Event()
 
-    threads = [threading.Thread(target=change, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(100):
-            assert in_child(fresh_registry) == FRESH
-    finally:
-        stop.set()
+        def change(number):
+            while not stop.is_set():
+                asked = request(f"groups:busy {number}", {}, slow_after=9.0)
+                claim = asked.try_acquire(None)
+                asked.wait(0.0)
+                if claim is not None:
+                    claim.fail("again")
+
+        threads = [threading.Thread(target=change, args=(number,)) for number in range(4)]
         for thread in threads:
-            thread.join()
+            thread.start()
+        try:
+            for _ in range(300):
+                assert in_child(fresh_registry) == FRESH
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        """,
+    )
 
 
 def test_a_claim_of_the_forking_thread_is_refused_in_the_child() -> None:

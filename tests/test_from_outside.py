@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import new_interpreter
 import pytest
 import sglang_distguard as dg
+from interpreters import Has, run_well
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 
@@ -320,4 +320,4 @@ def test_modules_that_are_imported_again_are_hooked_again(
     how: str, sglang: None, cache: Path
 ) -> None:
     fleet.members(cache, [("llama", "float32"), ("qwen3_moe", "bfloat16")])  # made once, here
-    new_interpreter.run_well(f"HOW = {how!r}\n", IMPORTED_AGAIN)
+    run_well(f"HOW = {how!r}\n", IMPORTED_AGAIN, has=Has.SGLANG)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import graph_programs
 import pytest
 import sglang_distguard
 from conftest import CACHE, CLOSE
+from interpreters import Has, run_well
 from registry_calls import run_in_threads
 from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args, solo
 from sglang_distguard.testing.graphs import CPU_GRAPHS, allow_cpu_graphs
@@ -64,11 +62,11 @@ def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_
     from sglang.srt.model_executor.cpu_graph_runner import CPUGraphRunner
 
     captured, bystander = model("llama"), model("gpt2")
-    program = [sys.executable, graph_programs.__file__, str(captured), str(tmp_path / "alone")]
-    subprocess.run(program, check=True, capture_output=True, timeout=1000)
+    call = f"main({str(captured)!r}, {str(tmp_path / 'alone')!r})\n"
+    run_well("from graph_programs import main\n", call, has=Has.SGLANG)
     alone = torch.load(tmp_path / "alone")
-    eager = solo(captured, "float32", cache_dir=CACHE).logits
-    expected = solo(bystander, "float32", cache_dir=CACHE).logits
+    eager = solo(captured, "float32", cache_dir=CACHE / "solo").logits
+    expected = solo(bystander, "float32", cache_dir=CACHE / "solo").logits
 
     capturing: set[int] = set()
     met: list[str] = []
@@ -145,7 +143,7 @@ def test_weight_updates_that_capture_graphs_anew_begin_in_the_capture_phase(
     monkeypatch.setattr(weight_updater, "current_platform", platform)
     monkeypatch.setattr(model_runner, "_captures", lambda: True)
     path = model("gpt2")
-    expected = solo(path, "float32", cache_dir=CACHE).logits
+    expected = solo(path, "float32", cache_dir=CACHE / "solo").logits
     runners: dict[str, Any] = {
         name: sglang_distguard.build_runner(server_args(path), name=name) for name in ("one", "two")
     }

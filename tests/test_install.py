@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import new_interpreter
+import interpreters
 import pytest
 import sglang_distguard
+from interpreters import Has
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.hooks import process_globals, versions
-from sglang_distguard.patching import Needs, find_source, is_changed, readers
+from sglang_distguard.patching import Needs, Scoped, find_source, is_changed, readers
 from sglang_distguard.patching.code_swap import functions_of
 
 
@@ -41,7 +42,7 @@ def state_of_modules() -> dict[tuple[str, str], tuple[int, int]]:
                         inner = inner.__func__
                     found[name, f"{attribute}.{member}"] = (id(inner), code_of(inner))
     # Inert accessors stay, because a suspended function may still read through one.
-    return {key: it for key, it in found.items() if "_distguard_scoped" not in key[1]}
+    return {key: it for key, it in found.items() if "_distguard_scope" not in key[1]}
 
 
 def code_of(value: object) -> int:
@@ -227,7 +228,7 @@ def run_programs(programs: Mapping[str, str]) -> dict[str, str]:
     """Run each program in its own process, two at a time; return the errors of failed ones."""
 
     def errors_of(program: str) -> str:
-        done = new_interpreter.run(program)
+        done = interpreters.run(program, has=Has.THIRD_PARTY)
         return "" if done.returncode == 0 else done.stderr
 
     with ThreadPoolExecutor(2) as pool:
@@ -250,7 +251,7 @@ def test_functions_of_a_module_that_is_imported_later_are_changed_without_a_sear
         import sglang.srt.runtime_context as rc
         assert code_swap.is_changed(rc.get_context.__code__)
     """
-    new_interpreter.run_well(program)
+    interpreters.run_well(program)
 
 
 def test_a_reload_that_fails_leaves_the_module_guarded(
@@ -299,14 +300,14 @@ def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
     clean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of_modules()
-    changes = versions.GENERATIONS["runtime contexts (sglang 0.5.23)"]
+    changes = next(iter(versions.GENERATIONS.values()))
     lacking = Needs("sglang.srt.runtime_context", "function_of_another_release")
     monkeypatch.setattr(versions, "GENERATIONS", {"this one": lambda: [*changes(), lacking]})
     with pytest.raises(
         sglang_distguard.NotSupported, match="function_of_another_release"
     ) as caught:
         sglang_distguard.install()
-    assert caught.value.details["sglang"] == "0.5.23"
+    assert caught.value.details["sglang"] == versions.installed_version()
     assert not sglang_distguard.is_installed()
     assert state_of_modules() == before
 
@@ -338,15 +339,21 @@ def test_importing_the_package_and_asking_for_a_snapshot_imports_nothing_of_sgla
         "import sys, sglang_distguard as d; d.snapshot(); d.is_installed(); "
         "assert not [m for m in sys.modules if m.startswith(('sglang.', 'torch'))]"
     )
-    new_interpreter.run_well(program)
+    interpreters.run_well(program)
 
 
-def test_every_scoped_global_exists_in_the_installed_sglang() -> None:
-    for module, names in process_globals.scoped().items():
-        source = find_source(module)
-        assert source is not None, module
-        assert all(name.rpartition(".")[2] in source.text for name in names)
-    assert len(versions.choose()) == len({plan.module for plan in versions.choose()})
+def test_every_scoped_global_of_the_installed_sglang_is_in_the_plan() -> None:
+    plan = versions.choose()
+    planned = {
+        (it.module, it.name)
+        for module in plan.modules
+        for it in module.changes
+        if isinstance(it, Scoped)
+    }
+    rows = process_globals.of_release(plan.release)
+    assert planned == {
+        (it.module, it.name) for it in rows if it.how is process_globals.How.SCOPED and not it.by
+    }
 
 
 def test_only_three_modules_read_scoped_globals_of_other_modules() -> None:
@@ -402,7 +409,7 @@ def test_an_entry_point_that_is_switched_off_imports_nothing_of_ours(value: str 
         ours.load()()
         assert set(sys.modules) - before == {"sglang_distguard_plugin"}, set(sys.modules) - before
     """
-    new_interpreter.run_well(f"VALUE = {value!r}\n", program)
+    interpreters.run_well(f"VALUE = {value!r}\n", program)
 
 
 def test_in_processes_of_sglang_the_entry_point_makes_two_runners_right_or_changes_nothing(
@@ -421,7 +428,7 @@ if d.is_installed():
 print(d.is_installed(), sum(o.error is None and not o.problems for o in outcomes))
 """
     for value, expected in (("true", ["True", "2"]), ("false", ["False", "0"])):
-        done = new_interpreter.run(program, SGLANG_ALLOW_REUSE_DISTRIBUTED=value)
+        done = interpreters.run(program, has=Has.SGLANG, SGLANG_ALLOW_REUSE_DISTRIBUTED=value)
         built = done.stdout.split()[-2:]
         # Without the guard at most one of two is built.
         assert built[:1] == expected[:1], done.stderr

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import new_interpreter
 import pytest
+from interpreters import Has, run_well
 
 #: The import of a module calls ``meanwhile`` in its finder, and before the module's first line.
 _HALF_IMPORTED = """
@@ -11,7 +11,7 @@ _HALF_IMPORTED = """
     from importlib.machinery import PathFinder, SourceFileLoader
     import sglang.srt.distributed
     import sglang_distguard as dg
-    from sglang_distguard.context.scopes import accessor
+    from sglang_distguard.context.accessors import accessor
 
     NAME = "sglang.srt.distributed.bootstrap"
     sys.modules.pop(NAME, None)
@@ -38,7 +38,7 @@ _HALF_IMPORTED = """
 
 @pytest.mark.parametrize("where", ["finding", "executing", "failing"])
 def test_install_waits_for_an_import_that_another_thread_had_begun_before(where: str) -> None:
-    new_interpreter.run_well(
+    run_well(
         f"WHERE = {where!r}\n",
         _HALF_IMPORTED,
         """
@@ -71,11 +71,12 @@ def test_install_waits_for_an_import_that_another_thread_had_begun_before(where:
         __import__(NAME)
         assert accessor(NAME, "_PARALLEL_INITIALISED").value is False
         """,
+        has=Has.SGLANG,
     )
 
 
 def test_install_is_refused_inside_of_the_import_of_a_module_to_be_patched() -> None:
-    new_interpreter.run_well(
+    run_well(
         _HALF_IMPORTED,
         """
         refused = []
@@ -96,4 +97,5 @@ def test_install_is_refused_inside_of_the_import_of_a_module_to_be_patched() -> 
         dg.install()
         assert accessor(NAME, "_PARALLEL_INITIALISED").value is False
         """,
+        has=Has.SGLANG,
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from rewritten_modules import loader
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.patching import ModulePlan, Scoped, Within, find_source
+from sglang_distguard.patching import Within
 
 LOCALS = """
 _value = "global"
@@ -125,30 +124,10 @@ def beside_a_local():
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """As ``loader``; without changes, ``_value`` is scoped."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    plans: list[ModulePlan] = []
-    names = [f"names_{index}" for index in range(8)]
-    fresh = iter(names)
-
-    def make(source: str, *changes: Any) -> tuple[ModuleType, ModulePlan]:
-        name = next(fresh)
-        (tmp_path / f"{name}.py").write_text(source)
-        importlib.invalidate_caches()
-        module = importlib.import_module(name)
-        found = find_source(name)
-        assert found is not None
-        given = [it(name) for it in changes] or [Scoped(name, "_value")]
-        plan = ModulePlan(found, given)
-        plan.check()
-        plan.apply(module)
-        plans.append(plan)
-        return module, plan
-
-    yield make
-    for plan in plans:
-        plan.undo()
-    for name in names:
-        sys.modules.pop(name, None)
+    with loader(tmp_path) as load:
+        yield lambda source, *changes: load(source, *(changes or ("_value",)))
 
 
 def test_names_that_a_function_binds_stay_its_own(load: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from sglang_distguard.distributed import coordinators
-from sglang_distguard.hooks import generation_0_5_23, process_globals
+from sglang_distguard.hooks import generation_0_5_21, process_globals
 from sglang_distguard.hooks.process_globals import TREATMENTS, How
 
 #: torch itself keeps these per thread.
@@ -16,7 +16,7 @@ def test_every_managed_row_has_an_implementation() -> None:
     scoped = {
         (module, name) for module, names in process_globals.scoped().items() for name in names
     }
-    hooks = {hook.__name__ for hook in generation_0_5_23.HOOKS}
+    hooks = {hook.__name__ for hook in generation_0_5_21.HOOKS}
     for row in TREATMENTS:
         if row.how is How.UNMANAGED or row.module in TORCHS:
             assert not row.by, row

@@ -17,11 +17,13 @@ from conftest import CACHE
 from sglang_distguard.audit.values import is_cache
 from sglang_distguard.hooks import process_globals
 from sglang_distguard.hooks.process_globals import How
+from sglang_distguard.hooks.versions import installed_version
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
 
 Model = Callable[..., Path]
 
-UNMANAGED = [row for row in process_globals.TREATMENTS if row.how is How.UNMANAGED]
+ROWS = process_globals.of_release(installed_version())
+UNMANAGED = [row for row in ROWS if row.how is How.UNMANAGED]
 
 
 def caches() -> Iterator[tuple[str, Any]]:
@@ -281,7 +283,7 @@ def test_changes_of_unmanaged_globals_change_no_logits(
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)
     alone = [
-        solo(model(name), dtype, cache_dir=CACHE).logits
+        solo(model(name), dtype, cache_dir=CACHE / "solo").logits
         for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
     ]
     with switched.undo, two_runners(model) as runners:  # built before

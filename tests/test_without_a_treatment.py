@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreters import Has, run
+from sglang_distguard.testing import fleet
 
 TREATMENTS = ("registry", "scope", "dtype", "input buffers")
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_eight_runners_are_not_right_without(cache: Path, treatment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, str(cache), treatment],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    fleet.members(cache)
+    call = f"test_without_a_treatment.main(CACHE, {treatment!r})\n"
+    done = run("import test_without_a_treatment\n", call, has=Has.SGLANG)
     report = done.stdout[-3000:] + done.stderr[-3000:]
     assert "WRONG" in done.stdout, report
     print(done.stdout.strip().splitlines()[-1])
@@ -30,7 +26,7 @@ def switch_off(treatment: str) -> None:
     from sglang_distguard import _core
     from sglang_distguard.hooks import (
         expert_location,
-        generation_0_5_23,
+        generation_0_5_21,
         model_loader,
         parallel_state,
         torch_dtype,
@@ -56,7 +52,7 @@ def switch_off(treatment: str) -> None:
         left_out = (Scoped(module, "_forward_input_buffer_pool"),)
     versions.GENERATIONS = {
         f"without {treatment}": lambda: [
-            change for change in generation_0_5_23.changes() if change not in left_out
+            change for change in generation_0_5_21.changes() if change not in left_out
         ]
     }
 
@@ -79,16 +75,14 @@ class Replacing:
         pass
 
 
-def main(cache: Path, treatment: str) -> None:
+def main(cache: str, treatment: str) -> None:
     """Print RIGHT, or WRONG with the first problem."""
     import os
 
     import sglang_distguard
-    from sglang_distguard.testing import fleet, prepare_environment
 
-    prepare_environment()
     switch_off(treatment)
-    members = fleet.members(cache)
+    members = fleet.members(Path(cache))
     sglang_distguard.install(timeout=60)
     problems: list[str] = []
     with fleet.bystander() as seen:
@@ -109,7 +103,3 @@ def main(cache: Path, treatment: str) -> None:
     verdict = "RIGHT" if not problems else f"WRONG ({len(problems)} problems, first: {problems[0]})"
     print(f"without {treatment}: {verdict}", flush=True)
     os._exit(0)  # half-built runners need no orderly exit
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

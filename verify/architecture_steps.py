@@ -34,7 +34,7 @@ ROUNDS = 3
 SEEDS = (0, 1)
 #: Runs beside every architecture, in a thread of its own.
 COMPANION = "llama"
-_M_PERTURB = -6  # glibc: malloc and free fill the memory
+M_PERTURB = -6  # glibc: malloc and free fill the memory
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def disturbed(name: str, seed: int, folders: Folders) -> dict[str, Any]:
     """
     import torch
 
-    ctypes.CDLL(None).mallopt(_M_PERTURB, 0x55)
+    ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
     torch.manual_seed(1)
     entry = CATALOG[name]
     before = torch.load(folders.tensors(name, "alone", seed), weights_only=True)

@@ -51,11 +51,11 @@ def leave_out_what_torch_lacks() -> None:
     Nothing is compiled here.
     """
     import torch
-    from sglang_distguard.hooks import generation_0_5_23
+    from sglang_distguard.hooks import generation_0_5_21
 
     if not hasattr(torch.compiler, "_compile_session_context"):
-        kept = [it for it in generation_0_5_23.HOOKS if not it.__name__.endswith("torch_compiler")]
-        generation_0_5_23.HOOKS = tuple(kept)
+        kept = [it for it in generation_0_5_21.HOOKS if not it.__name__.endswith("torch_compiler")]
+        generation_0_5_21.HOOKS = tuple(kept)
 
 
 def together(models: Path, references: Path, without: str) -> None:

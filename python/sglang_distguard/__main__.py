@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _BROUGHT_BY_SGLANG:  # a part of a package that is there
             raise
-        from sglang_distguard.hooks.versions import INSTALL
+        from sglang_distguard.hooks.releases import INSTALL
 
         print(
             f"error: {arguments.command} needs {error.name}, which is not installed here. sglang "
@@ -124,14 +124,13 @@ def _status(*, as_json: bool) -> int:
 
     from sglang_distguard.config import settings
     from sglang_distguard.errors import NotSupported
-    from sglang_distguard.hooks import versions
-    from sglang_distguard.hooks.versions import installed_version
+    from sglang_distguard.hooks import releases, versions
 
     try:
-        plans = versions.choose()
-        supported, reason = True, f"{len(plans)} modules would be patched"
+        plan = versions.choose()
+        supported, reason = True, f"{len(plan.modules)} modules would be patched"
     except NotSupported as error:
-        supported, reason = False, str(error)
+        plan, supported, reason = None, False, str(error)
     try:
         reuse = settings.reuse_from_environment()
         chosen = settings.choose(again=False)
@@ -139,9 +138,12 @@ def _status(*, as_json: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = {
-        "sglang": installed_version(),
+        "sglang": versions.installed_version(),
         "supported": supported,
+        "verified": releases.is_verified(versions.installed_version()),
         "detail": reason,
+        "dropped": [f"{it.module}.{it.name}" for it in plan.absent] if plan else [],
+        "warnings": plan.warnings() if plan else [],
         VARIABLE: reuse,
         settings.TIMEOUT_VARIABLE: chosen.timeout,
         settings.SLOW_VARIABLE: chosen.slow_after,
@@ -152,7 +154,8 @@ def _status(*, as_json: bool) -> int:
         print(json.dumps(facts, indent=2))
     else:
         for name, value in facts.items():
-            print(f"{name:36} {value}")
+            for line in (value or ["none"]) if isinstance(value, list) else [value]:
+                print(f"{name:36} {line}")
     return 0 if supported else 1
 
 

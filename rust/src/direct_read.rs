@@ -4,17 +4,15 @@
 //! that the thread is attached, catches panics and keeps errors. A read that cannot fail needs none
 //! of that; any other read goes that way.
 
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::Ordering;
 
 use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::PyTypeInfo;
 
+use crate::read_path::READ_PATH;
 use crate::scoped_global::ScopedGlobal;
-
-/// The interned string "value", the name in every read by code. Never freed.
-static VALUE: AtomicPtr<ffi::PyObject> = AtomicPtr::new(std::ptr::null_mut());
 
 /// The `tp_getattro` of `ScopedGlobal`.
 ///
@@ -24,7 +22,7 @@ unsafe extern "C" fn get_attribute(
     slf: *mut ffi::PyObject,
     name: *mut ffi::PyObject,
 ) -> *mut ffi::PyObject {
-    if name == VALUE.load(Ordering::Relaxed) {
+    if name == READ_PATH.name.load(Ordering::Relaxed) {
         // SAFETY: the interpreter calls this, so the thread is attached; `slf` is of the one type
         // that has this function, which cannot be subclassed, and its caller keeps it alive.
         let found = unsafe {
@@ -46,7 +44,7 @@ unsafe extern "C" fn get_attribute(
 /// that has one. The attribute's value is still the one that its descriptor returns.
 pub fn put_in_front(py: Python<'_>) {
     let name = intern!(py, "value").clone().unbind();
-    VALUE.store(name.into_ptr(), Ordering::Relaxed);
+    READ_PATH.name.store(name.into_ptr(), Ordering::Relaxed);
     let class = ScopedGlobal::type_object_raw(py);
     // SAFETY: attached, so no thread reads the slot meanwhile; PyO3 never frees the type; both
     // functions have the slot's signature. No attribute of the type contradicts it.

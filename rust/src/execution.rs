@@ -3,17 +3,18 @@
 //!
 //! None in the variable stands for code of no runner, which reads SGLang's default scope.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::claim::Claim;
 use crate::dtype::{self, HeldDtype};
+use crate::read_path::READ_PATH;
 use crate::runner::RunnerHandle;
 use crate::scope::Scope;
 use crate::step::Running;
@@ -118,29 +119,39 @@ impl Execution {
     }
 }
 
-fn variable(py: Python<'_>) -> PyResult<*mut ffi::PyObject> {
-    static VARIABLE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let variable = VARIABLE.get_or_try_init(py, || {
-        let name = c"sglang_distguard.execution";
-        // SAFETY: attached; the name is terminated, the default is borrowed; a new reference or
-        // null with an exception comes back, which `from_owned_ptr_or_err` tells apart.
-        unsafe {
-            let made = ffi::PyContextVar_New(name.as_ptr(), ffi::Py_None());
-            Bound::from_owned_ptr_or_err(py, made).map(Bound::unbind)
-        }
-    });
-    variable.map(pyo3::Py::as_ptr)
+/// Makes the context variable, once: the interpreter runs a module's initialisation once.
+pub fn make_variable(py: Python<'_>) -> PyResult<()> {
+    let name = c"sglang_distguard.execution";
+    // SAFETY: attached; the name is terminated, the default is borrowed; a new reference or null
+    // with an exception comes back, which `from_owned_ptr_or_err` tells apart.
+    let made = unsafe {
+        let made = ffi::PyContextVar_New(name.as_ptr(), ffi::Py_None());
+        Bound::from_owned_ptr_or_err(py, made)?
+    };
+    READ_PATH.variable.store(made.into_ptr(), Ordering::Release);
+    Ok(())
+}
+
+#[inline]
+fn variable() -> *mut ffi::PyObject {
+    READ_PATH.variable.load(Ordering::Relaxed)
+}
+
+/// The exception that a context variable has raised.
+#[cold]
+fn raised(py: Python<'_>) -> PyErr {
+    PyErr::fetch(py)
 }
 
 /// The execution of the running code.
+#[inline]
 pub fn current(py: Python<'_>) -> PyResult<Option<Bound<'_, Execution>>> {
-    let variable = variable(py)?;
     let mut value = std::ptr::null_mut();
-    // SAFETY: attached; `variable` is a context variable that a static keeps alive. It has a
-    // default, so that a new reference comes back unless an exception does.
+    // SAFETY: attached; `variable` is a context variable that is never freed. It has a default, so
+    // that a new reference comes back unless an exception does.
     let value = unsafe {
-        if ffi::PyContextVar_Get(variable, std::ptr::null_mut(), &raw mut value) < 0 {
-            return Err(PyErr::fetch(py));
+        if ffi::PyContextVar_Get(variable(), std::ptr::null_mut(), &raw mut value) < 0 {
+            return Err(raised(py));
         }
         Bound::from_owned_ptr(py, value)
     };
@@ -159,16 +170,16 @@ fn set<'py>(
     let value = execution.map_or_else(|| py.None().into_bound(py), |it| it.clone().into_any());
     // SAFETY: attached; both are alive; a new reference or null with an exception comes back.
     unsafe {
-        let token = ffi::PyContextVar_Set(variable(py)?, value.as_ptr());
+        let token = ffi::PyContextVar_Set(variable(), value.as_ptr());
         Bound::from_owned_ptr_or_err(py, token)
     }
 }
 
 fn reset(py: Python<'_>, token: &Py<PyAny>) -> PyResult<()> {
     // SAFETY: attached; both are alive; anything but a token of the variable is refused.
-    let done = unsafe { ffi::PyContextVar_Reset(variable(py)?, token.as_ptr()) };
+    let done = unsafe { ffi::PyContextVar_Reset(variable(), token.as_ptr()) };
     if done < 0 {
-        return Err(PyErr::fetch(py));
+        return Err(raised(py));
     }
     Ok(())
 }

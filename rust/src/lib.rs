@@ -2,6 +2,7 @@
 
 mod activation;
 mod agreement;
+mod attached;
 mod claim;
 mod convert;
 mod direct_read;
@@ -13,6 +14,7 @@ mod flag;
 mod phase;
 mod process;
 mod publishing;
+mod read_path;
 mod registry;
 mod remembered;
 mod runner;
@@ -20,6 +22,7 @@ mod scope;
 mod scoped_global;
 mod step;
 mod sync;
+mod weak_list;
 
 use pyo3::prelude::*;
 
@@ -64,6 +67,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {
+        crate::execution::make_variable(module.py())?;
         crate::direct_read::put_in_front(module.py());
         super::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
     }

@@ -10,7 +10,7 @@ use distguard_core::events::Event;
 use distguard_core::key::Key;
 use distguard_core::occupancy::Occupancy;
 use distguard_core::registry::Registry;
-use distguard_core::scopes::Scopes;
+use distguard_core::scopes::{ScopeId, Scopes};
 use pyo3::prelude::*;
 
 use crate::sync::lock;
@@ -18,7 +18,7 @@ use crate::sync::lock;
 struct Process {
     registry: Registry,
     scopes: Scopes,
-    occupancy: Occupancy,
+    communicators: Mutex<HashMap<ScopeId, Occupancy>>,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
     /// The number of the first event that no caller has taken yet.
     untaken: Mutex<u64>,
@@ -31,7 +31,7 @@ impl Process {
         Box::leak(Box::new(Self {
             registry: Registry::with_instance(Arc::new(SystemClock::default()), instance),
             scopes: Scopes::with_instance(instance),
-            occupancy: Occupancy::new(),
+            communicators: Mutex::default(),
             resources: Mutex::default(),
             untaken: Mutex::default(),
         }))
@@ -79,8 +79,9 @@ pub fn scopes() -> &'static Scopes {
     &process().scopes
 }
 
-pub fn occupancy() -> &'static Occupancy {
-    &process().occupancy
+/// The occupied communicators, by the scope whose runners use them.
+pub fn communicators() -> MutexGuard<'static, HashMap<ScopeId, Occupancy>> {
+    lock(&process().communicators)
 }
 
 /// Returns each event once, also when several threads ask at the same time.

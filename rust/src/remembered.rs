@@ -19,6 +19,7 @@ pub struct Remembered {
 impl Remembered {
     /// The value of `name` in `dict`. Every call must pass the same `dict` and the same `name`.
     #[cfg(not(Py_3_13))]
+    #[inline]
     #[allow(deprecated)] // 3.12 has it still
     pub fn find(&self, dict: &Bound<'_, PyDict>, name: &Py<PyString>) -> Option<Py<PyAny>> {
         use std::sync::atomic::Ordering::Relaxed; // the interpreter's lock gives the order
@@ -32,6 +33,19 @@ impl Remembered {
             // the interpreter's lock held; alive, for `dict` holds it at this version.
             return Some(unsafe { Bound::from_borrowed_ptr(py, value) }.unbind());
         }
+        self.look_up(dict, name, version)
+    }
+
+    #[cfg(not(Py_3_13))]
+    #[cold]
+    fn look_up(
+        &self,
+        dict: &Bound<'_, PyDict>,
+        name: &Py<PyString>,
+        version: u64,
+    ) -> Option<Py<PyAny>> {
+        use std::sync::atomic::Ordering::Relaxed; // as in `find`
+
         // A change that the lookup itself makes is noticed: the version was read before it.
         let value = dict.get_item(name).ok()??;
         self.value.store(value.as_ptr(), Relaxed);

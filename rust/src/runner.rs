@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use distguard_core::actor::Actor;
 use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
-use distguard_core::occupancy::Place;
+use distguard_core::occupancy::Occupancy;
 use distguard_core::phases::{Access, Phase, RunnerId, Visit};
 use distguard_core::scopes::{ScopeId, DEFAULT};
 use pyo3::prelude::*;
@@ -15,7 +15,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::convert;
 use crate::errors::{make, to_python};
-use crate::process::{forks, occupancy, registry, scopes};
+use crate::process::{communicators, forks, registry, scopes};
 use crate::scope::Scope;
 use crate::sync::lock;
 
@@ -42,6 +42,8 @@ pub struct RunnerHandle {
     /// Whether it computes together with other ranks.
     ranks: bool,
     closed: AtomicBool,
+    /// The thread whose forward writes its attention metadata and static buffers.
+    forward: Arc<Mutex<Occupancy>>,
     /// The process that built it: `pid` for messages, `forks` (see `process::forks`) for checks.
     pid: u32,
     forks: u32,
@@ -72,32 +74,36 @@ impl RunnerHandle {
         }
     }
 
-    /// Claims the runner for a forward of `actor`'s thread.
-    pub fn occupy_for_forward(&self, py: Python<'_>, actor: &Actor) -> PyResult<()> {
-        self.occupy(py, Place::Runner(self.id), actor, |name, other| {
+    /// Claims the runner for a forward of `actor`'s thread; the caller leaves the place.
+    pub fn occupy_for_forward(
+        &self,
+        py: Python<'_>,
+        actor: &Actor,
+    ) -> PyResult<Arc<Mutex<Occupancy>>> {
+        let entered = lock(&self.forward).enter(actor);
+        self.or_in_use(py, entered, |name, other| {
             format!(
                 "runner '{name}' is in a forward of thread {}: its attention metadata and static \
                  buffers hold one batch at a time. Call its forward from one thread at a time, or \
                  build one runner per thread",
                 other.thread_name
             )
-        })
-        .map(drop)
+        })?;
+        Ok(self.forward.clone())
     }
 
     fn leases(&self) -> MutexGuard<'_, Vec<(Key, LeaseId)>> {
         lock(&self.leases)
     }
 
-    /// Enters `place`; raises with the text from `message` if another thread is in it.
-    fn occupy(
+    /// Raises with the text from `message` if another thread is in a place.
+    fn or_in_use(
         &self,
         py: Python<'_>,
-        place: Place,
-        me: &Actor,
+        entered: Result<usize, Actor>,
         message: impl FnOnce(&str, &Actor) -> String,
     ) -> PyResult<usize> {
-        let other = match occupancy().enter(place, me) {
+        let other = match entered {
             Ok(depth) => return Ok(depth),
             Err(other) => other,
         };
@@ -187,6 +193,7 @@ impl RunnerHandle {
             turns,
             ranks,
             closed: AtomicBool::new(false),
+            forward: Arc::default(),
             pid: std::process::id(),
             forks: forks(),
         })
@@ -274,8 +281,8 @@ impl RunnerHandle {
     /// the calling thread has claimed them already.
     fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
         let me = convert::actor(py, Some(self.name.to_string()))?;
-        let place = Place::Communicators(self.scope_id);
-        let depth = self.occupy(py, place, &me, |name, other| {
+        let entered = communicators().entry(self.scope_id).or_default().enter(&me);
+        let depth = self.or_in_use(py, entered, |name, other| {
             format!(
                 "runner '{name}' uses communicators over which {other} is computing now: a runner \
                  and its drafts share them, and the collectives of two threads would be mixed up. \
@@ -286,7 +293,10 @@ impl RunnerHandle {
     }
 
     fn end_collectives(&self) {
-        occupancy().leave(Place::Communicators(self.scope_id));
+        let mut places = communicators();
+        if places.get_mut(&self.scope_id).is_some_and(Occupancy::leave) {
+            places.remove(&self.scope_id);
+        }
     }
 
     /// Releases the leases and, if this was the scope's last runner, the scope's values.
@@ -294,7 +304,7 @@ impl RunnerHandle {
         let first = self.release();
         if let Some(scope) = self.scope.as_ref().filter(|_| first) {
             if scopes().with(|ledger| ledger.live(self.scope_id)) == 0 {
-                scope.bind(py).get().clear();
+                scope.bind(py).get().clear(py);
             }
         }
         first

@@ -1,19 +1,23 @@
 //! Scopes: each is one view of SGLang's process-globals (`execution` says which one is current).
 //! Holds values and decides nothing: `distguard_core::scopes` decides which code gets a new scope.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::Ordering;
+use std::sync::Mutex;
 
 use distguard_core::key::Key;
 use distguard_core::scopes::{ScopeId, ScopeLedger, DEFAULT};
 use pyo3::prelude::*;
-use pyo3::types::{PyInt, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::PyInt;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::attached::Attached;
 use crate::convert;
 use crate::execution;
 use crate::process;
+use crate::read_path::READ_PATH;
+use crate::scoped_global;
 use crate::sync::lock;
+use crate::weak_list::WeakList;
 
 /// The state of one global in a scope.
 #[derive(Default)]
@@ -27,6 +31,13 @@ pub enum Held {
 }
 
 impl Held {
+    fn value(&self) -> Option<&Py<PyAny>> {
+        match self {
+            Self::Value(value) => Some(value),
+            Self::Unset | Self::Deleted => None,
+        }
+    }
+
     fn clone_ref(&self, py: Python<'_>) -> Self {
         match self {
             Self::Unset => Self::Unset,
@@ -43,21 +54,18 @@ impl Held {
 pub struct Scope {
     id: ScopeId,
     label: Mutex<String>,
-    /// Indexed by `ScopedGlobal` slot.
-    /// Never locked while Python runs: a value that is replaced is dropped after unlocking.
-    values: Mutex<Vec<Held>>,
+    /// Indexed by `ScopedGlobal` slot. Never in use while Python runs: a value that is replaced is
+    /// dropped afterwards.
+    values: Attached<Vec<Held>>,
 }
-
-/// How many scopes exist. At 0 the running code must be in the default scope, without a look-up.
-static ALIVE: AtomicUsize = AtomicUsize::new(0);
 
 impl Scope {
     pub fn new(id: ScopeId, label: String) -> Self {
-        ALIVE.fetch_add(1, Ordering::Relaxed);
+        READ_PATH.scopes.fetch_add(1, Ordering::Relaxed);
         Self {
             id,
             label: Mutex::new(label),
-            values: Mutex::new(Vec::new()),
+            values: Attached::default(),
         }
     }
 
@@ -65,46 +73,43 @@ impl Scope {
         self.id
     }
 
+    #[inline]
     pub fn read(&self, py: Python<'_>, slot: usize) -> Held {
-        let values = lock(&self.values);
-        values
-            .get(slot)
-            .map_or(Held::Unset, |held| held.clone_ref(py))
+        self.values.with(py, |values| {
+            let held = values.get(slot);
+            held.map_or(Held::Unset, |held| held.clone_ref(py))
+        })
     }
 
     /// Stores `held`; returns the former content of the slot.
-    pub fn write(&self, slot: usize, held: Held) -> Held {
-        let mut values = lock(&self.values);
-        if values.len() <= slot {
-            values.resize_with(slot + 1, Held::default);
-        }
-        std::mem::replace(&mut values[slot], held)
+    pub fn write(&self, py: Python<'_>, slot: usize, held: Held) -> Held {
+        self.values.with(py, |values| {
+            if values.len() <= slot {
+                values.resize_with(slot + 1, Held::default);
+            }
+            std::mem::replace(&mut values[slot], held)
+        })
     }
 
     /// Stores `value` unless another thread wrote or deleted first; returns the resulting content.
     pub fn write_if_unset(&self, py: Python<'_>, slot: usize, value: Py<PyAny>) -> Held {
-        let mut values = lock(&self.values);
-        if values.len() <= slot {
-            values.resize_with(slot + 1, Held::default);
+        match self.read(py, slot) {
+            Held::Unset => {
+                drop(self.write(py, slot, Held::Value(value.clone_ref(py))));
+                Held::Value(value)
+            }
+            existing => existing,
         }
-        if matches!(values[slot], Held::Unset) {
-            values[slot] = Held::Value(value.clone_ref(py));
-            return Held::Value(value);
-        }
-        let existing = values[slot].clone_ref(py);
-        drop(values); // `value` is dropped after unlocking
-        existing
-    }
-
-    fn take_all(&self) -> Vec<Held> {
-        let mut values = lock(&self.values);
-        std::mem::take(&mut *values)
     }
 }
 
 impl Drop for Scope {
     fn drop(&mut self) {
-        ALIVE.fetch_sub(1, Ordering::Relaxed);
+        let before = READ_PATH.scopes.fetch_sub(1, Ordering::Relaxed);
+        if before == 1 {
+            // A module that is not told reads through its accessors, which is right, too.
+            Python::attach(|py| drop(scoped_global::tell_modules(py)));
+        }
         process::scopes().with(|ledger| ledger.drop_scope(self.id));
         process::registry().remove(&Key::Experts(self.id.0.to_string()));
     }
@@ -128,8 +133,8 @@ impl Scope {
     }
 
     /// Drops every value the scope holds; a global that is read afterwards gets its initial value.
-    pub fn clear(&self) {
-        drop(self.take_all());
+    pub fn clear(&self, py: Python<'_>) {
+        drop(self.values.with(py, std::mem::take));
     }
 
     fn __repr__(&self) -> String {
@@ -138,26 +143,30 @@ impl Scope {
 
     #[allow(clippy::needless_pass_by_value)]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // The collector must not block: a lock held elsewhere means the values are in use.
-        if let Ok(values) = self.values.try_lock() {
-            for held in values.iter() {
-                if let Held::Value(value) = held {
-                    visit.call(value)?;
-                }
-            }
-        }
-        Ok(())
+        let each = |values: &Vec<Held>| {
+            let mut values = values.iter().filter_map(Held::value);
+            values.try_for_each(|value| visit.call(value))
+        };
+        // SAFETY: the interpreter calls this, so the thread is attached.
+        unsafe { self.values.peek(each) }.unwrap_or(Ok(()))
     }
 
-    fn __clear__(&self) {
-        drop(self.take_all());
+    fn __clear__(&self, py: Python<'_>) {
+        self.clear(py);
     }
 }
 
-/// Calls `look` with the running code's scope; `None`, without a call, in SGLang's default scope.
-fn in_current<T>(py: Python<'_>, look: impl FnOnce(&Py<Scope>) -> T) -> PyResult<Option<T>> {
+/// Whether all code runs in SGLang's default scope, known without a look at the execution.
+#[inline]
+pub fn no_scope_exists() -> bool {
     // A scope in an execution is alive, and the thread that has it has seen its creation.
-    if ALIVE.load(Ordering::Relaxed) == 0 {
+    READ_PATH.scopes.load(Ordering::Relaxed) == 0
+}
+
+/// Calls `look` with the running code's scope; `None`, without a call, in SGLang's default scope.
+#[inline]
+fn in_current<T>(py: Python<'_>, look: impl FnOnce(&Py<Scope>) -> T) -> PyResult<Option<T>> {
+    if no_scope_exists() {
         return Ok(None);
     }
     let execution = execution::current(py)?;
@@ -170,6 +179,7 @@ pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
 }
 
 /// The content of `slot` in the running code's scope; `None` in the default one. Runs no Python.
+#[inline]
 pub fn current_value(py: Python<'_>, slot: usize) -> PyResult<Option<Held>> {
     in_current(py, |scope| scope.get().read(py, slot))
 }
@@ -181,41 +191,19 @@ pub fn current_scope(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
 }
 
 /// Scopes that are alive, for code that must find a scope by its values.
-static LIVE: Mutex<Vec<Py<PyWeakrefReference>>> = Mutex::new(Vec::new());
-
-fn live() -> MutexGuard<'static, Vec<Py<PyWeakrefReference>>> {
-    lock(&LIVE)
-}
+static LIVE: WeakList = WeakList::new();
 
 pub fn register(py: Python<'_>, id: ScopeId, label: String) -> PyResult<Bound<'_, Scope>> {
     let scope = Bound::new(py, Scope::new(id, label))?;
-    let weak = PyWeakrefReference::new(&scope)?.unbind();
-    live().push(weak);
+    scoped_global::tell_modules(py)?;
+    LIVE.push(&scope)?;
     Ok(scope)
 }
 
 /// The scopes that are alive, oldest first, without SGLang's default one.
 #[pyfunction]
 pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
-    let known: Vec<_> = live().iter().map(|weak| weak.clone_ref(py)).collect();
-    // Upgraded without the lock: that may run Python.
-    let (found, ended): (Vec<_>, Vec<_>) = known
-        .into_iter()
-        .map(|weak| (weak.bind(py).upgrade(), weak))
-        .partition(|(scope, _)| scope.is_some());
-    if !ended.is_empty() {
-        let mut now = live();
-        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut *now)
-            .into_iter()
-            .partition(|weak| ended.iter().any(|(_, gone)| gone.is(weak)));
-        *now = kept;
-        drop(now);
-        drop(gone); // only now: dropping a weak reference may run Python, too
-    }
-    found
-        .into_iter()
-        .filter_map(|(scope, _)| scope?.cast_into::<Scope>().ok())
-        .collect()
+    LIVE.live(py)
 }
 
 /// Makes a scope in which no code publishes; its context comes from elsewhere.

@@ -5,13 +5,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, OnceLock};
 
 use pyo3::exceptions::{PyAttributeError, PyNameError};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString, PyType, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::{PyDict, PyString, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::remembered::Remembered;
-use crate::scope::{current, current_value, Held, Scope};
+use crate::scope::{current, current_value, no_scope_exists, Held, Scope};
 use crate::sync::lock;
+use crate::weak_list::WeakList;
 
 /// The slot in which a scope keeps the value of `module.name`: stable over uninstall and install.
 fn slot_of(qualified: String) -> usize {
@@ -72,6 +74,17 @@ impl Owner {
         }
     }
 
+    /// Sets the global that changed code of a module asks; code reaches a class by its accessor.
+    fn tell(&self, py: Python<'_>, scopes_exist: bool) -> PyResult<()> {
+        match self {
+            Self::Globals(globals) => {
+                let name = intern!(py, "_distguard_scopes_exist");
+                globals.bind(py).set_item(name, scopes_exist)
+            }
+            Self::Class(_) => Ok(()),
+        }
+    }
+
     /// The error that Python raises for a name that does not exist.
     fn missing(&self, name: &Bound<'_, PyString>) -> PyErr {
         match self {
@@ -95,18 +108,37 @@ impl Owner {
 /// traces the attribute and guards on it (measured with torch 2.14.1), so a compiled module is
 /// recompiled for another runner's value.
 #[pyclass(frozen, weakref, module = "sglang_distguard._core")]
+#[repr(C)] // what a read needs comes first, so that it fits into one cache line
 pub struct ScopedGlobal {
     owner: Owner,
-    name: Py<PyString>,
-    /// Called without arguments for the value a fresh scope starts with.
-    initial: Py<PyAny>,
     slot: usize,
     /// The value of the default scope at the last read.
     remembered: Remembered,
+    name: Py<PyString>,
+    /// Called without arguments for the value a fresh scope starts with.
+    initial: Py<PyAny>,
 }
 
-/// The last accessor of each slot; `move_aside` moves their values.
-static LIVE: Mutex<BTreeMap<usize, Py<PyWeakrefReference>>> = Mutex::new(BTreeMap::new());
+/// Every accessor. A module that is executed again has further ones of the same slots.
+static LIVE: WeakList = WeakList::new();
+
+/// The last accessor of each slot.
+fn last_of_each_slot(py: Python<'_>) -> impl Iterator<Item = Bound<'_, ScopedGlobal>> {
+    let live = LIVE.live::<ScopedGlobal>(py).into_iter();
+    let by_slot: BTreeMap<_, _> = live.map(|it| (it.get().slot, it)).collect();
+    by_slot.into_values()
+}
+
+/// Tells every module with accessors whether any scope exists. Changed code reads a global directly
+/// while none does (`patching.rewrite`). To be called before code enters the first scope and after
+/// the last has ended.
+pub fn tell_modules(py: Python<'_>) -> PyResult<()> {
+    let live = LIVE.live::<ScopedGlobal>(py);
+    // From here on no Python runs: storing a bool under a name that exists runs none.
+    let exist = !no_scope_exists();
+    live.iter()
+        .try_for_each(|it| it.get().owner.tell(py, exist))
+}
 
 /// Moves the values of the default scope to `scope`, and gives the default scope the initial values
 /// of `fresh`. The running code is in `fresh`, because some initial values read others.
@@ -117,13 +149,8 @@ pub fn move_aside(
     scope: &Bound<'_, Scope>,
     fresh: &Bound<'_, Scope>,
 ) -> PyResult<()> {
-    let known: Vec<_> = lock(&LIVE)
-        .values()
-        .map(|weak| weak.clone_ref(py))
-        .collect();
-    let live = known.iter().filter_map(|weak| weak.bind(py).upgrade());
     let mut moves = Vec::new();
-    for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
+    for global in last_of_each_slot(py) {
         let it = global.get();
         if let Some(value) = it.owner.get(it.name.bind(py))? {
             let initial = it.value_in(py, Some(fresh))?;
@@ -133,33 +160,46 @@ pub fn move_aside(
     for (global, value, initial) in moves {
         let it = global.get();
         it.owner.set(it.name.bind(py), initial)?;
-        drop(scope.get().write(it.slot, Held::Value(value)));
+        drop(scope.get().write(py, it.slot, Held::Value(value)));
     }
     Ok(())
 }
 
 /// Undoes `move_aside`.
 pub fn move_back(py: Python<'_>, scope: &Bound<'_, Scope>) -> PyResult<()> {
-    let known: Vec<_> = lock(&LIVE).values().map(|it| it.clone_ref(py)).collect();
-    let live = known.iter().filter_map(|weak| weak.bind(py).upgrade());
-    for global in live.filter_map(|it| it.cast_into::<ScopedGlobal>().ok()) {
+    for global in last_of_each_slot(py) {
         let it = global.get();
         if let Held::Value(value) = scope.get().read(py, it.slot) {
             it.owner.set(it.name.bind(py), value)?;
         }
     }
-    scope.get().clear();
+    scope.get().clear(py);
     Ok(())
 }
 
 impl ScopedGlobal {
     /// The value, if reading it runs no Python code and cannot fail.
+    #[inline]
     pub fn at_hand(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        if no_scope_exists() {
+            return self.at_hand_in_default(py);
+        }
+        self.at_hand_in_current(py)
+    }
+
+    #[inline]
+    fn at_hand_in_default(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        match &self.owner {
+            Owner::Globals(globals) => self.remembered.find(globals.bind(py), &self.name),
+            Owner::Class(_) => None,
+        }
+    }
+
+    /// Apart, so that the path of the only runner stays short.
+    #[inline(never)]
+    fn at_hand_in_current(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         match current_value(py, self.slot) {
-            Ok(None) => match &self.owner {
-                Owner::Globals(globals) => self.remembered.find(globals.bind(py), &self.name),
-                Owner::Class(_) => None,
-            },
+            Ok(None) => self.at_hand_in_default(py),
             Ok(Some(Held::Value(value))) => Some(value),
             Ok(Some(Held::Unset | Held::Deleted)) | Err(_) => None,
         }
@@ -185,9 +225,8 @@ impl ScopedGlobal {
             remembered: Remembered::default(),
         };
         let made = Bound::new(py, made)?;
-        let weak = PyWeakrefReference::new(&made)?.unbind();
-        let before = lock(&LIVE).insert(slot, weak);
-        drop(before); // only now: dropping a weak reference may run Python
+        LIVE.push(&made)?;
+        made.get().owner.tell(py, !no_scope_exists())?;
         Ok(made.unbind())
     }
 
@@ -208,7 +247,7 @@ impl ScopedGlobal {
         let Some(scope) = current(py)? else {
             return self.owner.delete(self.name.bind(py));
         };
-        match scope.bind(py).get().write(self.slot, Held::Deleted) {
+        match scope.bind(py).get().write(py, self.slot, Held::Deleted) {
             Held::Deleted => Err(self.owner.missing(self.name.bind(py))),
             Held::Unset | Held::Value(_) => Ok(()),
         }
@@ -244,7 +283,7 @@ impl ScopedGlobal {
         match scope {
             None => self.owner.set(self.name.bind(py), value),
             Some(scope) => {
-                drop(scope.get().write(self.slot, Held::Value(value)));
+                drop(scope.get().write(py, self.slot, Held::Value(value)));
                 Ok(())
             }
         }

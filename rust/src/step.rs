@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use distguard_core::actor::{Actor, ThreadId};
 use distguard_core::enter::Entry as Entrance;
-use distguard_core::occupancy::Place;
+use distguard_core::occupancy::Occupancy;
 use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
 use pyo3::exceptions::{PyAttributeError, PyRuntimeError, PyValueError};
 use pyo3::ffi;
@@ -20,7 +20,7 @@ use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
 use crate::phase::Visit;
-use crate::process::{forks, occupancy, registry};
+use crate::process::{forks, registry};
 use crate::runner::RunnerHandle;
 use crate::sync::lock;
 
@@ -38,7 +38,8 @@ pub struct Running {
     runner: RunnerId,
     thread: ThreadId,
     visit: Option<VisitId>,
-    occupies: bool,
+    /// The place that it occupies, if it is exclusive.
+    occupies: Option<Arc<Mutex<Occupancy>>>,
     /// The step of another thread that entered the phase for this one, and so must last as long.
     _outer: Option<Arc<Running>>,
     forks: u32,
@@ -71,8 +72,8 @@ impl Drop for Running {
         if let Some(visit) = self.visit {
             registry().leave(visit);
         }
-        if self.occupies {
-            occupancy().leave(Place::Runner(self.runner));
+        if let Some(place) = &self.occupies {
+            lock(place).leave();
         }
     }
 }
@@ -138,7 +139,7 @@ impl Step {
         thread: ThreadId,
         outer: Option<&Arc<Running>>,
     ) -> PyResult<Arc<Running>> {
-        let mine = |it: &&Arc<Running>| it.occupies && it.thread == thread;
+        let mine = |it: &&Arc<Running>| it.occupies.is_some() && it.thread == thread;
         let occupied = outer.as_ref().is_some_and(mine);
         if let Some(outer) = outer.filter(|_| occupied || !self.kind.exclusive) {
             // Keeps the outer step as long as this one, in case it is another thread's.
@@ -150,13 +151,12 @@ impl Step {
             runner: handle.id(),
             thread,
             visit: None,
-            occupies: false,
+            occupies: None,
             _outer: outer.cloned(),
             forks: forks(),
         };
         if self.kind.exclusive {
-            handle.occupy_for_forward(py, &actor)?;
-            running.occupies = true;
+            running.occupies = Some(handle.occupy_for_forward(py, &actor)?);
         }
         if let Some(phase) = self.kind.phase.filter(|_| outer.is_none()) {
             let access = handle.access(phase);
@@ -368,7 +368,7 @@ impl StepOf {
                     let same = it.thread == convert::this_thread();
                     it.covers(&self.kind, handle.get().id())
                         && same
-                        && (it.occupies || !self.kind.exclusive)
+                        && (it.occupies.is_some() || !self.kind.exclusive)
                 });
                 if covered {
                     return through(py);

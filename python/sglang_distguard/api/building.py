@@ -14,7 +14,7 @@ from sglang_distguard.api.validation import check, check_ranks
 from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag, check_whole, shown
 from sglang_distguard.config.naming import name_of_model
-from sglang_distguard.context.scopes import context_snapshot
+from sglang_distguard.context import generation
 from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.distributed.owned_groups import destroy_of
 from sglang_distguard.distributed.ranks.agreement import building, built
@@ -254,23 +254,20 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
     """Publish, and initialise what a first ModelRunner needs (SGLang 0.5.23 `one_batch`)."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
-    from sglang.srt.runtime_context import (
-        SpawnRanks,
-        get_device,
-        publish,
-        restore_context,
-    )
 
-    before, context = _core.current_scope(), context_snapshot()
+    configuration = generation.current()
+    before, state = _core.current_scope(), configuration.snapshot()
     world = default_process_group()
     rank = 0 if world is None else world.rank()
-    publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=gpu_id))
+    configuration.publish(server_args, world_rank=rank, gpu_id=gpu_id)
     scope = _core.current_scope()
     try:
         for configure in _process_configurations():
             configure()
         bootstrap.init_parallel_runtime(
-            server_args=server_args, device=get_device().device, dist_port=nccl_port or _free_port()
+            server_args=server_args,
+            device=configuration.device(),
+            dist_port=nccl_port or _free_port(),
         )
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
     except BaseException:
@@ -278,7 +275,7 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
         # affect another runner. Later it could: then SGLang's next publish replaces the context.
         destroy_of(scope)  # at once: other ranks may wait for this one in a collective
         if scope is before:
-            restore_context(context)
+            configuration.restore(state)
         raise
 
 
@@ -302,13 +299,12 @@ def _construct(
 ) -> ModelRunner:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.runtime_context import get_schedule
 
     runner = ModelRunner(
         model_config=ModelConfig.from_server_args(
             server_args, is_draft_model=bool(options.get("is_draft_worker"))
         ),
-        mem_fraction_static=get_schedule().mem_fraction_static,
+        mem_fraction_static=generation.current().memory_fraction(),
         gpu_id=gpu_id,
         nccl_port=nccl_port or 0,
         server_args=server_args,

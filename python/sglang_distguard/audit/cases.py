@@ -10,6 +10,8 @@ from typing import Any
 from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.runs import Subject
 from sglang_distguard.audit.serving import SERVERS
+from sglang_distguard.hooks.releases import ALL, Span
+from sglang_distguard.hooks.versions import installed_version
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -109,7 +111,9 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True)
-    yield Case("qwen3_moe with switches", moe, _SWITCHES, tuple(ACTIONS))
+    release = installed_version()
+    switches = {name: it for name, it in _SWITCHES.items() if _NEEDS.get(name, ALL).has(release)}
+    yield Case("qwen3_moe with switches", moe, switches, tuple(ACTIONS))
     for server in SERVERS:
         yield Case(f"two of llama's {server}s", llama, runs=("together",), server=server)
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
@@ -149,3 +153,6 @@ _SWITCHES = {
     "enable_watermark": True,
     "page_size": 16,
 }
+#: The releases in which a CPU supports a switch: 0.5.21 knows no watermarks, and takes memory for
+#: pages of several tokens with a Triton kernel.
+_NEEDS = {"enable_watermark": Span("0.5.22"), "page_size": Span("0.5.22")}

@@ -14,6 +14,7 @@ from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
 from sglang_distguard.audit.sources import Write, source_of
 from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks.versions import installed_version
 
 
 class Open(StrEnum):
@@ -94,8 +95,10 @@ def find(
     unread = {key for run in runs for key in run.unread}
     kinds |= dict.fromkeys(unread, "extension type")
     cut = {key for run in runs for key in run.cut}
-    # Every treatment gets a line, even if these runs did not reach its global.
-    treated = {(row.module, row.name) for row in process_globals.TREATMENTS}
+    # Every treatment gets a line, even if these runs did not reach its global, in every release
+    # that has the global.
+    rows = process_globals.of_release(installed_version())
+    treated = {(row.module, row.name) for row in rows}
     for module, name in seen.keys() | treated | cut:
         kinds.setdefault((module, name), _kind_of_other(module))
     ran: dict[tuple[str, int], set[Ran]] = {}

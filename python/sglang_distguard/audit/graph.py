@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 from sglang_distguard.context import environment
+from sglang_distguard.patching.syntax import MARK
 
 CACHE = type(functools.lru_cache(lambda: None))
 #: Bytes of a tensor, an array or a buffer that are compared; of larger ones only what torch counts.
@@ -64,6 +65,9 @@ _OF_C = (
     types.GetSetDescriptorType,
 )
 _GUARD = "sglang_distguard"
+#: Prefixes of names that are no global of the module or class: those of ``abc``, of Dynamo (torch
+#: 2.14: `output_graph`) and of the guard.
+_MADE = ("_abc_", "__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_", MARK)
 
 
 class Node:
@@ -270,7 +274,7 @@ def _class(thing: Any, node: Node) -> Any:
     named = {
         name: it
         for name, it in type.__getattribute__(thing, "__dict__").items()
-        if not (name.startswith("__") and name.endswith("__")) and not name.startswith("_abc_")
+        if not is_special(name)
     }
     return _pairs(named, node, ".")
 
@@ -413,6 +417,11 @@ def is_a_hook(thing: Any) -> bool:
 
 def _is_sglangs(kind: type) -> bool:
     return str(kind.__module__).partition(".")[0] == "sglang"
+
+
+def is_special(name: str) -> bool:
+    """Whether Python made the name, or Dynamo, whose names stay, for compiled code, or the guard."""
+    return (name.startswith("__") and name.endswith("__")) or name.startswith(_MADE)
 
 
 def digest(raw: bytes) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from sglang_distguard.audit.graph import CACHE, attributes, is_a
+from sglang_distguard.audit.graph import CACHE, attributes, is_a, is_special
 
 #: Modules, with those inside, whose globals are read to the end: registries that SGLang fills or
 #: asks, and what torch applies to every module and operator.
@@ -88,7 +88,7 @@ def libraries(before: Optional[Libraries] = None) -> Libraries:
             found.inside = [
                 (key, it)
                 for key, it in zip(found.names, values, strict=False)
-                if not key.startswith("__") and _changes_inside(it, name)
+                if not is_special(key) and _changes_inside(it, name)
             ]
         modules[name] = found
         for key, it in found.inside:
@@ -142,11 +142,7 @@ def _cache(thing: Any) -> Any:
 
 def _class(thing: Any) -> Any:
     named = type.__getattribute__(thing, "__dict__")
-    return tuple([(name, id(it)) for name, it in list(named.items()) if not _is_special(name)])
-
-
-def _is_special(name: str) -> bool:
-    return (name.startswith("__") and name.endswith("__")) or name.startswith("_abc_")
+    return tuple([(name, id(it)) for name, it in list(named.items()) if not is_special(name)])
 
 
 def _object(thing: Any) -> Any:
@@ -182,7 +178,7 @@ def differences(before: Libraries, now: Libraries) -> Iterator[tuple[_Name, str,
             continue
         was, now_bound = _bound(old), _bound(module)
         for key in {**was, **now_bound}:
-            if key.startswith("__") or was.get(key) is now_bound.get(key):
+            if is_special(key) or was.get(key) is now_bound.get(key):
                 continue
             if key in was or not was_imported(name, key, now_bound[key]):
                 yield (name, key), _text(was, key), _text(now_bound, key)

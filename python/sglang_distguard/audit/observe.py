@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang_distguard.audit.graph import Reader, is_a
+from sglang_distguard.audit.graph import Reader, is_a, is_special
 from sglang_distguard.audit.libraries import is_registry
 from sglang_distguard.audit.settings import process
 from sglang_distguard.audit.sources import source_of, uncollected
@@ -23,8 +23,6 @@ from sglang_distguard.audit.values import Value, is_cache, value_of
 #: (module, name); a class's attribute is "Class.attribute".
 Key = tuple[str, str]
 Observation = dict[Key, Value]
-#: Prefixes of the names that Dynamo adds to modules (torch 2.14: `output_graph`).
-_DYNAMOS = ("__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_")
 #: ``settings`` reads these in detail; `sys.modules` grows with every import.
 _SEEN_OTHERWISE = frozenset(["os", "sys"])
 
@@ -88,7 +86,7 @@ def globals_of(chosen: Callable[[str], bool]) -> Iterator[tuple[Key, Any]]:
     seen: set[int] = set()
     for module, namespace in _modules(chosen):
         for name, thing in list(namespace.items()):
-            if _is_special(name):
+            if is_special(name):
                 continue
             if _is_elsewhere(thing, module):
                 continue
@@ -102,7 +100,7 @@ def _attributes_of(module: str, name: str, kind: type, seen: set[int]) -> Iterat
         return
     seen.add(id(kind))
     for attribute, value in list(type.__getattribute__(kind, "__dict__").items()):
-        if not _is_special(attribute):
+        if not is_special(attribute):
             yield (module, f"{name}.{attribute}"), value
             if is_a(value, type) and value.__qualname__ == f"{kind.__qualname__}.{attribute}":
                 yield from _attributes_of(module, f"{name}.{attribute}", value, seen)
@@ -114,15 +112,6 @@ def source_files() -> dict[str, str]:
     return {
         name: file for name, file in found.items() if isinstance(file, str) and file.endswith(".py")
     }
-
-
-def _is_special(name: str) -> bool:
-    """Whether Python or Dynamo made the name; Dynamo's stay permanently, for compiled code."""
-    return (
-        (name.startswith("__") and name.endswith("__"))
-        or name.startswith("_abc_")
-        or name.startswith(_DYNAMOS)
-    )
 
 
 def _is_elsewhere(thing: Any, module: str) -> bool:

@@ -64,7 +64,7 @@ def _check_ledger(ledger_file: Optional[Path], *, update: bool) -> None:
         raise ValueError(
             f"{ledger_file} is the ledger of SGLang {ledger_file.stem}, and SGLang {installed} is "
             f"installed; `--ledger {ledger_file.with_name(f'{installed}.csv')} --update` writes a "
-            "ledger for it, `make audit SGLANG=sglang==VERSION` installs another release"
+            "ledger for it, `make compat SGLANG=sglang==VERSION` audits another release"
         )
     if not update and not ledger_file.is_file():
         raise ValueError(

@@ -7,12 +7,14 @@ that read or set those globals raise NotSupported when SGLang is not patched.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Optional
 
 from sglang_distguard import _core
-from sglang_distguard.context.scopes import accessor
+from sglang_distguard.context import generation
+from sglang_distguard.context.accessors import accessor, find_accessor
 from sglang_distguard.distributed.keys import GROUPS, WORLD, all_keys
 from sglang_distguard.errors import NotSupported
 
@@ -33,6 +35,8 @@ FIELDS: dict[str, Optional[str]] = {
     "_PDMUX_PREFILL_TP_GROUP": None,
 }
 
+#: The global that every release has.
+REQUIRED = "_TP"
 #: A tag that no send uses.
 _NO_TAG = 2**30 + 7
 _OWN = "_sglang_distguard_own"
@@ -54,9 +58,25 @@ OWN_WORLD = "own world"
 Groups = dict[str, Any]
 
 
+def _accessors(names: Iterable[str]) -> dict[str, _core.ScopedGlobal]:
+    """Return the accessors of those globals in ``names`` that this release has.
+
+    Raises:
+        NotSupported: SGLang is not patched.
+    """
+    accessor(MODULE, REQUIRED)
+    found = {name: find_accessor(MODULE, name) for name in names}
+    return {name: it for name, it in found.items() if it is not None}
+
+
+def flags() -> dict[str, Any]:
+    """Return the values of ``FLAGS`` in the current scope, by the name of the setting."""
+    return {name.strip("_").lower(): it.value for name, it in _accessors(FLAGS).items()}
+
+
 def read() -> Groups:
     """Return module global -> GroupCoordinator (or None) in the current scope."""
-    return {name: accessor(MODULE, name).value for name in FIELDS}
+    return read_in(_core.current_scope())
 
 
 def find() -> Groups:
@@ -74,7 +94,8 @@ def find() -> Groups:
 
 def read_in(scope: Optional[_core.Scope]) -> Groups:
     """Return module global -> GroupCoordinator (or None) in ``scope``."""
-    return {name: accessor(MODULE, name).value_in(scope) for name in FIELDS}
+    made = {name: it.value_in(scope) for name, it in _accessors(FIELDS).items()}
+    return {**dict.fromkeys(FIELDS), **made}
 
 
 def _is_owned(found: Groups) -> bool:
@@ -85,22 +106,20 @@ def _is_owned(found: Groups) -> bool:
 
 def write(groups: Groups) -> None:
     """Set the globals of the current scope to ``groups``."""
-    for name in FIELDS:
-        accessor(MODULE, name).value = groups[name]
+    for name, it in _accessors(FIELDS).items():
+        it.value = groups[name]
 
 
 def stamp(groups: Groups) -> None:
     """Stamp ``groups`` into the current scope, as if the scope had built them."""
-    parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
-    parallel.override_permanently(
-        **{
-            field: groups[name]
-            for name, field in FIELDS.items()
-            if field is not None and groups[name] is not None
-        }
-    )
+    stamped = {
+        field: groups[name]
+        for name, field in FIELDS.items()
+        if field is not None and groups[name] is not None
+    }
     if OWN_WORLD in groups:
-        parallel.override_permanently(world_group=groups[OWN_WORLD])
+        stamped["world_group"] = groups[OWN_WORLD]
+    generation.current().stamp(stamped)
     write(groups)
 
 
@@ -138,7 +157,7 @@ def swapped(shared: Groups) -> Optional[Groups]:
     """
     for scope in {None: None, _core.current_scope(): None}:
         live = read_in(scope)
-        patched = any(accessor(MODULE, name).value_in(scope) for name in PATCHED)
+        patched = any(it.value_in(scope) for it in _accessors(PATCHED).values())
         if live["_TP"] is None or patched or _is_owned(live):
             continue
         if any(shared[name] is not None and live[name] is not shared[name] for name in FIELDS):
@@ -152,7 +171,7 @@ def unset() -> None:
     0.5.23: `publish` compares the new widths with the groups and ranks that are stamped.
     """
     write(dict.fromkeys(FIELDS))
-    accessor("sglang.srt.runtime_context", "_PARALLEL").value.clear_stamp()
+    generation.current().clear_stamps()
 
 
 def destroy_and_unset(groups: Groups) -> None:
@@ -264,9 +283,10 @@ def own_default_group() -> Optional[Any]:
     It belongs to the world coordinator that was made with the runner's groups. None outside of
     runners' methods.
     """
-    parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
-    coordinator = parallel._stamp.get("world_group")
-    return coordinator.device_group if getattr(coordinator, _OWN, False) else None
+    coordinator = generation.current().stamped("world_group")
+    if coordinator is None or not getattr(coordinator, _OWN, False):
+        return None
+    return coordinator.device_group
 
 
 def mark_own(coordinator: Any) -> Any:

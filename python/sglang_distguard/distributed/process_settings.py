@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from sglang_distguard import _core
+from sglang_distguard.context import generation
 from sglang_distguard.distributed.keys import PROCESS
 from sglang_distguard.sync.single_flight import run_once
 
@@ -21,20 +22,6 @@ _PERMANENT = {
 }
 
 
-def switches() -> dict[str, Any]:
-    """Return the process settings that the current scope's configuration asks for."""
-    from sglang.srt.runtime_context import get_exec, get_parallel
-
-    execution = get_exec()
-    return {
-        "enable_deterministic_inference": bool(
-            execution.deterministic.enable_deterministic_inference
-        ),
-        "enable_tf32_matmul": bool(execution.features.enable_tf32_matmul),
-        "enable_p2p_check": bool(get_parallel().enable_p2p_check),
-    }
-
-
 def agree() -> None:
     """Join the process settings of the living runners, or be the first to choose them.
 
@@ -43,7 +30,7 @@ def agree() -> None:
             cannot be undone.
         StateInUse, AcquireTimeout, DeadlockError, PoisonedState: see ``run_once``.
     """
-    requested = switches()
+    requested = generation.current().process_settings()
     known: Optional[dict[str, Any]] = _core.resource(PROCESS)
     if known not in (None, requested) and all(
         requested[name] == value for name, value in known.items() if value == _PERMANENT[name]

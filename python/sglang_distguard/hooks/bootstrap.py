@@ -8,7 +8,8 @@ from typing import Any
 
 from sglang_distguard import _core
 from sglang_distguard.config import settings
-from sglang_distguard.context.scopes import accessor, of_published
+from sglang_distguard.context.accessors import accessor
+from sglang_distguard.context.scopes import of_published
 from sglang_distguard.hooks.model_config import made_from
 from sglang_distguard.patching import Around
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_distguard._core import ScopedGlobal
-from sglang_distguard.context.scopes import CONTEXT_MODULE, find_accessor
+from sglang_distguard.context import generation
 from sglang_distguard.patching import Replace
 
 
@@ -20,7 +20,7 @@ class _PerConfigCache:
     def __init__(self, cached: Any, new: Callable[[Any], Any]) -> None:
         functools.update_wrapper(self, cached, updated=())
         self.__wrapped__ = cached.__wrapped__  # the uncached function, as in an lru_cache
-        self._cached = cached
+        self.__replaced__ = cached  # see `Replace`
         self._new = new
         # (configuration, its cache). The default scope has such a pair too, because one runner may
         # follow another there.
@@ -29,10 +29,7 @@ class _PerConfigCache:
 
     @property
     def _own(self) -> Any:
-        context = find_accessor(CONTEXT_MODULE, "_CONTEXT")
-        if context is None:
-            return self._cached  # the guard was uninstalled before the context was imported (again)
-        now = context.value._server_args
+        now = generation.current().published()
         configuration, cache = self._entry.value
         if cache is None or configuration is not now:
             cache = self._new(self.__wrapped__)

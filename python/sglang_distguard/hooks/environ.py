@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 from sglang_distguard.context import environment
-from sglang_distguard.patching import Around, Needs
+from sglang_distguard.patching import Around
 
 MODULE = "sglang.srt.environ"
 
@@ -62,12 +62,10 @@ def _override(original: Callable[..., Any]) -> Callable[..., Any]:
     return override
 
 
+#: A field that a scope has written reads through these (``context.environment``).
+_USED = tuple(f"EnvField.{name}" for name in ("parse", "_resolve_default", "get", "is_set"))
 CHANGES = (
-    Needs(MODULE, "EnvField.parse"),
-    Needs(MODULE, "EnvField._resolve_default"),
-    Needs(MODULE, "EnvField.get"),
-    Needs(MODULE, "EnvField.is_set"),
-    Around(MODULE, "EnvField.set", _set),
-    Around(MODULE, "EnvField.clear", _clear),
-    Around(MODULE, "EnvField.override", _override),
+    Around(MODULE, "EnvField.set", _set, _USED),
+    Around(MODULE, "EnvField.clear", _clear, _USED),
+    Around(MODULE, "EnvField.override", _override, _USED),
 )

@@ -55,4 +55,11 @@ def _set_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_global_expert_location_metadata
 
 
-CHANGES = (Around(MODULE, "set_global_expert_location_metadata", _set_metadata),)
+CHANGES = (
+    Around(
+        MODULE,
+        "set_global_expert_location_metadata",
+        _set_metadata,
+        uses=("get_global_expert_location_metadata",),
+    ),
+)

@@ -86,8 +86,18 @@ CHANGES = (
         f"{_EXECUTOR}.runner.prefill_cuda_graph_runner", "PrefillCudaGraphRunner.capture", _capture
     ),
     Around("sglang.srt.distributed.parallel_state", "graph_capture", _graph_capture),
-    Around(_BREAKABLE, "BreakableCUDAGraphCapture.__enter__", _enter("_capture_error_mode")),
+    Around(
+        _BREAKABLE,
+        "BreakableCUDAGraphCapture.__enter__",
+        _enter("_capture_error_mode"),
+        uses=("BreakableCUDAGraphCapture.__exit__",),
+    ),
     Around(_BREAKABLE, "BreakableCUDAGraphCapture.__exit__", _exit),
-    Around("torch.cuda.graphs", "graph.__enter__", _enter("capture_error_mode")),
+    Around(
+        "torch.cuda.graphs",
+        "graph.__enter__",
+        _enter("capture_error_mode"),
+        uses=("graph.__exit__",),
+    ),
     Around("torch.cuda.graphs", "graph.__exit__", _exit),
 )

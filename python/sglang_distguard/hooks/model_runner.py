@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Optional
 
 from sglang_distguard import _core
+from sglang_distguard.context import generation
 from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
@@ -123,18 +124,8 @@ def phase_of(step: str) -> Phase:
 
 
 def _captures() -> bool:
-    """Whether the current scope's runner captures graphs (0.5.23: `cuda_graph_setup`)."""
-    from sglang.srt.model_executor.cuda_graph_config import (
-        Backend,
-        Phase,
-        check_cuda_graph_backend,
-    )
-    from sglang.srt.runtime_context import get_device, get_flags
-
-    if get_device().device == "cpu":
-        return get_flags().capture.enable_torch_compile
-    of_graphs = (Phase.PREFILL, Phase.DECODE)
-    return not all(check_cuda_graph_backend(phase, Backend.DISABLED) for phase in of_graphs)
+    """Whether the current scope's runner captures graphs."""
+    return generation.current().captures_graphs()
 
 
 def _step_of(name: str) -> Optional[_core.StepOf]:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.config import settings
-from sglang_distguard.context.scopes import accessor
+from sglang_distguard.context import generation
 from sglang_distguard.distributed import coordinators, owned_groups, process_settings, world
 from sglang_distguard.distributed.coordinators import MODULE
 from sglang_distguard.distributed.keys import GROUPS, WORLD, all_keys, key_in_use, own_key
@@ -23,11 +23,11 @@ from sglang_distguard.distributed.ranks.failures import describe
 from sglang_distguard.distributed.ranks.log import open_ranks
 from sglang_distguard.distributed.teardown import tearing_down
 from sglang_distguard.errors import AgreementTimeout, DistGuardError, NotSupported
-from sglang_distguard.patching import Around, Needs
+from sglang_distguard.patching import Around
 from sglang_distguard.runner.collective_steps import may_overlap
 from sglang_distguard.sync.single_flight import run_once
 
-#: Read from the ParallelContext (0.5.23, docstring of `initialize_model_parallel`).
+#: Read from the configuration (0.5.23, docstring of `initialize_model_parallel`).
 _WIDTHS = (
     "tp_size",
     "pp_size",
@@ -69,11 +69,9 @@ def adopted_world_spec(distributed: Any, requested: dict[str, Any]) -> dict[str,
     }
 
 
-def groups_spec(call: dict[str, Any], parallel: Any) -> dict[str, Any]:
+def groups_spec(call: dict[str, Any]) -> dict[str, Any]:
     """Return what two requests for groups must agree on: all widths, flags and arguments."""
-    widths = {width: getattr(parallel, width) for width in _WIDTHS}
-    flags = {flag.strip("_").lower(): accessor(MODULE, flag).value for flag in coordinators.FLAGS}
-    return {**widths, **flags, **call}
+    return {**generation.current().widths(_WIDTHS), **coordinators.flags(), **call}
 
 
 def _undo_world(
@@ -89,10 +87,10 @@ def _undo_world(
         namespace["torch"].distributed.destroy_process_group()
 
 
-def _undo_groups(parallel: Any, *, stamp: dict[str, Any], made: list[Any], prefix: str) -> None:
+def _undo_groups(restore_stamps: Callable[[], None], *, made: list[Any], prefix: str) -> None:
     coordinators.destroy_and_unset(coordinators.read())
     coordinators.destroy_process_groups(keep=made, prefix=prefix)
-    parallel._stamp = stamp
+    restore_stamps()
 
 
 @contextmanager
@@ -194,9 +192,8 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
     def initialize_model_parallel(*args: Any, **kwargs: Any) -> None:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        parallel = accessor("sglang.srt.runtime_context", "_PARALLEL").value
         process_settings.agree()
-        requested = groups_spec(dict(call.arguments), parallel)
+        requested = groups_spec(dict(call.arguments))
         ranks = world.ranks()
         own = ranks is not None and settings.current().groups == "own"
         undoing = ExitStack()
@@ -207,8 +204,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             creation = current_creation()
             undoing.callback(
                 _undo_groups,
-                parallel,
-                stamp=dict(parallel._stamp),
+                generation.current().keep_stamps(),
                 made=coordinators.process_groups(),
                 prefix=(creation and creation.prefix) or "",
             )
@@ -220,7 +216,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             made = {}
             if ranks is not None:
                 made[coordinators.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
-                parallel.override_permanently(world_group=made[coordinators.OWN_WORLD])
+                generation.current().stamp({"world_group": made[coordinators.OWN_WORLD]})
             original(*args, **kwargs)
             led = True
             return {**coordinators.read(), **made}
@@ -249,7 +245,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         owned_groups.destroy_orphaned()
         if own:
             owned_groups.destroy_unless_leased(key, scope)  # left by a collected runner
-        server_args = namespace["get_parallel"].__globals__["get_server_args"]()
+        server_args = generation.current().published()
         _refuse_growing(server_args)
         if not may_overlap(key):
             _refuse_stages(requested["pp_size"])
@@ -359,7 +355,6 @@ def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., 
 
 
 CHANGES = (
-    Needs(MODULE, "GroupCoordinator"),
     Around(MODULE, "init_world_group", _init_world_group),
     Around(MODULE, "init_distributed_environment", _init_distributed_environment),
     Around(MODULE, "initialize_model_parallel", _initialize_model_parallel),

@@ -50,4 +50,4 @@ def _patch_once(original: Callable[[], None]) -> Callable[[], None]:
     return monkey_patch_torch_reductions
 
 
-CHANGES = (Around(MODULE, "monkey_patch_torch_reductions", _patch_once),)
+CHANGES = (Around(MODULE, "monkey_patch_torch_reductions", _patch_once, uses=("reductions",)),)

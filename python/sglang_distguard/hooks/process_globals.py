@@ -1,7 +1,7 @@
 """The treatment of each process-global of SGLang: the one table that hooks and documents read.
 
 To treat another one, add a row. A scoped module global or class attribute needs nothing else. Names
-and behaviour are those of sglang 0.5.23.
+and behaviour are those of sglang 0.5.23; ``releases`` says what not every supported release has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Optional
 
 from sglang_distguard.distributed.coordinators import FIELDS, FLAGS, PATCHED
-from sglang_distguard.hooks import unmanaged_globals
+from sglang_distguard.hooks import releases, unmanaged_globals
 
 
 class How(StrEnum):
@@ -348,6 +348,12 @@ TREATMENTS: tuple[Treatment, ...] = (
             "read from one runner's configuration",
         ),
         (
+            _SRT + "layers.quantization.mxfp4_flashinfer_trtllm_moe",
+            "_fused_finalize_all_reduce_world_size _fused_finalize_all_reduce_probed "
+            "_fused_finalize_all_reduce_comm",
+            "made from one runner's tensor-parallel group",
+        ),
+        (
             _SRT + "layers.moe.moe_runner.triton_utils",
             "_config",
             "override of the MoE kernel configuration inside a with block",
@@ -418,6 +424,11 @@ def find(module: str, name: str) -> Optional[Treatment]:
     return _BY_KEY.get((module, name)) or _BY_KEY.get((module, every))
 
 
+def of_release(release: Optional[str]) -> list[Treatment]:
+    """Return the rows of what ``release`` has; None is a release of unknown version."""
+    return [row for row in TREATMENTS if releases.has(release, row.module, row.name)]
+
+
 def scoped() -> dict[str, list[str]]:
     """Return module -> its globals and class attributes that are scoped without a hook."""
     found: dict[str, list[str]] = {}
@@ -430,7 +441,8 @@ def scoped() -> dict[str, list[str]]:
 def markdown() -> str:
     """Return the table of docs/process-globals.md; a test compares the two."""
     lines = ["| module | global | treatment | reason |", "|---|---|---|---|"]
-    lines += [
-        f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason} |" for row in TREATMENTS
-    ]
+    for row in TREATMENTS:
+        span = releases.span_of(row.module, row.name)
+        only = f" (sglang {span})" if span.is_limited else ""
+        lines.append(f"| `{row.module}` | `{row.name}` | {row.how.value} | {row.reason}{only} |")
     return "\n".join(lines)

@@ -8,15 +8,9 @@ from typing import Any
 
 from sglang_distguard import _core
 from sglang_distguard.config import settings
-from sglang_distguard.context import environment
-from sglang_distguard.context.scopes import (
-    CONTEXT_MODULE,
-    accessor,
-    context_snapshot,
-    keep_published,
-    scope_active,
-    scope_of_context,
-)
+from sglang_distguard.context import environment, generation
+from sglang_distguard.context.runtime_contexts import MODULE, scope_of_context
+from sglang_distguard.context.scopes import keep_published, scope_active
 from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.patching import Around
 
@@ -32,7 +26,6 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
     running code gets a scope of its own, in which SGLang's code makes a fresh context by itself.
     A publish by code that ended without building is set aside (rust/core/src/scopes.rs).
     """
-    namespace = original.__globals__
 
     @functools.wraps(original)
     def publish(server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,10 +34,10 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
         name = settings.current().name or ""
         # Groups of several ranks stay in the scope where all ranks know them.
         movable = world.ranks() is None
-        here = accessor(CONTEXT_MODULE, "_CONTEXT").value._server_args
+        here = generation.current().published()
         is_other = here is not None and here is not server_args
         with _core.Publishing(name, is_other=is_other, may_put_aside=movable) as publishing:
-            before = None if publishing.is_fresh else context_snapshot()
+            before = None if publishing.is_fresh else generation.current().snapshot()
             try:
                 environment.resolve(server_args)
                 context = original(server_args, *args, **kwargs)
@@ -53,7 +46,7 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException:
                 # SGLang restores a failed launch in this way. It writes into the same objects.
                 if before is not None:
-                    namespace["restore_context"](before)
+                    generation.current().restore(before)
                 raise
         return context
 
@@ -111,10 +104,10 @@ def _reset_context(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CHANGES = (
-    Around(CONTEXT_MODULE, "snapshot_context", _snapshot_context),
-    Around(CONTEXT_MODULE, "restore_context", _restore_context),
-    Around(CONTEXT_MODULE, "reset_context", _reset_context),
-    Around(CONTEXT_MODULE, "create_context", _create_context),
-    Around(CONTEXT_MODULE, "publish", _publish),
-    Around(CONTEXT_MODULE, "use_context", _use_context),
+    Around(MODULE, "snapshot_context", _snapshot_context),
+    Around(MODULE, "restore_context", _restore_context),
+    Around(MODULE, "reset_context", _reset_context),
+    Around(MODULE, "create_context", _create_context),
+    Around(MODULE, "publish", _publish),
+    Around(MODULE, "use_context", _use_context),
 )

@@ -39,4 +39,8 @@ def _init_on_device_without_buffers(original: Callable[..., Any]) -> Callable[..
     return init_on_device_without_buffers
 
 
-CHANGES = (Around(MODULE, "_init_on_device_without_buffers", _init_on_device_without_buffers),)
+CHANGES = (
+    Around(
+        MODULE, "_init_on_device_without_buffers", _init_on_device_without_buffers, uses=("nn",)
+    ),
+)

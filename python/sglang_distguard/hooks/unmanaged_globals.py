@@ -129,7 +129,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "num_threads",
         "a runner on a GPU sets it to 1 and computes nothing on the CPU with more threads",
     ),
-    ("sglang.kernels.fused_op", "_oot_dispatch_key _platform_key", _MACHINE),
+    ("sglang.kernels.fused_op", "_oot_dispatch_key _platform _platform_key", _MACHINE),
     ("sglang.kernels.selector", "_platform", _MACHINE),
     ("sglang.kernels.jit.utils.arch", "_CUDA_ARCH", _MACHINE),
     (

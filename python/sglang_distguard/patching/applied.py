@@ -89,9 +89,11 @@ class Applied:
         self._restore[code] = self._restore.get(before, before)
         function.__code__ = code
 
-    def set_attribute(self, name: str, value: object) -> None:
+    def set_attribute(self, name: str, value: Any) -> None:
         """Replace an attribute of the module."""
         before = getattr(self.module, name)
+        if before is value:  # the module copied a replacement from another one when it was imported
+            before = value.__replaced__
         setattr(self.module, name, value)
         self._attributes.append((name, before, value))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.rewrite import with_nested
-from sglang_distguard.patching.syntax import MARK, accessor_name
+from sglang_distguard.patching.syntax import MARK, SCOPES_EXIST, accessor_name
 
 #: Instructions that reach a global, and an attribute.
 GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
@@ -129,7 +129,12 @@ def unscoped_reads(function: FunctionType) -> list[str]:
     codes = list(with_nested(function.__code__))
     used = {name for code in codes for name in code.co_names}
     scoped = frozenset(name for name in used if accessor_name(name) in function.__globals__)
-    return sorted({name for code in codes for name in reached(code, GLOBALS, scoped)})
+    return sorted({name for code in codes for name in reached_directly(code, scoped)})
+
+
+def reached_directly(code: CodeType, names: frozenset[str]) -> set[str]:
+    """The globals in ``names`` that ``code`` reaches without their accessors, in some scope."""
+    return set() if SCOPES_EXIST in code.co_names else reached(code, GLOBALS, names)
 
 
 def reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str]:

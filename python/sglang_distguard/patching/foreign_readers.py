@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Optional
 
+from sglang_distguard.patching.changes import Reads
 from sglang_distguard.patching.code_cache import kept
-from sglang_distguard.patching.plan import Reads
 from sglang_distguard.patching.source import ModuleFile, files_below
 from sglang_distguard.patching.syntax import owned
 
@@ -23,12 +25,15 @@ _IMPORT = re.compile(
 _WORD = re.compile(r"\w+")
 
 
-def readers(scoped: Mapping[str, Sequence[str]], package: str) -> list[Reads]:
+def readers(
+    scoped: Mapping[str, Sequence[str]], package: str, at: Optional[Path] = None
+) -> list[Reads]:
     """Find modules in ``package`` that seem to read ``scoped`` names (module -> names) of others.
 
-    A module that only seems to read one is planned for, too, and stays unchanged.
+    A module that only seems to read one is planned for, too, and stays unchanged. ``at`` is a
+    folder as for ``find_source``.
     """
-    files = files_below(package)
+    files = files_below(package, at)
     looked_for = sorted((module, sorted(names)) for module, names in scoped.items())
     found = kept(("readers", files, looked_for), lambda: _find(files, scoped))
     return [Reads(*it) for it in found]

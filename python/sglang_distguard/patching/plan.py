@@ -2,148 +2,34 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from types import CodeType, FunctionType, ModuleType
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import code_swap
-from sglang_distguard.patching.applied import Applied, MakeHook
-from sglang_distguard.patching.code_cache import kept
+from sglang_distguard.patching.applied import Applied
+from sglang_distguard.patching.changes import (
+    Around,
+    AroundMethods,
+    Change,
+    Raised,
+    Reads,
+    Replace,
+    Scoped,
+    Within,
+    WithinMethods,
+)
+from sglang_distguard.patching.outline import outline
+from sglang_distguard.patching.presence import split
 from sglang_distguard.patching.rewrite import Rewrite, rewrite, with_nested
 from sglang_distguard.patching.source import ModuleSource
 from sglang_distguard.patching.syntax import MARK, accessor_name
 from sglang_distguard.patching.with_blocks import Block
-
-
-@dataclass(frozen=True)
-class Scoped:
-    """A module global or class attribute of which every scope has its own value.
-
-    See ``hooks.process_globals``.
-    """
-
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Reads:
-    """``module`` may read ``of``.``name``, which is scoped, and must get the running scope's value.
-
-    ``of`` is another module, or "module.Class".
-    """
-
-    module: str
-    of: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Raised:
-    """Functions of ``module`` see its flag ``name`` as set while ``here()`` is true, too.
-
-    All other code reads the process's flag. Every write sets the process's flag.
-    """
-
-    module: str
-    name: str
-    here: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Around:
-    """``make(original)`` returns a hook that runs instead of the function ``module``.``qualname``.
-
-    The hook is called with the arguments of the call and may call ``original``. For a generator
-    function the hook must be a generator function, too.
-    """
-
-    module: str
-    qualname: str
-    make: MakeHook
-
-
-@dataclass(frozen=True)
-class Within:
-    """The body of ``module``.``qualname`` runs in a with block: ``with manager(argument): …``.
-
-    Attributes:
-        module: the function's module.
-        qualname: the function's qualified name.
-        manager: called with the value of ``argument``; returns a context manager.
-        argument: name of a parameter; None for the first.
-    """
-
-    module: str
-    qualname: str
-    manager: Callable[[Any], Any]
-    argument: Optional[str] = None
-
-
-@dataclass(frozen=True)
-class Replace:
-    """``make(original)`` returns the replacement of an attribute that is not a Python function."""
-
-    module: str
-    name: str
-    make: MakeHook
-
-
-@dataclass(frozen=True)
-class AroundMethods:
-    """``Around`` for every public method and property of a class.
-
-    ``make_init``, if given, makes the hook of its constructor.
-    """
-
-    module: str
-    classname: str
-    make: MakeHook
-    make_init: Optional[MakeHook] = None
-
-    def expand(self, names: Sequence[str]) -> list[Around]:
-        """One ``Around`` per name in ``names`` that is public, or the constructor."""
-        makers = {name: self.make for name in names if not name.startswith("_")}
-        if self.make_init is not None:
-            makers["__init__"] = self.make_init
-        return [
-            Around(self.module, f"{self.classname}.{name}", make) for name, make in makers.items()
-        ]
-
-
-@dataclass(frozen=True)
-class WithinMethods:
-    """``Within`` for every public method of a class for which ``manager_for`` returns a manager."""
-
-    module: str
-    classname: str
-    manager_for: Callable[[str], Optional[Callable[[Any], Any]]]
-
-    def expand(self, names: Sequence[str]) -> list[Within]:
-        """One ``Within`` per name in ``names`` that is public and has a manager."""
-        managers = {name: self.manager_for(name) for name in names if not name.startswith("_")}
-        return [
-            Within(self.module, f"{self.classname}.{name}", manager)
-            for name, manager in managers.items()
-            if manager is not None
-        ]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """``module``.``qualname`` must be defined: a hook uses it."""
-
-    module: str
-    qualname: str
-
-
-Change = Union[Scoped, Reads, Raised, Around, AroundMethods, Within, WithinMethods, Replace, Needs]
 
 
 @dataclass
@@ -173,7 +59,8 @@ class ModulePlan:
         )
         if not names and not elsewhere and not blocks:
             return Rewrite({}, {})
-        return rewrite(self.source, names, elsewhere, blocks)
+        flags = frozenset(flag.name for flag in self._flags)
+        return rewrite(self.source, names, elsewhere, blocks, flags)
 
     @property
     def _scoped_names(self) -> list[str]:
@@ -186,10 +73,6 @@ class ModulePlan:
     @property
     def _redirected_names(self) -> list[str]:
         return [*self._scoped_names, *(flag.name for flag in self._flags)]
-
-    @cached_property
-    def _defined(self) -> tuple[str, ...]:
-        return _definitions(self.source)
 
     @cached_property
     def _arounds(self) -> list[Around]:
@@ -209,18 +92,12 @@ class ModulePlan:
 
     def _methods(self, classname: str) -> list[str]:
         prefix = classname + "."
-        return [name.removeprefix(prefix) for name in self._defined if name.startswith(prefix)]
+        functions = outline(self.source).functions
+        return [name.removeprefix(prefix) for name in functions if name.startswith(prefix)]
 
     def check(self) -> None:
         """Raise NotSupported unless the source has what every change needs."""
-        wanted = [change.qualname for change in (*self._arounds, *self._withins)]
-        wanted += [change.qualname for change in self.changes if isinstance(change, Needs)]
-        wanted += [
-            change.classname
-            for change in self.changes
-            if isinstance(change, (AroundMethods, WithinMethods))
-        ]
-        missing = sorted(set(wanted) - set(self._defined))
+        missing = sorted({it.name for it in split(self.source, self.changes)[1]})
         if missing:
             raise NotSupported(
                 f"{self.module} has no {', '.join(missing)}", module=self.module, missing=missing
@@ -382,7 +259,7 @@ class ModulePlan:
             if not code.co_flags & inspect.CO_OPTIMIZED:
                 # The body of a module or class: it runs once, or a frame keeps it (CPython 3.11).
                 continue
-            raw = code_swap.reached(code, code_swap.GLOBALS, names)
+            raw = code_swap.reached_directly(code, names)
             raw |= code_swap.reached(code, code_swap.ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
@@ -396,27 +273,3 @@ class ModulePlan:
 def _manager_name(qualname: str) -> str:
     """Name of the module global that a function's body calls for its with block."""
     return f"{MARK}within_{qualname.replace('.', '__')}"
-
-
-@cache
-def _definitions(source: ModuleSource) -> tuple[str, ...]:
-    """Qualified names of the functions and classes that a module defines, in order, each once."""
-    return tuple(kept(("definitions", source.text), lambda: _read_definitions(source)))
-
-
-def _read_definitions(source: ModuleSource) -> tuple[str, ...]:
-    found: dict[str, None] = {}
-
-    def collect(body: Sequence[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                found[prefix + node.name] = None
-            elif isinstance(node, ast.ClassDef):
-                found[prefix + node.name] = None
-                collect(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, (ast.If, ast.Try)):
-                collect(node.body, prefix)
-                collect(node.orelse, prefix)
-
-    collect(ast.parse(source.text, source.filename).body, "")
-    return tuple(found)

@@ -1,8 +1,10 @@
 """Recompile a module's functions so that they read chosen module globals through an accessor.
 
-`X` becomes `_distguard_scoped_X.value` wherever a function means the module global `X`. Attributes
-of classes and of other modules, `C.X` and `m.X`, are rewritten by `foreign_reads`. Nothing but the
-accessor differs: same file, same lines, same constants. The rewriting needs only source text.
+Where a function reads the module global `X`, it reads `_distguard_scoped_X.value` if
+`_distguard_scopes_exist`, else `X`: the only runner of a process reads as in plain SGLang
+(docs/COST.md). Writes always use the accessor. Attributes of classes and of other modules, `C.X` and
+`m.X`, are rewritten by `foreign_reads`. Nothing else differs: same file, same lines, same constants.
+The rewriting needs only source text.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.code_cache import kept
 from sglang_distguard.patching.foreign_reads import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
-from sglang_distguard.patching.syntax import Function, ScopeTransformer, accessor_name, owned
+from sglang_distguard.patching.syntax import (
+    SCOPES_EXIST,
+    Function,
+    ScopeTransformer,
+    accessor_name,
+    owned,
+)
 from sglang_distguard.patching.with_blocks import Block, Enclose
 
 
@@ -43,6 +51,7 @@ def rewrite(
     names: frozenset[str],
     elsewhere: frozenset[tuple[str, str]] = frozenset(),
     blocks: frozenset[tuple[str, Block]] = frozenset(),
+    flags: frozenset[str] = frozenset(),
 ) -> Rewrite:
     """Rewrite ``names``, and the attributes in ``elsewhere``, where ``source`` uses them.
 
@@ -51,6 +60,7 @@ def rewrite(
         names: the module's own globals; "Class.attribute" for an attribute of a class.
         elsewhere: (owner, attribute) pairs; the owner is another module, or "module.Class".
         blocks: (qualified name, block) of functions whose bodies run in a with block.
+        flags: those of ``names`` that have an accessor but no value in a scope.
 
     Raises:
         NotSupported: a name is not assigned exactly once at the level of its module or class; a
@@ -58,9 +68,9 @@ def rewrite(
             clause); or an attribute is copied at import, where no scope is in force.
     """
     made_from = (source.module, source.filename, source.text)
-    wanted = (sorted(names), sorted(elsewhere), sorted(blocks))
+    wanted = (sorted(names), sorted(elsewhere), sorted(blocks), sorted(flags))
     replaced, initials = kept(
-        (*made_from, *wanted), lambda: _rewritten(source, names, elsewhere, blocks)
+        (*made_from, *wanted), lambda: _rewritten(source, names, elsewhere, blocks, flags)
     )
     return Rewrite(dict(replaced), initials)
 
@@ -70,6 +80,7 @@ def _rewritten(
     names: frozenset[str],
     elsewhere: frozenset[tuple[str, str]],
     blocks: frozenset[tuple[str, Block]],
+    flags: frozenset[str],
 ) -> tuple[list[tuple[CodeType, CodeType]], dict[str, CodeType]]:
     """The fields of a ``Rewrite``, in a form that ``code_cache`` can store."""
     tree = ast.parse(source.text, source.filename)
@@ -80,7 +91,7 @@ def _rewritten(
         table = symtable.symtable(source.text, source.filename, "exec")
         changed = Elsewhere(source, elsewhere | attributes, table).visit(changed)
     table = symtable.symtable(source.text, source.filename, "exec")
-    changed = _Accessors(source, names, table).visit(changed)
+    changed = _Accessors(source, names, flags, table).visit(changed)
     if blocks:
         changed = Enclose(dict(blocks)).visit(changed)
     ast.fix_missing_locations(changed)
@@ -142,7 +153,7 @@ def _initial_values(
         text = f"lambda: ({ast.unparse(value)})"
         thunk = ast.parse(text, source.filename, "eval")
         table = symtable.symtable(text, source.filename, "eval")
-        expression = _Accessors(source, names, table).visit(thunk)
+        expression = _Accessors(source, names, names, table).visit(thunk)
         initials[name] = _compile(ast.fix_missing_locations(expression), source, "eval")
     return initials
 
@@ -160,18 +171,26 @@ def _assigned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.
 
 
 class _Accessors(ScopeTransformer):
-    """Turn global `X` into `_distguard_scoped_X.value` inside functions.
+    """Turn global `X` into its accessor's value inside functions.
 
     Code at module and class level stays unchanged: it runs once, at import, in the module's own
     namespace.
     """
 
     def __init__(
-        self, source: ModuleSource, names: frozenset[str], table: symtable.SymbolTable
+        self,
+        source: ModuleSource,
+        names: frozenset[str],
+        flags: frozenset[str],
+        table: symtable.SymbolTable,
     ) -> None:
         super().__init__(table)
         self._source = source
         self._names = names
+        #: Names that are always read through their accessors.
+        self._flags = flags
+        #: Whether the node is in a pattern of `match`, where Python allows only names with dots.
+        self._in_pattern = False
 
     def _is_wanted(self, name: Optional[str]) -> bool:
         return (
@@ -184,13 +203,22 @@ class _Accessors(ScopeTransformer):
         accessor = ast.Name(id=accessor_name(node.id), ctx=ast.Load())
         attribute = ast.Attribute(value=accessor, attr="value", ctx=node.ctx)
         ast.copy_location(accessor, node)
-        return ast.copy_location(attribute, node)
+        ast.copy_location(attribute, node)
+        written = not isinstance(node.ctx, ast.Load)
+        if written or self._in_pattern or node.id in self._flags:
+            return attribute
+        exist = ast.copy_location(ast.Name(id=SCOPES_EXIST, ctx=ast.Load()), node)
+        return ast.copy_location(ast.IfExp(test=exist, body=attribute, orelse=node), node)
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for name in _bound_without_a_target(node):
             if self._is_wanted(name):
                 self._refuse(name, node)
-        return super().generic_visit(node)
+        outer = self._in_pattern
+        self._in_pattern = isinstance(node, ast.pattern) or (outer and isinstance(node, ast.expr))
+        visited = super().generic_visit(node)
+        self._in_pattern = outer
+        return visited
 
     def _function(self, node: Function, name: str) -> ast.AST:
         if self._is_wanted(name) and not isinstance(node, ast.Lambda):

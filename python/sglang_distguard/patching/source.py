@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -21,13 +22,18 @@ class ModuleSource:
     text: str
 
 
-def find_source(module: str) -> Optional[ModuleSource]:
+def find_source(module: str, at: Optional[Path] = None) -> Optional[ModuleSource]:
     """Return the source of ``module`` without importing it, or None when there is no such module.
 
     Only the top-level package is looked up through the import system, which imports nothing. The
     rest is a path below it. So ``install()`` can read the source before sglang is imported.
+
+    Args:
+        module: its dotted name.
+        at: a folder, such as an unpacked wheel. The packages that it has are read there, and all
+            others in this environment.
     """
-    path = _path_of(module)
+    path = _path_of(module, at)
     return None if path is None or not path.is_file() else _read(module, path)
 
 
@@ -45,12 +51,14 @@ class ModuleFile:
         return _read(self.module, Path(self.filename))
 
 
-def files_below(package: str) -> list[ModuleFile]:
-    """The source files of all modules below ``package``; empty when there is no such package."""
+def files_below(package: str, at: Optional[Path] = None) -> list[ModuleFile]:
+    """The source files of all modules below ``package``; empty when there is no such package.
+
+    ``at`` is a folder as for ``find_source``.
+    """
     top, *rest = package.split(".")
-    spec = importlib.util.find_spec(top)
     found = []
-    for location in (spec and spec.submodule_search_locations) or ():
+    for location in _locations(top, at):
         root = os.path.join(location, *rest)
         for folder, folders, names in os.walk(root):
             folders.sort()
@@ -76,19 +84,30 @@ def _read(module: str, path: Path) -> ModuleSource:
         ) from error
 
 
-def _path_of(module: str) -> Optional[Path]:
-    loaded = sys.modules.get(module)
-    if loaded is not None and getattr(loaded, "__file__", None):
-        return Path(str(loaded.__file__))
+def _path_of(module: str, at: Optional[Path]) -> Optional[Path]:
     top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        return None
-    if not rest:
-        return Path(spec.origin) if spec.origin else None
-    for location in spec.submodule_search_locations or ():
+    if not _has(at, top):
+        loaded = sys.modules.get(module)
+        if loaded is not None and getattr(loaded, "__file__", None):
+            return Path(str(loaded.__file__))
+        if not rest:
+            spec = importlib.util.find_spec(top)
+            return Path(spec.origin) if spec is not None and spec.origin else None
+    for location in _locations(top, at):
         base = Path(location).joinpath(*rest)
         for candidate in (base.with_suffix(".py"), base / "__init__.py"):
             if candidate.is_file():
                 return candidate
     return None
+
+
+def _has(at: Optional[Path], top: str) -> bool:
+    return at is not None and (at / top).is_dir()
+
+
+def _locations(top: str, at: Optional[Path]) -> Sequence[str]:
+    """The folders of the package ``top``."""
+    if at is not None and _has(at, top):
+        return (str(at / top),)
+    spec = importlib.util.find_spec(top)
+    return (spec and spec.submodule_search_locations) or ()

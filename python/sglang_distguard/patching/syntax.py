@@ -13,6 +13,8 @@ from typing import Union
 #: Prefix of the globals that changed code uses. One leading underscore: two are mangled in classes.
 MARK = "_distguard_"
 _PREFIX = f"{MARK}scoped"
+#: The module global that is true while any scope exists; ScopedGlobal keeps it (scoped_global.rs).
+SCOPES_EXIST = f"{MARK}scopes_exist"
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda]
 Comprehension = Union[ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp]
 _COMPREHENSIONS = {

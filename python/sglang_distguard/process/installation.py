@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -36,6 +37,9 @@ _lock = threading.RLock()
 #: Seconds; planning and applying take two.
 _DEADLINE = 300.0
 _installation: Optional[_Installation] = None
+_log = logging.getLogger("sglang_distguard")
+#: Warnings of ``_tell`` that were logged.
+_told: set[str] = set()
 
 
 def install(
@@ -95,7 +99,8 @@ def install(
 def _put_in() -> list[str]:
     """Install, unless imports of modules to be patched have begun; return the modules' names."""
     global _installation
-    plans = {plan.module: plan for plan in versions.choose()}
+    chosen = versions.choose()
+    plans = {plan.module: plan for plan in chosen.modules}
     installation = _Installation(plans, Watcher(plans, _execute))
     try:
         installation.watcher.start()
@@ -106,11 +111,23 @@ def _put_in() -> list[str]:
             return begun
         _apply(list(plans.values()))
         _installation = installation
+        _tell(chosen)
     except BaseException:
         _installation = None
         _undo(installation)
         raise
     return []
+
+
+def _tell(plan: versions.Plan) -> None:
+    """Log once per process what the user of this SGLang must know."""
+    for warning in plan.warnings():
+        if warning not in _told:
+            _told.add(warning)
+            _log.warning(warning)
+    if plan.absent:
+        names = ", ".join(f"{it.module}.{it.name}" for it in sorted(plan.absent))
+        _log.debug("sglang %s has nothing for %s", plan.release, names)
 
 
 def _let_finish(begun: list[str], until: float) -> None:

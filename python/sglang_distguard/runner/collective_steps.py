@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, Optional
 
 from sglang_distguard import _core
+from sglang_distguard.context import generation
 from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.distributed.keys import GROUPS
 from sglang_distguard.distributed.ranks import agreement, specs
@@ -33,11 +34,10 @@ def may_overlap(key: str) -> bool:
     Args:
         key: registry key of the groups that the runner uses.
     """
-    from sglang.srt.runtime_context import get_device
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
 
     by_memory = cpu_has_amx_support() or is_host_cpu_arm64()
-    return key != GROUPS and get_device().device == "cpu" and not by_memory
+    return key != GROUPS and generation.current().device() == "cpu" and not by_memory
 
 
 def agree_on_one_more(server_args: Any) -> None:

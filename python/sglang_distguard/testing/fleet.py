@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from sglang_distguard.context import generation
 from sglang_distguard.testing import steps
 from sglang_distguard.testing.models import create_model
 from sglang_distguard.testing.recipe import server_args
@@ -142,14 +143,12 @@ def sharing_problems(
     outcomes: Sequence[Outcome], activate: Callable[[ModelRunner], Any]
 ) -> list[str]:
     """Describe what is wrong; empty if all runners use one world and one set of groups."""
-    from sglang.srt.runtime_context import get_parallel
-
     used: dict[str, set[int]] = {"world_group": set(), "tp_group": set(), "pp_group": set()}
     for outcome in outcomes:
         if outcome.runner is not None:
             with activate(outcome.runner):
                 for field, seen in used.items():
-                    seen.add(id(getattr(get_parallel(), field)))
+                    seen.add(id(generation.current().stamped(field)))
     return [f"{len(seen)} different {field}s" for field, seen in used.items() if len(seen) > 1]
 
 

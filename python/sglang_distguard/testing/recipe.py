@@ -24,6 +24,9 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     # With several ranks sglang looks for NCCL, finds torch's own, and then needs a GPU.
     "SGLANG_NCCL_SO_PATH": "/nonexistent.so",
+    # With several ranks sglang 0.5.23 refuses to build when their free memory differs by a tenth. On
+    # a CPU that is the machine's, seen at different moments: other processes change it.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
     # torch 2.14.1 looks up the name of every address it connects to, which takes 5 s where a name
     # server is slow.
     "RES_OPTIONS": "timeout:1 attempts:2",

@@ -7,6 +7,7 @@ them and writes one file each. It prints one line to standard output when a job 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gc
 import hashlib
 import json
@@ -99,9 +100,15 @@ def solo_many(
 def _results(jobs: Sequence[_Job], cache: Path) -> list[Generation]:
     cache.mkdir(parents=True, exist_ok=True)
     files = [cache / f"{_fingerprint(job)}.pt" for job in jobs]
-    missing = {file: job for file, job in zip(files, jobs, strict=True) if not file.is_file()}
-    if missing:
-        _run_all(missing)
+
+    def missing() -> dict[Path, _Job]:
+        return {file: job for file, job in zip(files, jobs, strict=True) if not file.is_file()}
+
+    if missing():
+        with (cache / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same results
+            if remaining := missing():
+                _run_all(remaining)
     return [_load(file) for file in files]
 
 

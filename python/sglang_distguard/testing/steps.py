@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast
 
+from sglang_distguard.context import generation
 from sglang_distguard.testing.recipe import free_port
 
 if TYPE_CHECKING:
@@ -73,12 +74,10 @@ def build(
     from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
     from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
     from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.runtime_context import SpawnRanks, get_device, publish
 
     port = port or free_port()
     if not is_draft_worker:
-        ranks = SpawnRanks(world_rank=world_rank, gpu_id=gpu_id)
-        publish(server_args, role="scheduler", ranks=ranks)
+        generation.current().publish(server_args, world_rank=world_rank, gpu_id=gpu_id)
         initialize_moe_config()
         initialize_fp8_gemm_config()
         initialize_bf16_gemm_config()
@@ -87,7 +86,7 @@ def build(
     model_config = ModelConfig.from_server_args(server_args)
     if not is_draft_worker:
         bootstrap.init_parallel_runtime(
-            server_args=server_args, device=get_device().device, dist_port=port
+            server_args=server_args, device=generation.current().device(), dist_port=port
         )
         bootstrap.init_layer_runtime(model_config=model_config)
     after("init")
@@ -210,7 +209,7 @@ def _prefill_batch(
     runner.token_to_kv_pool_allocator.clear()
     requests = []
     for index, prompt in enumerate(prompts):
-        made = Req(
+        made: Any = Req(
             rid=str(index),
             origin_input_text="",
             origin_input_ids=array("q", prompt),
@@ -218,7 +217,10 @@ def _prefill_batch(
         )
         made.full_untruncated_fill_ids = made.origin_input_ids
         made.logprob_start_len = -1
-        made.extend_end = len(made.origin_input_ids)
+        if hasattr(made, "set_extend_range"):  # 0.5.21 and earlier
+            made.set_extend_range(0, len(made.origin_input_ids))
+        else:
+            made.extend_end = len(made.origin_input_ids)
         requests.append(made)
     batch = ScheduleBatch.init_new(
         reqs=requests,
@@ -246,12 +248,12 @@ def _decode(token: Any, batch: Any, runner: Any) -> tuple[Any, Any]:
 
 def _forward(batch: Any, runner: Any) -> tuple[Any, Any]:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-    from sglang.srt.runtime_context import get_parallel
 
     _prepare_data_parallel(batch, runner)
     forward_batch = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
-    if get_parallel().pp_size > 1:
-        return _forward_stage(runner, forward_batch, get_parallel().pp_group)
+    contexts = generation.current()
+    if contexts.widths(["pp_size"])["pp_size"] > 1:
+        return _forward_stage(runner, forward_batch, contexts.stamped("pp_group"))
     output = runner.forward(forward_batch).logits_output
     token = runner.sample(output, forward_batch)
     return token, output.next_token_logits.clone()

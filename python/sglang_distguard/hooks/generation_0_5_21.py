@@ -1,4 +1,4 @@
-"""SGLang 0.5.23: a RuntimeContext holds configuration, flags, resources and groups."""
+"""SGLang 0.5.21 and later: a RuntimeContext holds configuration, flags, resources and groups."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sglang_distguard.hooks import (
     unittest_mock,
     weight_updater,
 )
-from sglang_distguard.patching import Change, Scoped, readers
+from sglang_distguard.patching import Change, Scoped
 
 HOOKS = (
     runtime_context,
@@ -57,12 +57,9 @@ HOOKS = (
 
 def changes() -> list[Change]:
     """Return all changes of this generation."""
-    scoped = process_globals.scoped()
     found: list[Change] = [
-        Scoped(module, name) for module, names in scoped.items() for name in names
+        Scoped(module, name) for module, names in process_globals.scoped().items() for name in names
     ]
-    found += readers(scoped, "sglang.srt")
-    found += readers(scoped, "sglang.kernels")
     for hook in HOOKS:
         found.extend(hook.CHANGES)
     return found
