@@ -128,11 +128,9 @@ def alone(name: str, seed: int, folders: Folders, beside: str = "") -> dict[str,
 
     ``beside``: the architecture beside which it will run later, if that needs its own settings.
     """
-    import sglang_distguard
     import torch
 
-    if sglang_distguard.is_installed():
-        raise RuntimeError("the guard is installed; a runner alone must run without it")
+    require_plain_sglang()
     entry = CATALOG[name]
     expected = torch.load(folders.reference(name, seed), weights_only=True)
     runner = build(entry, seed, folders, **CATALOG[beside or name].beside)
@@ -153,7 +151,7 @@ def disturbed(name: str, seed: int, folders: Folders) -> dict[str, Any]:
     """
     import torch
 
-    ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
+    fill_uninitialised_memory()
     torch.manual_seed(1)
     entry = CATALOG[name]
     before = torch.load(folders.tensors(name, "alone", seed), weights_only=True)
@@ -167,27 +165,19 @@ def guarded(name: str, folders: Folders) -> dict[str, Any]:
     import sglang_distguard
     import torch
 
-    def work(key: str) -> None:
+    def work(key: str, meet: threading.Barrier) -> None:
         entry, seed = CATALOG[members[key][0]], members[key][1]
-        try:
-            meet.wait()
-            with sglang_distguard.runner_scope(key):
-                runner = build(entry, seed, folders, **CATALOG[name].beside)
-                runners[key] = runner
-            meet.wait()
-            for number in range(ROUNDS):
-                tokens = references[key]["tokens"]
-                actual = compute(entry, runner, tokens, activate=sglang_distguard.activate)
-                if not bit_equal(actual, expected[key]):
-                    off = max_abs_error(actual, expected[key])
-                    other_bits.append(f"{key}: round {number} differs from alone by {off:.3g}")
-        except threading.BrokenBarrierError:
-            pass  # another thread reports the reason
-        except BaseException as error:
-            traceback.print_exc()
-            told = failure(error)
-            problems.append(f"{key}: {told['failed']} ({told['where']})")
-            meet.abort()
+        meet.wait()
+        with sglang_distguard.runner_scope(key):
+            runner = build(entry, seed, folders, **CATALOG[name].beside)
+            runners[key] = runner
+        meet.wait()
+        for number in range(ROUNDS):
+            tokens = references[key]["tokens"]
+            actual = compute(entry, runner, tokens, activate=sglang_distguard.activate)
+            if not bit_equal(actual, expected[key]):
+                off = max_abs_error(actual, expected[key])
+                other_bits.append(f"{key}: round {number} differs from alone by {off:.3g}")
 
     members = {f"{name}-{seed}": (name, seed) for seed in SEEDS}
     members[f"companion-{COMPANION}"] = (COMPANION, SEEDS[0])
@@ -201,18 +191,52 @@ def guarded(name: str, folders: Folders) -> dict[str, Any]:
         for key, it in members.items()
     }
     runners: dict[str, Any] = {}
-    problems: list[str] = []
     other_bits: list[str] = []
-    meet = threading.Barrier(len(members))
     sglang_distguard.install()
-    threads = [threading.Thread(target=work, args=(key,), name=key) for key in members]
+    problems = at_once(list(members), work)
+    for runner in runners.values():
+        sglang_distguard.close(runner)
+    return {"problems": problems, "other_bits": other_bits}
+
+
+def require_plain_sglang() -> None:
+    """Raise RuntimeError if the guard is installed."""
+    import sglang_distguard
+
+    if sglang_distguard.is_installed():
+        raise RuntimeError("the guard is installed; a runner alone must run without it")
+
+
+def fill_uninitialised_memory() -> None:
+    """Let memory hold other values than before when it is allocated, in this process."""
+    ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
+
+
+def at_once(keys: Sequence[str], work: Callable[[str, threading.Barrier], None]) -> list[str]:
+    """Call ``work(key, meet)`` in a thread for each key; all can wait for each other at ``meet``.
+
+    Returns a line for each thread that failed. The first one to fail releases the others.
+    """
+
+    def run(key: str) -> None:
+        try:
+            work(key, meet)
+        except threading.BrokenBarrierError:
+            pass  # another thread reports the reason
+        except BaseException as error:
+            traceback.print_exc()
+            told = failure(error)
+            problems.append(f"{key}: {told['failed']} ({told['where']})")
+            meet.abort()
+
+    problems: list[str] = []
+    meet = threading.Barrier(len(keys))
+    threads = [threading.Thread(target=run, args=(key,), name=key) for key in keys]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for runner in runners.values():
-        sglang_distguard.close(runner)
-    return {"problems": problems, "other_bits": other_bits}
+    return problems
 
 
 def _alone(beside: str) -> str:

@@ -3,11 +3,12 @@
 A memory of SGLang, transformers or torch that is keyed by path, name, shapes or requests gives the
 second of two such runners what it computed for the first. For each architecture:
 
-- Weights: two checkpoints of one configuration lie at one path, one after the other. The second runner
-  is built while the first one lives; both then compute at once.
+- Files: three checkpoints lie at one path, one after the other: the second has other weights, the third
+  the first one's weights and another ``config.json`` (norm epsilons and the like, no shape). Each
+  runner is built while the ones before it live; all then compute at once.
 - Configuration: two runners of one path and the same files differ in what
   ``json_model_override_args`` changes (no shape). They are built and compute at once.
-- Reopened: both are closed, the first checkpoint's files are put back at the path, and a third runner
+- Reopened: all are closed, the first checkpoint's files are put back at the path, and another runner
   is built there.
 
 Requests, request ids, prompts and the runners' settings are the same. Each runner is compared, bit for
@@ -17,18 +18,26 @@ bit, with the same runner in a process of its own without the guard.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from architecture_outcomes import versions
-from architecture_steps import M_PERTURB, SEEDS, Folders, compute, failure, in_child
+from architecture_steps import (
+    SEEDS,
+    Folders,
+    at_once,
+    compute,
+    fill_uninitialised_memory,
+    in_child,
+    require_plain_sglang,
+)
 from architectures import digest, in_parallel, prepare
 from sglang_distguard.testing import steps
 from sglang_distguard.testing.catalog import CATALOG, create
@@ -56,6 +65,13 @@ FACTORS: Mapping[str, float] = {
     "logit_scale": 2.0,
 }
 
+#: Case, a column of the table -> the content of its second runner.
+CASES: Mapping[str, str] = {
+    "weights": "second",
+    "config.json": "edited",
+    "override": "override",
+    "reopened": "first",
+}
 SAME, OTHER = "bit-equal", "OTHER BITS"
 UNTOLD, UNDEFINED = "the same alone", "undefined alone"
 HEAD = """# Same key, other content
@@ -65,18 +81,35 @@ settings, prompts, request ids) and differ in content. `make same-key` runs them
 that runs alone on a CPU ([ARCHITECTURES.md](ARCHITECTURES.md)) and writes this file. {versions}.
 
 - **Weights**: two checkpoints with one configuration at one path, the second put there while a runner of
-  the first lives; both then compute at once, three times.
-- **Configuration**: one path and the same files, built at once from two threads; the second has other
-  values in `json_model_override_args` (norm epsilons, rope base, scales), which change no shape.
-- **Reopened**: both runners closed, the first checkpoint put back at the path, a third runner built.
+  the first lives.
+- **config.json**: a third checkpoint at that path, with the first one's weights and another `config.json`
+  (norm epsilons, rope base, scales; no shape). Then all three compute at once, three times.
+- **Override**: one path and the same files, built at once from two threads; the second has these other
+  values in `json_model_override_args`.
+- **Reopened**: all runners closed, the first checkpoint put back at the path, another runner built.
 
 "{same}" means that every runner has the bits that it has in a process of its own without the guard.
 "{untold}" means that both contents give the same bits alone, so that nothing could be mixed up.
 "{undefined}" means that the bits of a runner alone depend on uninitialised memory.
 
-| architecture | weights | configuration | reopened | note |
-|---|---|---|---|---|
+| architecture | weights | config.json | override | reopened | note |
+|---|---|---|---|---|---|
 """
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one runner is made of.
+
+    Attributes:
+        checkpoint: its files.
+        edited: what its ``config.json`` has instead.
+        override: its ``json_model_override_args``.
+    """
+
+    checkpoint: Path
+    edited: Mapping[str, Any] = field(default_factory=dict)
+    override: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Place:
@@ -85,10 +118,13 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "model"
 
-    def put(self, checkpoint: Path) -> Path:
-        """Replace the files at the path by copies of those of ``checkpoint``."""
+    def put(self, content: Content) -> Path:
+        """Replace the files at the path by copies of those of ``content``."""
         shutil.rmtree(self.path, ignore_errors=True)
-        shutil.copytree(checkpoint, self.path)
+        shutil.copytree(content.checkpoint, self.path)
+        if content.edited:
+            file = self.path / "config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **content.edited}))
         return self.path
 
 
@@ -102,49 +138,59 @@ def changed(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def build(name: str, path: Path, override: Mapping[str, Any]) -> Any:
-    """A runner of the checkpoint at ``path``, by SGLang's own steps."""
+def build(name: str, content: Content, place: Place, *, is_there: bool = False) -> Any:
+    """A runner of ``content`` at ``place``, by SGLang's own steps."""
     from sglang_distguard.testing.recipe import server_args
 
+    path = place.path if is_there else place.put(content)
     settings: dict[str, Any] = {"dtype": "float32", **CATALOG[name].overrides}
-    if override:
-        settings["json_model_override_args"] = json.dumps(override)
+    if content.override:
+        settings["json_model_override_args"] = json.dumps(content.override)
     return steps.build(server_args(path, **settings))
 
 
-def alone(name: str, checkpoint: Path, override: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def alone(name: str, content: Content, file: Path) -> dict[str, Any]:
     """Build and run one runner without the guard; save its bits in ``file``."""
-    import sglang_distguard
     import torch
 
-    if sglang_distguard.is_installed():
-        raise RuntimeError("the guard is installed; a runner alone must run without it")
-    runner = build(name, Place(file.with_suffix("")).put(checkpoint), override)
+    require_plain_sglang()
+    runner = build(name, content, Place(file.with_suffix("")))
     torch.save(compute(CATALOG[name], runner, None), file)
     return {}
 
 
-def disturbed(name: str, file: Path) -> dict[str, Any]:
-    """Whether the first runner has its bits alone again, with other uninitialised memory."""
+def disturbed(name: str, content: Content, file: Path) -> dict[str, Any]:
+    """Whether a runner has its bits alone again, with other uninitialised memory."""
     import torch
 
-    ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
+    fill_uninitialised_memory()
     again = file.with_suffix(".again.pt")
-    alone(name, create(name, FOLDERS.models, seed=SEEDS[0]), {}, again)
+    alone(name, content, again)
     before, after = (torch.load(it, weights_only=True) for it in (file, again))
     return {"same": bit_equal(before, after)}
 
 
 class Guarded:
-    """The runners of one architecture in this process, with the guard."""
+    """The runners of one architecture in this process, with the guard.
 
-    def __init__(self, name: str, alone: Mapping[str, torch.Tensor], place: Place) -> None:
+    Attributes:
+        problems: case -> what was wrong.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        contents: Mapping[str, Content],
+        alone: Mapping[str, torch.Tensor],
+        place: Place,
+    ) -> None:
         self._name = name
+        self._contents = contents
         self._alone = alone
         self._place = place
-        self.problems: dict[str, list[str]] = {"weights": [], "configuration": [], "reopened": []}
+        self.problems: dict[str, list[str]] = {case: [] for case in CASES}
 
-    def check(self, what: str, key: str, runner: Any) -> None:
+    def check(self, case: str, key: str, runner: Any) -> None:
         """Note where the runner has other bits than alone."""
         import sglang_distguard
 
@@ -153,59 +199,45 @@ class Guarded:
             off = max_abs_error(found, self._alone[key])
             nearest = [it for it in self._alone if bit_equal(found, self._alone[it])]
             told = f"has those of {nearest[0]}" if nearest else f"differs by {off:.3g}"
-            self.problems[what].append(f"{key} {told}")
+            self.problems[case].append(f"{key} {told}")
 
-    def weights(self, checkpoints: Sequence[Path]) -> None:
-        """Two checkpoints at one path, one after the other; then both at once."""
-        runners = []
-        for key, checkpoint in zip(("first", "second"), checkpoints, strict=True):
-            runners.append(build(self._name, self._place.put(checkpoint), {}))
-            self.check("weights", key, runners[-1])
-        self._at_once("weights", lambda key: runners[("first", "second").index(key)])
-        self._close(runners)
+    def files(self) -> None:
+        """Each content at the place after the one before it; then all at once."""
+        runners = {}
+        case_of = {"first": "weights", "second": "weights", "edited": "config.json"}
+        for key in [key for key in case_of if key in self._contents]:
+            runners[key] = build(self._name, self._contents[key], self._place)
+            self.check(case_of[key], key, runners[key])
 
-    def configuration(self, checkpoint: Path, override: Mapping[str, Any]) -> None:
-        """One path, two configurations, at once."""
-        path = self._place.put(checkpoint)
+        def computes(key: str, meet: threading.Barrier) -> None:
+            meet.wait()
+            for _ in range(ROUNDS):
+                self.check(case_of[key], key, runners[key])
+
+        self.problems["weights"] += at_once(list(runners), computes)
+        self._close(list(runners.values()))
+
+    def override(self) -> None:
+        """The same files, two configurations, built at once and then computing at once."""
+        self._place.put(self._contents["first"])
         runners: list[Any] = []
 
-        def made(key: str) -> Any:
-            runners.append(build(self._name, path, override if key == "overridden" else {}))
-            return runners[-1]
+        def builds(key: str, meet: threading.Barrier) -> None:
+            meet.wait()
+            runner = build(self._name, self._contents[key], self._place, is_there=True)
+            runners.append(runner)
+            meet.wait()
+            for _ in range(ROUNDS):
+                self.check("override", key, runner)
 
-        self._at_once("configuration", made, keys=("first", "overridden"))
+        self.problems["override"] += at_once(["first", "override"], builds)
         self._close(runners)
 
-    def reopened(self, checkpoint: Path) -> None:
-        """A third runner, of the first files, after the others were closed."""
-        runner = build(self._name, self._place.put(checkpoint), {})
+    def reopened(self) -> None:
+        """Another runner of the first files, after all others were closed."""
+        runner = build(self._name, self._contents["first"], self._place)
         self.check("reopened", "first", runner)
         self._close([runner])
-
-    def _at_once(
-        self, what: str, runner_of: Callable[[str], Any], keys: Sequence[str] = ("first", "second")
-    ) -> None:
-        start = threading.Barrier(len(keys))
-
-        def work(key: str) -> None:
-            try:
-                start.wait()
-                runner = runner_of(key)
-                start.wait()
-                for _ in range(ROUNDS):
-                    self.check(what, key, runner)
-            except threading.BrokenBarrierError:
-                pass  # another thread reports the reason
-            except BaseException as error:
-                told = failure(error)
-                self.problems[what].append(f"{key}: {told['failed']} ({told['where']})")
-                start.abort()
-
-        threads = [threading.Thread(target=work, args=(key,), name=key) for key in keys]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
 
     @staticmethod
     def _close(runners: Sequence[Any]) -> None:
@@ -215,21 +247,22 @@ class Guarded:
             sglang_distguard.close(runner)
 
 
-def guarded(name: str, override: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
-    """Run all cases of one architecture; problems by case, and the cases that could show none."""
+def guarded(
+    name: str, contents: Mapping[str, Content], files: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Run all cases of one architecture; problems by case, and the contents that show none."""
     import sglang_distguard
     import torch
 
     bits = {key: torch.load(file, weights_only=True) for key, file in files.items()}
-    checkpoints = [create(name, FOLDERS.models, seed=seed) for seed in SEEDS]
     sglang_distguard.install()
-    it = Guarded(name, bits, Place(FOLDERS.work / f"{name}-guarded"))
-    it.weights(checkpoints)
-    if override:
-        it.configuration(checkpoints[0], override)
-    it.reopened(checkpoints[0])
+    it = Guarded(name, contents, bits, Place(FOLDERS.work / f"{name}-guarded"))
+    it.files()
+    if "override" in contents:
+        it.override()
+    it.reopened()
     untold = [key for key in bits if key != "first" and bit_equal(bits["first"], bits[key])]
-    return {"problems": it.problems, "untold": untold, "override": sorted(override)}
+    return {"problems": it.problems, "untold": untold, "contents": list(contents)}
 
 
 def compare(name: str, seconds: float) -> None:
@@ -243,24 +276,30 @@ def compare(name: str, seconds: float) -> None:
     if "failed" in found:
         _save(name, {"failed": f"no checkpoint: {found['failed']}", "where": found["where"]})
         return
-    checkpoints = [Path(folder) for folder in found]
-    override = changed(json.loads((checkpoints[0] / "config.json").read_text()))
-    cases = {"first": (checkpoints[0], {}), "second": (checkpoints[1], {})}
-    if override:
-        cases["overridden"] = (checkpoints[0], override)
-    files = {key: FOLDERS.work / f"{name}-{key}.pt" for key in cases}
-    for key, (checkpoint, changes) in cases.items():
-        label = f"{name}-alone-{key}"
+    first, second = (Path(folder) for folder in found)
+    contents = {"first": Content(first), "second": Content(second)}
+    fields = changed(json.loads((first / "config.json").read_text()))
+    if fields:
+        contents["edited"] = Content(first, edited=fields)
+        contents["override"] = Content(first, override=fields)
+    files = {key: FOLDERS.work / f"{name}-{key}.pt" for key in contents}
+    for key in contents:
         found = in_child(
-            FOLDERS, label, seconds, lambda it=(checkpoint, changes, files[key]): alone(name, *it)
+            FOLDERS,
+            f"{name}-alone-{key}",
+            seconds,
+            lambda key=key: alone(name, contents[key], files[key]),
         )
         if "failed" in found:
             _save(name, {"cannot": f"{key}: {found['failed']} ({found['where']})"})
             return
-    result = in_child(FOLDERS, f"{name}-guarded", seconds, lambda: guarded(name, override, files))
+    result = in_child(FOLDERS, f"{name}-guarded", seconds, lambda: guarded(name, contents, files))
     if any(result.get("problems", {}).values()):
         result["undefined"] = not in_child(
-            FOLDERS, f"{name}-disturbed", seconds, lambda: disturbed(name, files["first"])
+            FOLDERS,
+            f"{name}-disturbed",
+            seconds,
+            lambda: disturbed(name, contents["first"], files["first"]),
         ).get("same")
     _save(name, result)
 
@@ -274,28 +313,29 @@ def _row_file(name: str) -> Path:
 
 
 def row(name: str) -> list[str]:
-    """The cells of one architecture after its name; the last one is the note."""
+    """The cells of one architecture: one for each of ``CASES``, and a note."""
     file = _row_file(name)
     if not file.is_file():
-        return ["FAILED", "FAILED", "FAILED", "the run itself failed"]
+        return [*["FAILED"] * len(CASES), "the run itself failed"]
     result = json.loads(file.read_text())
     if "cannot" in result:
-        return ["", "", "", f"does not run alone: {result['cannot']}"]
+        return [*[""] * len(CASES), f"does not run alone: {result['cannot']}"]
     if "failed" in result:
-        return ["FAILED", "FAILED", "FAILED", f"{result['failed']} ({result['where']})"]
-    problems, notes = result["problems"], []
+        return [*["FAILED"] * len(CASES), f"{result['failed']} ({result['where']})"]
     if result.get("undefined"):
-        return [*[UNDEFINED] * 3, "the bits differ alone with other uninitialised memory"]
-    cells = []
-    for what, content in (("weights", "second"), ("configuration", "overridden"), ("reopened", "")):
-        notes += [f"{what}: {problem}" for problem in problems[what]]
-        cell = OTHER if problems[what] else SAME
-        if cell == SAME and content in result["untold"]:
-            cell = UNTOLD
-        cells.append(cell)
-    if not result["override"]:
-        cells[1] = "no such field"
+        told = "the bits differ alone with other uninitialised memory"
+        return [*[UNDEFINED] * len(CASES), told]
+    notes = [f"{case}: {it}" for case in CASES for it in result["problems"][case]]
+    cells = [_cell(case, content, result) for case, content in CASES.items()]
     return [*cells, "; ".join(notes).replace("|", "\\|")]
+
+
+def _cell(case: str, content: str, result: Mapping[str, Any]) -> str:
+    if content not in result["contents"]:
+        return "no such field"
+    if result["problems"][case]:
+        return OTHER
+    return UNTOLD if content in result["untold"] else SAME
 
 
 def main() -> int:
@@ -326,7 +366,7 @@ def main() -> int:
     rows = {name: row(name) for name in names}
     for name, cells in rows.items():
         print(f"{name}: {' | '.join(cells)}")
-    ran = {name: cells for name, cells in rows.items() if any(cells[:3])}
+    ran = {name: cells for name, cells in rows.items() if any(cells[:-1])}
     wrong = [name for name, cells in ran.items() if {OTHER, "FAILED"} & set(cells)]
     print(f"{len(ran)} ran, {len(wrong)} wrong, {len(rows) - len(ran)} do not run alone")
     if not options.only:
