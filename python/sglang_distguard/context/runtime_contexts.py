@@ -11,9 +11,11 @@ from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.context import environment
-from sglang_distguard.context.accessors import accessor, find_accessor
+from sglang_distguard.context.accessors import accessor
+from sglang_distguard.patching.syntax import accessor_name
 
 MODULE = "sglang.srt.runtime_context"
+_CONTEXTS = accessor_name("_CONTEXT")
 
 
 class RuntimeContexts:
@@ -29,7 +31,8 @@ class RuntimeContexts:
         publish(server_args, role="scheduler", ranks=ranks)
 
     def published(self) -> Optional[Any]:
-        contexts = find_accessor(MODULE, "_CONTEXT")
+        module = sys.modules.get(MODULE)
+        contexts = None if module is None else vars(module).get(_CONTEXTS)
         return None if contexts is None else contexts.value._server_args
 
     def published_in(self, scope: Optional[_core.Scope]) -> Optional[Any]:

@@ -26,10 +26,10 @@ class _PerConfigCache:
         # follow another there.
         namespace = {"__name__": cached.__module__, cached.__name__: (None, cached)}
         self._entry = ScopedGlobal(namespace, cached.__name__, lambda: (None, None))
+        self._published = generation.current().published
 
-    @property
     def _own(self) -> Any:
-        now = generation.current().published()
+        now = self._published()
         configuration, cache = self._entry.value
         if cache is None or configuration is not now:
             cache = self._new(self.__wrapped__)
@@ -37,10 +37,14 @@ class _PerConfigCache:
         return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._own(*args, **kwargs)
+        # Decode steps with graphs call one of these caches: no frames but this and `published`.
+        configuration, cache = self._entry.value
+        if cache is None or configuration is not self._published():
+            cache = self._own()
+        return cache(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)  # cache_info, cache_clear …
+        return getattr(self._own(), name)  # cache_info, cache_clear …
 
 
 def _per_configuration(cached: Any) -> Any:
