@@ -82,7 +82,7 @@ lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
 	@$(BIN)/pyright
 	@$(BIN)/python -m mypy.stubtest sglang_distguard._core
 
-docs: setup ## write the generated part of docs/process-globals.md
+docs: setup ## write the generated tables of docs/process-globals.md and docs/audit.md
 	@$(BIN)/python verify/documents.py
 
 format: setup ## format and fix what can be fixed

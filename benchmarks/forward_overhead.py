@@ -1,7 +1,7 @@
 """Measures what the guard costs a decode step: the same runner with and without hooks, in turn.
 
     .venv/bin/python benchmarks/forward_overhead.py
-        [--rounds N] [--calls N] [--model NAME] [--main-thread]
+        [--rounds N] [--calls N] [--model NAME | --checkpoint FOLDER] [--main-thread]
 
 By default it runs in a thread, as servers do. The context of the thread that imported
 torch._inductor holds a variable for each patch of its configuration (torch 2.14.1: 40), and CPython
@@ -191,10 +191,11 @@ def table(head: str, columns: dict[str, dict[str, float]]) -> None:
         print(f"{what:24}" + "".join(f"{cell:>24}" for cell in cells))
 
 
-def main(rounds: int, calls: int, name: str) -> None:
+def main(rounds: int, calls: int, name: str, checkpoint: Path | None) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    models = [create_model(name, Path(".cache/models"), seed=seed) for seed in (0, 1)]
+    models = [checkpoint or create_model(name, Path(".cache/models"), seed=seed) for seed in (0, 1)]
+    name = checkpoint.name if checkpoint is not None else name
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     dg.install()
     first = Decoding(models[0], "first")
@@ -228,12 +229,15 @@ if __name__ == "__main__":
     )
     parser.add_argument("--calls", type=int, default=100, help="decode steps in a block")
     parser.add_argument("--model", default="llama", help="architecture of sglang_distguard.testing")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of a checkpoint, for both runners; not --model"
+    )
     parser.add_argument("--main-thread", action="store_true", help="run in the main thread")
     given = parser.parse_args()
     prepare_environment()
     import sglang.srt.model_executor.model_runner  # noqa: F401 - in the main thread, as servers do
 
-    arguments = (given.rounds, given.calls, given.model)
+    arguments = (given.rounds, given.calls, given.model, given.checkpoint)
     if given.main_thread:
         main(*arguments)
     else:

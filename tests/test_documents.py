@@ -5,16 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+from sglang_distguard.audit import paths
 from sglang_distguard.hooks import process_globals
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_page_of_process_globals_is_the_table_that_the_hooks_read() -> None:
-    text = (ROOT / "docs" / "process-globals.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [
+        ("process-globals.md", process_globals.markdown()),
+        ("audit.md", paths.markdown()),
+    ],
+)
+def test_a_table_in_the_documents_is_the_one_that_the_code_reads(page: str, table: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
     found = re.search(r"<!-- table -->\n(.*?)\n?<!-- /table -->", text, re.DOTALL)
     assert found is not None
-    assert found[1] == process_globals.markdown(), "run: make docs"
+    assert found[1] == table, "run: make docs"
 
 
 def test_every_process_global_is_listed_once_with_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""Writes the generated part of docs/process-globals.md from the table that the hooks read.
+"""Writes the generated tables of docs/ from what the hooks and the audit read.
 
 .venv/bin/python verify/documents.py
 """
@@ -8,16 +8,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sglang_distguard.audit import paths
 from sglang_distguard.hooks import process_globals
 
-FILE = Path(__file__).resolve().parent.parent / "docs" / "process-globals.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+TABLES = {"process-globals.md": process_globals.markdown, "audit.md": paths.markdown}
 
 
 def main() -> None:
-    """Replace the table and keep the text around it."""
-    table = f"<!-- table -->\n{process_globals.markdown()}\n<!-- /table -->"
-    text = FILE.read_text()
-    FILE.write_text(re.sub(r"<!-- table -->.*<!-- /table -->", lambda _: table, text, flags=re.S))
+    """Replace each table and keep the text around it."""
+    for name, markdown in TABLES.items():
+        table = f"<!-- table -->\n{markdown()}\n<!-- /table -->"
+        text = (DOCS / name).read_text()
+        text = re.sub(r"<!-- table -->.*<!-- /table -->", lambda _, it=table: it, text, flags=re.S)
+        (DOCS / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sglang_distguard.audit import duties
+from sglang_distguard.audit import duties, paths
 from sglang_distguard.audit.observe import Key
 from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
@@ -27,6 +27,7 @@ class Open(StrEnum):
     MACHINE = "machine"  # a cache that can hold only a property of machine and installation
     DUTY = "reader's duty"  # no program can see its changes; ``duties`` says who reads what
     UNSEEABLE = "UNSEEABLE"  # as before, and ``duties`` says nothing about it
+    TEXT = "text only"  # a path that no CPU runs
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Finding:
         module: where it is.
         name: of the global; "Class.attribute" for a class's.
         kind: "global statement", "container", "cache", "object", "closure", "written", "process",
-            "extension type" (of objects whose state no Python code can read) or "library" (all
-            globals of one, without those that have a line of their own).
+            "extension type" (of objects whose state no Python code can read), "library" (all
+            globals of one, without those that have a line of their own) or "path" (code that no
+            CPU runs; see ``paths``).
         verdict: the treatment, or one of ``Open``.
         reason: of the treatment; empty without one.
         writes: where SGLang writes it, as far as its text shows.
@@ -105,7 +107,7 @@ def find(
     for run in runs:
         for it in run.ran:
             ran.setdefault((it.module, it.line), set()).add(it)
-    return [
+    found = [
         _finding(
             key,
             kinds[key],
@@ -117,6 +119,13 @@ def find(
         )
         for key in sorted(kinds)
     ]
+    return [*map(_unrun, paths.UNRUN.items()), *found]
+
+
+def _unrun(path: tuple[str, str]) -> Finding:
+    name, why = path
+    text = Open.TEXT.value
+    return Finding(paths.MODULE, name, "path", text, why, (), (), (), text)
 
 
 def _listed(change: Change, writes: Mapping[Key, object]) -> Key:
