@@ -29,6 +29,7 @@ class Case:
         generates: whether the model generates; else a prefill gives embeddings or scores.
         runs: how it runs: keys of ``processes.HOW``.
         server: what each runner belongs to, and serves: a key of ``SERVERS``; "" for a runner alone.
+        detailed: whether each phase is observed, or only the ends of building and computing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     generates: bool = True
     runs: tuple[str, ...] = ("alone", "together")
     server: str = ""
+    detailed: bool = True
 
     def subject(self) -> Subject:
         """The subject to run, in a process that has imported SGLang."""
@@ -94,7 +96,9 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     """The cases that an audit runs by default.
 
     They are every small model as SGLang runs it by default, and features that this leaves out and
-    a runner can reach: graphs, switches, new weights, sampling.
+    a runner can reach: graphs, switches, new weights, sampling. One small model, the switches and
+    the servers are observed in detail; what else is restored between phases shows in the lines
+    that ran.
 
     Args:
         model_of: returns the checkpoint of an architecture of ``testing.catalog``.
@@ -103,14 +107,14 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     from sglang_distguard.testing.catalog import CATALOG
 
     for name in ARCHITECTURES:
-        yield Case(name, str(model_of(name)))
+        yield Case(name, str(model_of(name)), detailed=name == "llama")
+    pooled: dict[str, Any] = {"generates": False, "runs": ("together",), "detailed": False}
     for name in POOLED:
-        settings = CATALOG[name].overrides
-        yield Case(name, str(model_of(name)), settings, generates=False, runs=("together",))
+        yield Case(name, str(model_of(name)), CATALOG[name].overrides, **pooled)
     import torch
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
-    yield Case("llama with graphs", llama, graphs=True)
+    yield Case("llama with graphs", llama, graphs=True, detailed=False)
     release = installed_version()
     switches = {name: it for name, it in _SWITCHES.items() if _NEEDS.get(name, ALL).has(release)}
     yield Case("qwen3_moe with switches", moe, switches, tuple(ACTIONS))

@@ -162,14 +162,14 @@ def _read_models(files: Mapping[str, str]) -> None:
 
 
 def _alone(case: Case) -> Run:
-    return runs.alone(case.subject())
+    return runs.alone(case.subject(), detailed=case.detailed)
 
 
 def _together(case: Case) -> Run:
     import sglang_distguard
 
     sglang_distguard.install()
-    return runs.together(case.subject())
+    return runs.together(case.subject(), detailed=case.detailed)
 
 
 HOW: Mapping[str, Callable[[Case], Run]] = {"alone": _alone, "together": _together}

@@ -21,9 +21,11 @@ PHASES = (
     *("import", "publish", "init", "load", "pool", "backends", "graphs"),
     *("prefill", "decode", "weights", "close"),
 )
-#: What is observed of the first runner, and of the second. The rest counts to the next one.
+#: What is observed in detail, and of the second runner. The rest counts to the next one.
 _DETAILS = frozenset(PHASES) - {"pool", "backends"}
 _ENDS = frozenset(["graphs", "prefill", "decode", "weights"])
+#: Ends of building and of computing: an observation takes longer than most phases.
+_COARSE = frozenset(["graphs", "decode", "weights"])
 _NOTHING = "(nothing)"
 
 
@@ -202,11 +204,14 @@ def _is_sglangs(key: Key) -> bool:
     return key[0].partition(".")[0] == "sglang"
 
 
-def alone(subject: Subject) -> Run:
-    """Build and run runner 0 with plain SGLang, in this process, which has imported it."""
+def alone(subject: Subject, *, detailed: bool = True) -> Run:
+    """Build and run runner 0 with plain SGLang, in this process, which has imported it.
+
+    ``detailed``: whether each phase is observed, or only the ends of building and computing.
+    """
     watch = Watch()
     with tracing(watch.trace):
-        after = watch.of("alone", _DETAILS)
+        after = watch.of("alone", _DETAILS if detailed else _COARSE)
         runner = subject.build(0, after)
         subject.compute(runner, 0, after=after)
         del runner
@@ -215,16 +220,21 @@ def alone(subject: Subject) -> Run:
     return watch.take()
 
 
-def together(subject: Subject) -> Run:
-    """Build both runners with the installed guard; run one after the other, then both at once."""
+def together(subject: Subject, *, detailed: bool = True) -> Run:
+    """Build both runners with the installed guard; run one after the other, then both at once.
+
+    ``detailed``: as for ``alone``.
+    """
     import sglang_distguard
+
+    phases = (_DETAILS, _ENDS) if detailed else (_COARSE, _COARSE)
 
     watch = Watch()
     watch.trace.before_restoring = watch.before_restoring
     with tracing(watch.trace):
         runners = []
         for number, name in enumerate(("first", "second")):
-            after = watch.of(name, _DETAILS if number == 0 else _ENDS)
+            after = watch.of(name, phases[number])
             with sglang_distguard.runner_scope(name):
                 runner = subject.build(number, after)
             subject.compute(runner, number, activate=sglang_distguard.activate, after=after)
