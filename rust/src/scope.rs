@@ -166,15 +166,15 @@ pub fn no_scope_exists() -> bool {
 /// Calls `look` with the running code's scope; `None`, without a call, in SGLang's default scope.
 #[inline]
 fn in_current<T>(py: Python<'_>, look: impl FnOnce(&Py<Scope>) -> T) -> PyResult<Option<T>> {
-    if no_scope_exists() {
-        return Ok(None);
-    }
     let execution = execution::current(py)?;
     Ok(execution.and_then(|it| it.get().scope.as_ref().map(look)))
 }
 
 /// The scope of the running code; `None` is SGLang's default one.
 pub fn current(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
+    if no_scope_exists() {
+        return Ok(None);
+    }
     in_current(py, |scope| scope.clone_ref(py))
 }
 
