@@ -51,18 +51,12 @@ class Worker:
     def serve(self, runner: Any, *, activate: _Activate, after: _After) -> None:
         """Let the worker of ``runner`` compute."""
         import torch
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
         from sglang_distguard.testing import steps
 
         worker = self._workers[id(runner)]
         with activate(runner), torch.no_grad():
-            batch = ForwardBatch.init_new(
-                steps._prefill_batch(steps.PROMPTS, runner),
-                runner,
-                return_hidden_states_before_norm=False,
-            )
-            worker.forward_batch_generation(batch)
+            worker.forward_batch_generation(steps._prefill_batch(steps.PROMPTS, runner))
         after("prefill")
 
 
