@@ -189,6 +189,7 @@ class Switched:
         table: dict[str, Callable[[], Any]] = {
             "random": random.random,
             "numpy": numpy.random.rand,
+            "numpy.random.mtrand": numpy.random.rand,
             "torch.cuda": lambda: torch.manual_seed(7),
             "torch.mtia": lambda: torch.manual_seed(8),
             "torch.xpu": lambda: torch.manual_seed(9),

@@ -116,13 +116,10 @@ def source_files() -> dict[str, str]:
 
 def _is_elsewhere(thing: Any, module: str) -> bool:
     """Whether ``thing`` is imported, and its own module lists it."""
+    if is_a(thing, types.MethodType):  # `numpy.random.normal` is a method of numpy's one generator
+        return _is_beside_its_class(thing.__self__)
     if not is_a(thing, (type, types.FunctionType)) and not is_cache(thing):
-        home = str(type(thing).__module__)  # a registry of a library, beside its class
-        return (
-            home != module
-            and is_registry(home)
-            and any(it is thing for it in vars(sys.modules[home]).values())
-        )
+        return str(type(thing).__module__) != module and _is_beside_its_class(thing)
     name = getattr(thing, "__name__", "")
     made: Any = thing
     if is_cache(thing) and not name:  # a cached functools.partial, which has no name and no module
@@ -134,3 +131,9 @@ def _is_elsewhere(thing: Any, module: str) -> bool:
         return False
     there = vars(sys.modules[home])
     return there.get(name) is thing if name else any(it is thing for it in there.values())
+
+
+def _is_beside_its_class(thing: Any) -> bool:
+    """Whether it is a registry of a library, which the module of its class lists."""
+    home = str(type(thing).__module__)
+    return is_registry(home) and any(it is thing for it in vars(sys.modules[home]).values())

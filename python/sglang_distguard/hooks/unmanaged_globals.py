@@ -26,10 +26,9 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "getstate _inst",
         "each TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
     ),
-    (
-        "numpy",
-        "rng",
-        "each TpModelWorker seeds it; makes the prompts of warm-ups and of profiles",
+    *(
+        (module, name, "each TpModelWorker seeds it; makes the prompts of warm-ups and of profiles")
+        for module, name in (("numpy", "rng"), ("numpy.random.mtrand", "_rand"))
     ),
     *(
         (f"torch.{device}", "_lazy_seed_tracker", "seeds for a device that has not started")
