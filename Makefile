@@ -121,7 +121,7 @@ compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sg
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600
 
-same-key: setup ## runners of one path and other content, every architecture; writes docs/ (20 minutes to an hour)
+same-key: setup ## runners of one path and other content, every architecture; writes docs/ (a quarter of an hour)
 	@$(BIN)/python verify/same_key.py --jobs 2
 
 gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)

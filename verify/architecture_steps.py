@@ -151,8 +151,7 @@ def disturbed(name: str, seed: int, folders: Folders) -> dict[str, Any]:
     """
     import torch
 
-    fill_uninitialised_memory()
-    torch.manual_seed(1)
+    disturb()
     entry = CATALOG[name]
     before = torch.load(folders.tensors(name, "alone", seed), weights_only=True)
     expected = torch.load(folders.reference(name, seed), weights_only=True)
@@ -207,9 +206,12 @@ def require_plain_sglang() -> None:
         raise RuntimeError("the guard is installed; a runner alone must run without it")
 
 
-def fill_uninitialised_memory() -> None:
-    """Let memory hold other values than before when it is allocated, in this process."""
+def disturb() -> None:
+    """Let allocated memory hold other values than before, and draw other random numbers."""
+    import torch
+
     ctypes.CDLL(None).mallopt(M_PERTURB, 0x55)
+    torch.manual_seed(1)
 
 
 def at_once(keys: Sequence[str], work: Callable[[str, threading.Barrier], None]) -> list[str]:

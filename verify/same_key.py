@@ -34,7 +34,7 @@ from architecture_steps import (
     Folders,
     at_once,
     compute,
-    fill_uninitialised_memory,
+    disturb,
     in_child,
     require_plain_sglang,
 )
@@ -90,7 +90,8 @@ that runs alone on a CPU ([ARCHITECTURES.md](ARCHITECTURES.md)) and writes this 
 
 "{same}" means that every runner has the bits that it has in a process of its own without the guard.
 "{untold}" means that both contents give the same bits alone, so that nothing could be mixed up.
-"{undefined}" means that the bits of a runner alone depend on uninitialised memory.
+"{undefined}" means that the bits of a runner alone depend on uninitialised memory or random numbers
+([ARCHITECTURES.md](ARCHITECTURES.md) says which).
 
 | architecture | weights | config.json | override | reopened | note |
 |---|---|---|---|---|---|
@@ -160,10 +161,13 @@ def alone(name: str, content: Content, file: Path) -> dict[str, Any]:
 
 
 def disturbed(name: str, content: Content, file: Path) -> dict[str, Any]:
-    """Whether a runner has its bits alone again, with other uninitialised memory."""
+    """Whether a runner has its bits alone again, with other uninitialised memory and random numbers.
+
+    SGLang leaves weights as it made them that the checkpoint does not have.
+    """
     import torch
 
-    fill_uninitialised_memory()
+    disturb()
     again = file.with_suffix(".again.pt")
     alone(name, content, again)
     before, after = (torch.load(it, weights_only=True) for it in (file, again))
@@ -323,7 +327,7 @@ def row(name: str) -> list[str]:
     if "failed" in result:
         return [*["FAILED"] * len(CASES), f"{result['failed']} ({result['where']})"]
     if result.get("undefined"):
-        told = "the bits differ alone with other uninitialised memory"
+        told = "the bits differ alone, with other uninitialised memory or other random numbers"
         return [*[UNDEFINED] * len(CASES), told]
     notes = [f"{case}: {it}" for case in CASES for it in result["problems"][case]]
     cells = [_cell(case, content, result) for case, content in CASES.items()]
