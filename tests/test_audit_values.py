@@ -191,6 +191,17 @@ def test_a_change_is_seen_wherever_the_value_is_kept(module: Any, name: str, lin
     assert changed(before) == {name}
 
 
+def test_what_the_compiler_keeps_in_a_compiled_function_is_a_readers_duty(module: Any) -> None:
+    kind = type("Box", (), {"__module__": "torch._dynamo.made_up"})
+    module.compiled = types.SimpleNamespace(box=kind(), other=types.SimpleNamespace())
+    before = observe.observe()
+    module.compiled.box.changed = 1
+    assert changed(before) == set()
+    assert ("torch._dynamo", "*") in duties.REASONS
+    module.compiled.other.changed = 1
+    assert changed(before) == {"compiled"}
+
+
 @pytest.mark.parametrize("line", ["deep['a'][0]['b'][0]['c'][0]['d'][0]['e'].append(1)"])
 def test_every_global_that_holds_what_changed_is_named(module: Any, line: str) -> None:
     before = observe.observe()

@@ -64,17 +64,16 @@ _COMPILER = (
 _IMPORTS = "filled by imports, and caches keyed by their arguments"
 _KEYED = "caches keyed by their arguments"
 
+#: Packages of torch's compiler, whose objects are not read where SGLang's functions hold them.
+COMPILER = (
+    *("torch._decomp", "torch._dynamo", "torch._functorch", "torch._guards"),
+    *("torch._higher_order_ops", "torch._inductor", "torch._logging", "torch._ops"),
+    *("torch._prims", "torch._refs", "torch._subclasses", "torch.compiler", "torch.fx"),
+    "torch.overrides",
+)
 #: Package -> reason.
 LIBRARIES: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            *("torch._decomp", "torch._dynamo", "torch._functorch", "torch._guards"),
-            *("torch._higher_order_ops", "torch._inductor", "torch._logging", "torch._ops"),
-            *("torch._prims", "torch._refs", "torch._subclasses", "torch.compiler", "torch.fx"),
-            "torch.overrides",
-        ),
-        _COMPILER,
-    ),
+    **dict.fromkeys(COMPILER, _COMPILER),
     **dict.fromkeys(
         (
             *("torch._custom_class_base", "torch.autograd", "torch.jit", "torch.ops"),
@@ -99,6 +98,11 @@ LIBRARIES: dict[str, str] = {
 REASONS: dict[tuple[str, str], str] = {
     (module, name): reason for module, names, reason in LINES for name in names.split()
 } | {(package, "*"): reason for package, reason in LIBRARIES.items()}
+
+
+def is_of_the_compiler(module: str) -> bool:
+    """Whether ``module`` belongs to torch's compiler."""
+    return library_of(module) in COMPILER
 
 
 def library_of(module: str) -> str | None:

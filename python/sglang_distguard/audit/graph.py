@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Optional
 
+from sglang_distguard.audit import duties
 from sglang_distguard.context import environment
 from sglang_distguard.patching.syntax import MARK
 
@@ -140,7 +141,10 @@ def _reader_of(kind: type) -> Callable[[Any, Node], Any]:
     for base in kind.__mro__:
         if base in _READERS:
             return _READERS[base]
-    if issubclass(kind, (*_OPAQUE, *_CONSTANT)) or str(kind.__module__).startswith(_GUARD):
+    home = str(kind.__module__)
+    if issubclass(kind, (*_OPAQUE, *_CONSTANT)) or home.startswith(_GUARD):
+        return _nothing
+    if duties.is_of_the_compiler(home):
         return _nothing
     if issubclass(kind, _CTYPES):
         return _buffer
