@@ -157,10 +157,10 @@ class Switched:
         self._operators += 1
         name = f"made_up_{id(self)}::nothing_{self._operators}"
 
-        def nothing(x: torch.Tensor) -> torch.Tensor:
+        def nothing(x: Any) -> Any:
             return x.clone()
 
-        torch.library.custom_op(name, nothing, mutates_args=())
+        torch.library.custom_op(name, nothing, mutates_args=(), schema="(Tensor x) -> Tensor")
 
     def _of_libraries(self, module: str, name: str) -> Callable[[], Any] | None:
         import atexit
