@@ -58,7 +58,7 @@ test-python: setup
 
 test-audit: ## the tests of the audit
 test-ranks: ## the tests of several ranks
-test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input
+test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
 test-exhaustive: PYTEST += --dist load
 test-audit test-ranks test-exhaustive: setup
 	@echo "test: $(@:test-%=%)"

@@ -41,6 +41,7 @@ KINDS = {
         "test_bad_input",
         "test_bad_native_input",
         "test_good_input",
+        "test_images_and_sounds",
     ),
 }
 #: Files that take longest begin first, so that no processor idles at the end.

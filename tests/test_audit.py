@@ -419,10 +419,11 @@ def test_settings_are_given_to_every_runner_as_json_or_text() -> None:
 
 def test_by_default_an_audit_runs_every_small_model_graphs_switches_and_new_weights() -> None:
     chosen = list(cases.everything(lambda name: Path(name)))
-    special = {it.name for it in chosen if it.graphs or it.settings or it.server}
+    special = {it.name for it in chosen if it.graphs or it.settings or it.server or it.items}
     plain = [it.name for it in chosen if it.generates and it.name not in special]
     assert plain == list(ARCHITECTURES)
     assert [it.name for it in chosen if not it.generates] == list(cases.POOLED)
+    assert [it.items for it in chosen if it.items] == list(cases.MULTIMODAL)
     assert any(it.graphs for it in chosen)
     assert {it.server for it in chosen} == {"", *SERVERS}
     assert {name for it in chosen for name in it.actions} == set(ACTIONS)

@@ -59,6 +59,8 @@ def arguments_of(name: str) -> list[Any]:
     return {
         "import_model_classes": ["sglang.srt.models"],
         "_cache_from_str": [DisallowedTokensLogitsProcessor.to_str()],
+        "sanity_check_mm_pad_shift_value": [1000],
+        "print_info_once": ["a line"],
         "get_lora_configs": ["shrink", 64, 8, 1],
         "_resolve": ["kvcache.reshape_and_cache_flash", KernelBackend.TRITON],
     }.get(name.rpartition(".")[2], [])
@@ -171,8 +173,10 @@ class Switched:
         import torch
         import transformers
         from sglang.kernels.jit.utils import arch
-        from transformers import modeling_utils
+        from transformers import cache_utils, modeling_utils
         from transformers.models.auto import configuration_auto, modeling_auto
+        from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+        from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
         patch: Any = self._monkeypatch
         attention: Any = modeling_utils.ALL_ATTENTION_FUNCTIONS
@@ -208,8 +212,21 @@ class Switched:
             "transformers.modeling_utils": (
                 lambda: patch.setitem(attention._local_mapping, "made up", int)
             ),
+            "transformers.modeling_utils._CAN_RECORD_REGISTRY": (
+                lambda: patch.setitem(_CAN_RECORD_REGISTRY, "made up", {})
+            ),
+            "transformers.utils": lambda: vars(transformers.utils)[name](),
+            "transformers.cache_utils": (
+                lambda: patch.setitem(vars(cache_utils)[name], "made up", int)
+            ),
+            "transformers.models.qwen2_audio.modeling_qwen2_audio": lambda: patch.setattr(
+                Qwen2AudioEncoder, name.rpartition(".")[2], True, raising=False
+            ),
             "transformers": lambda: patch.setattr(
                 transformers.ParakeetFeatureExtractor, "_backends", ["made up"], raising=False
+            ),
+            "concurrent.futures.thread": lambda: patch.setattr(
+                self, "pool", started_pool(), raising=False
             ),
             "atexit": lambda: atexit.register(int),
             "logging": logging.StreamHandler,
@@ -245,6 +262,8 @@ class Switched:
             "_media_url_max_file_size_bytes": lambda: 1,
             "_can_set_experts_implementation_cached_value": lambda: True,
             "_CLAMP_POSITION": lambda: type(now)(),
+            "apply_rotary_pos_emb": lambda: copy.copy(now),
+            "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),
             "SPLIT_OPS": lambda: [*now, "made.up"],
             "_all_types": lambda: (*now, int),

@@ -114,9 +114,9 @@ def reference(name: str, folders: Folders) -> dict[str, Any]:
         model = kind.from_pretrained(create(name, folders.models, seed=seed)).eval()
         tokens: list[list[int]] = []
         if entry.readout == "logits":
-            tokens, values = greedy(model, steps.PROMPTS, STEPS)
+            tokens, values = greedy(model, entry.prompts(), STEPS)
         else:
-            values = pooled(model, steps.PROMPTS, entry.readout)
+            values = pooled(model, entry.prompts(), entry.readout)
         made = folders.reference(name, seed).with_suffix(".part")
         torch.save({"tokens": tokens, "values": values}, made)
         made.rename(folders.reference(name, seed))
@@ -278,9 +278,12 @@ def compute(
 
     ``how`` is passed on to ``steps.generate`` or ``steps.embed``.
     """
+    prompts = entry.prompts()
+    ids = [it.ids for it in prompts]
     if entry.readout == "logits":
-        return steps.generate(runner, steps.PROMPTS, STEPS, forced=tokens, **how).logits
-    return steps.embed(runner, steps.PROMPTS, **how)
+        items = [it.item for it in prompts]
+        return steps.generate(runner, ids, STEPS, forced=tokens, items=items, **how).logits
+    return steps.embed(runner, ids, **how)
 
 
 def wait_for_one(children: dict[int, str]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Case:
         actions: what each runner does in addition; keys of ``ACTIONS``.
         graphs: whether both runners capture and replay decode graphs.
         generates: whether the model generates; else a prefill gives embeddings or scores.
+        items: the catalog's architecture whose images or sounds the prompts have; "" for text only.
         runs: how it runs: keys of ``processes.HOW``.
         server: what each runner belongs to, and serves: a key of ``SERVERS``; "" for a runner alone.
         detailed: whether each phase is observed, or only the ends of building and computing.
@@ -38,6 +40,7 @@ class Case:
     actions: tuple[str, ...] = ()
     graphs: bool = False
     generates: bool = True
+    items: str = ""
     runs: tuple[str, ...] = ("alone", "together")
     server: str = ""
     detailed: bool = True
@@ -66,17 +69,23 @@ class Case:
             return server.build(server_args(self.model, **settings), after)
 
         def compute(runner: Any, number: int, **how: Any) -> None:
-            server.serve(runner, **{"after": lambda phase: None, **how})
+            server.serve(runner, **{"activate": nullcontext, "after": lambda phase: None, **how})
 
-        return Subject(build, compute)
+        return Subject(build, compute, server.drafts)
 
     def _compute(self, runner: Any, number: int, **how: Any) -> None:
         from sglang_distguard.testing import steps
+        from sglang_distguard.testing.catalog import CATALOG
 
         if not self.generates:
             steps.embed(runner, **how)
             return
-        steps.generate(runner, **how)
+        if self.items:
+            prompts = CATALOG[self.items].prompts()
+            items = [it.item for it in prompts]
+            steps.generate(runner, [it.ids for it in prompts], items=items, **how)
+        else:
+            steps.generate(runner, **how)
         for name in self.actions:
             ACTIONS[name](runner, **how)
 
@@ -97,7 +106,7 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
     They are every small model as SGLang runs it by default, and features that this leaves out and
     a runner can reach: graphs, switches, new weights, sampling. One small model, the switches and
-    the servers are observed in detail; what else is restored between phases shows in the lines
+    the schedulers are observed in detail; what else is restored between phases shows in the lines
     that ran.
 
     Args:
@@ -111,15 +120,22 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     pooled: dict[str, Any] = {"generates": False, "runs": ("together",), "detailed": False}
     for name in POOLED:
         yield Case(name, str(model_of(name)), CATALOG[name].overrides, **pooled)
+    for name in _of_this_release(MULTIMODAL):
+        yield Case(name, str(model_of(name)), items=name, runs=("together",), detailed=False)
     import torch
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True, detailed=False)
-    release = installed_version()
-    switches = {name: it for name, it in _SWITCHES.items() if _NEEDS.get(name, ALL).has(release)}
+    switches = {name: _SWITCHES[name] for name in _of_this_release(_SWITCHES)}
     yield Case("qwen3_moe with switches", moe, switches, tuple(ACTIONS))
-    for server in SERVERS:
-        yield Case(f"two of llama's {server}s", llama, runs=("together",), server=server)
+    for server in _of_this_release(SERVERS):
+        draft = {"speculative_draft_model_path": llama} if server == "drafting worker" else {}
+        how: dict[str, Any] = {"runs": ("together",), "detailed": server == "scheduler"}
+        yield Case(f"two of llama's {server}s", llama, draft, server=server, **how)
+    # Two in one process are refused: prometheus_client has one registry.
+    metrics = {"enable_metrics": True}
+    how = {"runs": ("alone",), "detailed": False}
+    yield Case("a scheduler with metrics", llama, metrics, server="scheduler", **how)
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
@@ -134,6 +150,8 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
 #: An encoder, an embedding model, and a reward model.
 POOLED = ("bert", "llama_embedding", "qwen3_reward")
+#: A model of images and one of sounds.
+MULTIMODAL = ("qwen2_vl", "qwen2_audio")
 _HALF = {"dtype": "bfloat16"}
 _LORA = {
     **_HALF,
@@ -157,6 +175,15 @@ _SWITCHES = {
     "enable_watermark": True,
     "page_size": 16,
 }
-#: The releases in which a CPU supports a switch: 0.5.21 knows no watermarks, and takes memory for
-#: pages of several tokens with a Triton kernel.
-_NEEDS = {"enable_watermark": Span("0.5.22"), "page_size": Span("0.5.22")}
+#: The releases in which a CPU supports a switch, or in which a case was run. 0.5.21 knows no
+#: watermarks, and takes memory for pages of several tokens with a Triton kernel.
+_NEEDS = {
+    "enable_watermark": Span("0.5.22"),
+    "page_size": Span("0.5.22"),
+    **dict.fromkeys((*MULTIMODAL, "drafting worker"), Span("0.5.23")),
+}
+
+
+def _of_this_release(names: Iterable[str]) -> list[str]:
+    release = installed_version()
+    return [name for name in names if _NEEDS.get(name, ALL).has(release)]

@@ -83,8 +83,8 @@ LIBRARIES: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("base64", "copy", "ctypes", "encodings", "fnmatch", "mpmath", "pkgutil", "re"),
-            *("sympy", "tokenize", "urllib"),
+            *("base64", "copy", "ctypes", "einops", "encodings", "fnmatch", "mpmath", "pkgutil"),
+            *("re", "sympy", "tokenize", "torch._sources", "urllib"),
         ),
         _KEYED,
     ),

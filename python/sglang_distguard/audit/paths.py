@@ -23,6 +23,12 @@ UNRUN: dict[str, str] = {
     "runs it, not audited",
     "torch.compile of the whole model": "`TorchNativeAttnBackend` lacks what the CPU's graph "
     "runner calls; not run",
+    "draft decode and verification of EAGLE and STANDALONE": "they need an attention backend for "
+    "drafts, which `torch_native` is not (`speculative/draft_utils.py:64`); the draft workers that "
+    "run build, load and do a prefill",
+    "NGRAM": "its first verification needs a real `sgl_kernel` "
+    "(`kernels/ops/speculative/reconstruct_tree.py:50`); with the stub the positions stay undefined",
+    "LLaVA with CLIP, Qwen2.5-VL": "ARCHITECTURES.md has the reason; not run",
     "hybrid and state models": "ARCHITECTURES.md has the reason for each; not run",
 }
 

@@ -175,10 +175,12 @@ class Subject:
     Attributes:
         build: ``build(number, after)`` builds runner 0 or 1; ``after`` is called with each phase.
         compute: ``compute(runner, number, activate=..., after=...)`` runs the runner to the end.
+        drafts: ``drafts(runner)`` returns the draft runners that were built with a runner.
     """
 
     build: Callable[..., Any]
     compute: Callable[..., Any]
+    drafts: Callable[[Any], Sequence[Any]] = lambda _runner: ()
 
 
 def importing() -> Run:
@@ -243,7 +245,10 @@ def together(subject: Subject, *, detailed: bool = True) -> Run:
         _at_once(subject, runners)
         watch.after("both", "decode")
         while runners:
-            sglang_distguard.close(runners.pop())
+            runner = runners.pop()
+            for it in (*subject.drafts(runner), runner):
+                sglang_distguard.close(it)
+            del it, runner
         _tear_down()
         watch.after("both", "close")
     return watch.take()

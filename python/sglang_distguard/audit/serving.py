@@ -20,6 +20,14 @@ class Worker:
 
     def __init__(self) -> None:
         self._workers: dict[int, Any] = {}
+        self._drafts: dict[int, Any] = {}
+
+    def _draft(self, server_args: Any, port: int, target: Any) -> Any:
+        return None
+
+    def drafts(self, runner: Any) -> list[Any]:
+        """The draft runner that belongs to ``runner``, if there is one."""
+        return [self._drafts[id(runner)].model_runner] if id(runner) in self._drafts else []
 
     def build(self, server_args: Any, after: _After) -> Any:
         """Build one; return its runner."""
@@ -40,24 +48,52 @@ class Worker:
         )
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
         worker = TpModelWorker(server_args, 0, port)
+        draft = self._draft(server_args, port, worker)
         after("load")
         worker.alloc_memory_pool()
         worker.init_attention_backends()
+        if draft is not None:
+            pool, allocator = worker.get_memory_pool()
+            draft.alloc_memory_pool(worker.model_runner.memory_pool_config, pool, allocator)
+            draft.draft_worker.init_attention_backends()
+            draft.draft_worker.init_cuda_graphs()
+            self._drafts[id(worker.model_runner)] = draft.draft_worker
         worker.init_cuda_graphs()
         after("graphs")
         self._workers[id(worker.model_runner)] = worker
         return worker.model_runner
 
     def serve(self, runner: Any, *, activate: _Activate, after: _After) -> None:
-        """Let the worker of ``runner`` compute."""
+        """Let the worker of ``runner`` compute, and its draft worker."""
         import torch
 
         from sglang_distguard.testing import steps
 
-        worker = self._workers[id(runner)]
+        workers = [self._workers[id(runner)], self._drafts.get(id(runner))]
         with activate(runner), torch.no_grad():
-            worker.forward_batch_generation(steps._prefill_batch(steps.PROMPTS, runner))
+            for worker in filter(None, workers):
+                batch = steps._prefill_batch(steps.PROMPTS, worker.model_runner)
+                worker.forward_batch_generation(batch)
         after("prefill")
+
+
+class Drafting(Worker):
+    """A ``TpModelWorker`` and a draft worker of SGLang's, each of which does one prefill.
+
+    SGLang 0.5.23 has no draft decode and no verification for a CPU without AMX (docs/audit.md).
+    """
+
+    settings: Mapping[str, Any] = {
+        "speculative_algorithm": "STANDALONE",
+        "speculative_num_steps": 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 2,
+    }
+
+    def _draft(self, server_args: Any, port: int, target: Any) -> Any:
+        from sglang.srt.speculative.standalone_worker_v2 import StandaloneDraftWorker
+
+        return StandaloneDraftWorker(server_args, 0, port, target)
 
 
 class Scheduler:
@@ -67,6 +103,10 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._schedulers: dict[int, Any] = {}
+
+    def drafts(self, _runner: Any) -> list[Any]:
+        """No draft runners."""
+        return []
 
     def build(self, server_args: Any, after: _After) -> Any:
         """Build one; return its runner."""
@@ -131,5 +171,6 @@ def _request(name: str, prompt: tuple[int, ...]) -> Any:
 #: Name -> class; ``settings`` are ``ServerArgs`` fields.
 SERVERS: Mapping[str, Callable[[], Worker | Scheduler]] = {
     "worker": Worker,
+    "drafting worker": Drafting,
     "scheduler": Scheduler,
 }

@@ -11,6 +11,8 @@ _KERNEL = "kernel cache keyed by its arguments"
 _OPERATORS = "operators, which imports register, and caches of which kernel serves which tensors"
 _REGISTERED = "SGLang's own models, registered by imports"
 _FIELDS = "caches the fields of SGLang's own classes"
+_CLASS = "value that transformers caches for a class"
+_FOUND = "modules of transformers' models, imported when they are first asked for"
 
 #: (module, names, reason)
 LINES: tuple[tuple[str, str, str], ...] = (
@@ -92,6 +94,11 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "threading",
         "threads:concurrent.futures.thread._worker",
         "threads of a pool that reads files or compiles; the pool outlives that work",
+    ),
+    (
+        "concurrent.futures.thread",
+        "_threads_queues",
+        "the threads of all pools with their queues, to end them at exit",
     ),
     (
         _SRT + "sampling.custom_logit_processor",
@@ -195,7 +202,68 @@ LINES: tuple[tuple[str, str, str], ...] = (
         _SRT + "models.gemma3_causal",
         "Gemma3ForCausalLM._can_set_experts_implementation_cached_value "
         "EmbeddingGemmaModel._can_set_experts_implementation_cached_value",
-        "value that transformers caches for a class",
+        _CLASS,
+    ),
+    (
+        _SRT + "models.gemma3_mm",
+        "Gemma3ForConditionalGeneration._can_set_experts_implementation_cached_value",
+        _CLASS,
+    ),
+    (
+        "transformers.models.qwen2_audio.modeling_qwen2_audio",
+        "Qwen2AudioEncoder._can_set_experts_implementation_cached_value",
+        _CLASS,
+    ),
+    (
+        "transformers.modeling_utils",
+        "_CAN_RECORD_REGISTRY",
+        "what models of a class can record, by the class",
+    ),
+    (
+        "transformers.models.auto.modeling_auto",
+        "AutoModelForCausalLM._model_mapping "
+        "MODEL_FOR_CAUSAL_LM_MAPPING MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        _FOUND,
+    ),
+    (_SRT + "utils.hf_transformers.config", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", _FOUND),
+    (
+        "transformers.utils",
+        "is_flash_attn_2_available",
+        "caches an installation property; where flash_attn has no version 2, SGLang replaces it with "
+        "a function that says so, the same for every runner",
+    ),
+    *(
+        (
+            _SRT + module,
+            names,
+            "compiled functions; torch.compile notes of its last compilation whether a break of "
+            "the graph is an error, and reads it, under its own lock",
+        )
+        for module, names in (
+            ("layers.attention.vision", "ROTARY_EMBED_CLASSES"),
+            ("layers.rotary_embedding.utils", "apply_rotary_pos_emb apply_rotary_pos_emb_native"),
+        )
+    ),
+    (
+        "transformers.cache_utils",
+        "DYNAMIC_LAYER_TYPE_MAPPING STATIC_LAYER_TYPE_MAPPING",
+        "transformers' classes of caches, registered by imports",
+    ),
+    (
+        _SRT + "managers.schedule_batch",
+        "sanity_check_mm_pad_shift_value",
+        "caches that a size of a vocabulary was checked",
+    ),
+    (
+        _SRT + "layers.attention.vision",
+        "VisionSdpaAttention._generate_mask_cache",
+        "masks by the lengths of images, which nothing writes after they are made",
+    ),
+    (_SRT + "utils.common", "print_info_once", "records that a log line was written"),
+    (
+        _SRT + "models.llava",
+        "LlavaForConditionalGeneration._config_cls_name_to_arch_name_mapping",
+        "names of transformers' classes, by the model that asks; it keeps the last models in memory",
     ),
     (
         _SRT + "models.transformers",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sglang_distguard.testing.catalog.items import Prompt
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,18 +42,18 @@ READOUTS: dict[str, Callable[[Any], torch.Tensor]] = {
 }
 
 
-def pooled(model: Any, prompts: Sequence[Sequence[int]], readout: str) -> torch.Tensor:
+def pooled(model: Any, prompts: Sequence[Prompt], readout: str) -> torch.Tensor:
     """Embedding or scores of each prompt, shape [prompts, width]; ``readout``: key of READOUTS."""
     import torch
 
     with torch.no_grad():
         return torch.stack(
-            [READOUTS[readout](model(input_ids=torch.tensor([[*prompt]]))) for prompt in prompts]
+            [READOUTS[readout](model(**it.reference(torch.tensor([it.ids])))) for it in prompts]
         )
 
 
 def greedy(
-    model: Any, prompts: Sequence[Sequence[int]], steps: int
+    model: Any, prompts: Sequence[Prompt], steps: int
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Tokens and logits of greedy decoding, every step from the whole prefix, without a cache.
 
@@ -64,10 +66,11 @@ def greedy(
     columns = []
     with torch.no_grad():
         for prompt in prompts:
-            ids, rows = list(prompt), []
+            ids, rows = list(prompt.ids), []
             for _ in range(steps + 1):
-                rows.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
+                given = prompt.reference(torch.tensor([ids]))
+                rows.append(model(**given, use_cache=False).logits[0, -1])
                 ids.append(int(rows[-1].argmax()))
-            tokens.append(ids[len(prompt) :])
+            tokens.append(ids[len(prompt.ids) :])
             columns.append(torch.stack(rows))
     return tokens, torch.stack(columns, dim=1)

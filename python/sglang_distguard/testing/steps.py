@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast
 
@@ -22,8 +23,10 @@ PROMPTS: tuple[tuple[int, ...], ...] = (
     tuple((7 * i + 3) % 997 for i in range(20)),
     tuple((11 * i + 5) % 991 for i in range(33)),
 )
-
-
+#: Returns SGLang's ``MultimodalInputs`` of one prompt, new ones each time; None: text only.
+Item = Optional[Callable[[], Any]]
+#: Size of the cache of what a model's encoder makes of images and sounds.
+_EMBEDDING_BYTES = 1 << 20
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -73,6 +76,7 @@ def build(
     from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
     from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
     from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config
+    from sglang.srt.managers.mm_utils import init_mm_embedding_cache
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     port = port or free_port()
@@ -100,6 +104,8 @@ def build(
     )
     after("load")
     runner.alloc_memory_pool()
+    if model_config.is_multimodal:
+        init_mm_embedding_cache(_EMBEDDING_BYTES)  # as a Scheduler does with its pools (0.5.23)
     after("pool")
     runner.init_attention_backends()
     after("backends")
@@ -115,6 +121,7 @@ def generate(
     *,
     forced: Optional[Sequence[Sequence[int]]] = None,
     request: Optional[Mapping[str, Any]] = None,
+    items: Sequence[Item] = (),
     activate: Callable[[ModelRunner], AbstractContextManager[Any]] = nullcontext,
     after: Callable[[str], None] = _ignore,
 ) -> Generation:
@@ -128,6 +135,8 @@ def generate(
             the sampled ones (teacher forcing); ``Generation.tokens`` still has the sampled ones.
         request: arguments of SGLang's ``Req`` for every prompt that override those set here, such
             as ``sampling_params`` in the place of greedy ones.
+        items: the image or sound of each prompt; default: all are text only. The runner's scope
+            needs the cache that ``build`` makes (``mm_utils.init_mm_embedding_cache``).
         activate: entered around everything: SGLang's batch code reads its context outside the
             runner's methods (``sglang_distguard.activate``).
         after: called with "prefill" and "decode" when each is done.
@@ -140,7 +149,7 @@ def generate(
     if forced is not None and [len(f) >= steps for f in forced] != [True] * len(prompts):
         raise ValueError(f"forced needs {steps} tokens for each of {len(prompts)} prompts")
     with activate(runner), torch.no_grad():
-        batch, token, logits = _extend(prompts, runner, request or {})
+        batch, token, logits = _extend(prompts, runner, request or {}, items)
         after("prefill")
         tokens, rows = [token], [logits]
         for step in range(steps):
@@ -189,16 +198,22 @@ def embed(
 
 
 def _extend(
-    prompts: Sequence[Sequence[int]], runner: Any, request: Mapping[str, Any]
+    prompts: Sequence[Sequence[int]],
+    runner: Any,
+    request: Mapping[str, Any],
+    items: Sequence[Item] = (),
 ) -> tuple[Any, Any, Any]:
     """As `sglang.benchmark.one_batch.extend` (0.5.23), returning the logits too."""
-    batch = _prefill_batch(prompts, runner, request)
+    batch = _prefill_batch(prompts, runner, request, items)
     token, logits = _forward(batch, runner)
     return batch, token, logits
 
 
 def _prefill_batch(
-    prompts: Sequence[Sequence[int]], runner: Any, request: Mapping[str, Any] = _NOTHING
+    prompts: Sequence[Sequence[int]],
+    runner: Any,
+    request: Mapping[str, Any] = _NOTHING,
+    items: Sequence[Item] = (),
 ) -> Any:
     """Put all prompts into one batch and allocate its memory."""
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -208,13 +223,15 @@ def _prefill_batch(
     runner.req_to_token_pool.clear()
     runner.token_to_kv_pool_allocator.clear()
     requests = []
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, item) in enumerate(zip_longest(prompts, items)):
         made: Any = Req(
             rid=str(index),
             origin_input_text="",
             origin_input_ids=array("q", prompt),
             **{"sampling_params": SamplingParams(temperature=0, max_new_tokens=64), **request},
         )
+        if item is not None:
+            _give_item(made, item(), runner)
         made.full_untruncated_fill_ids = made.origin_input_ids
         made.logprob_start_len = -1
         if hasattr(made, "set_extend_range"):  # 0.5.21 and earlier
@@ -236,6 +253,12 @@ def _prefill_batch(
         batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
         batch.prefill_input_ids_cpu = None
     return batch
+
+
+def _give_item(request: Any, inputs: Any, runner: Any) -> None:
+    """As `Scheduler.handle_generate_request` (0.5.23)."""
+    request.origin_input_ids = runner.model.pad_input_ids(request.origin_input_ids, inputs)
+    request.extend_image_inputs(inputs)
 
 
 def _decode(token: Any, batch: Any, runner: Any) -> tuple[Any, Any]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from sglang_distguard.testing.catalog import decoders, special
+from sglang_distguard.testing.catalog import decoders, multimodal, special
 from sglang_distguard.testing.catalog.families import TOKENS, Row
+from sglang_distguard.testing.catalog.items import Maker, Prompt
 from sglang_distguard.testing.models import ARCHITECTURES, Builder, create_model
+from sglang_distguard.testing.steps import PROMPTS
 
 #: The five of ``ARCHITECTURES``: kind and transformers class.
 _DEFAULTS: Mapping[str, tuple[str, str]] = {
@@ -30,6 +32,7 @@ _ROWS: tuple[Row, ...] = (
     *special.hybrid(),
     *decoders.fallback(),
     *special.pooled(),
+    *multimodal.rows(),
 )
 
 
@@ -47,6 +50,7 @@ class Entry:
         overrides: ``ServerArgs`` fields that override the recipe's.
         beside: ``ServerArgs`` fields that other runners in the same process need too, because
             SGLang sets them for the whole process when it builds this architecture.
+        items: puts an image or a sound into a prompt; None for a model that takes text only.
     """
 
     name: str
@@ -57,6 +61,12 @@ class Entry:
     readout: str = "logits"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
+    items: Optional[Maker] = None
+
+    def prompts(self) -> list[Prompt]:
+        """``PROMPTS``, each with an item of its own where the model takes one."""
+        make = self.items or (lambda ids, number: Prompt(tuple(ids)))
+        return [make(ids, number) for number, ids in enumerate(PROMPTS)]
 
 
 def _builder(row: Row) -> Builder:
@@ -89,6 +99,7 @@ def _catalog() -> dict[str, Entry]:
             row.readout,
             row.overrides,
             row.beside,
+            row.items,
         )
     return entries
 
@@ -101,7 +112,7 @@ def create(name: str, directory: str | Path, *, seed: int = 0) -> Path:
     """Like ``create_model``, for every architecture of the catalog, with more random weights.
 
     transformers initialises biases with 0 and norms with 1, so that a model that ignores them
-    computes the same. Here they are random too.
+    computes the same, and one projection of images with 0. Here they are random too.
 
     Args:
         name: a key of ``CATALOG``.
@@ -120,5 +131,5 @@ def _disturb(model: Any) -> None:
 
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)

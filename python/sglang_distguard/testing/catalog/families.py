@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from sglang_distguard.testing.catalog.items import Maker
 from sglang_distguard.testing.models import DECODER, VOCABULARY
 
 #: Ids within the vocabulary, none of which is in ``PROMPTS``.
@@ -116,3 +117,4 @@ class Row:
     beside: Mapping[str, Any] = field(default_factory=dict)
     change: Optional[Callable[[Any], Any]] = None
     fallback: bool = False
+    items: Optional[Maker] = None
