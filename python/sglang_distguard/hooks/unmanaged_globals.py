@@ -24,12 +24,12 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         "random",
         "getstate _inst",
-        "each TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
+        "the first TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
     ),
     (
         "numpy",
         "rng",
-        "each TpModelWorker seeds it; makes the prompts of warm-ups and of profiles",
+        "the first TpModelWorker seeds it; makes the prompts of warm-ups and of profiles",
     ),
     *(
         (f"torch.{device}", "_lazy_seed_tracker", "seeds for a device that has not started")
