@@ -63,9 +63,8 @@ class Engine:
 
     async def answer(self, prompt: Sequence[int], **more: Any) -> list[int]:
         """The token ids of one answer."""
-        async for item in self.manager.generate_request(self.request(prompt, **more)):
-            last = item
-        return last["output_ids"]
+        stream = self.manager.generate_request(self.request(prompt, **more))
+        return [item async for item in stream][-1]["output_ids"]
 
     def end(self) -> None:
         """End the scheduler as SGLang does."""
@@ -203,10 +202,7 @@ def detokenizers(cache: str) -> None:
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             made.append(self)
-
-        def event_loop(self) -> None:
             built.release()
-            super().event_loop()
 
     before, settings = of_process(), settings_of_the_process()
     threads = []
