@@ -71,6 +71,7 @@ class Within:
     """The body of ``module``.``qualname`` runs in a with block: ``with manager(argument): …``.
 
     It must not be a generator function: the block would stay entered in the code between two items.
+    One that ``contextlib.contextmanager`` decorates may be: its caller is in a with block, too.
 
     Attributes:
         module: the function's module.

@@ -21,7 +21,8 @@ class Outline:
 
     Attributes:
         functions: qualified name -> names of its parameters, in the order of the text.
-        generators: qualified names of the functions that yield, asynchronous ones among them.
+        generators: qualified names of the functions that yield items, asynchronous ones among
+            them, and not those that ``contextlib`` makes with blocks of.
         asynchronous: qualified names of the functions with ``async def``.
         classes: qualified names.
         bound: globals and "Class.attribute" that statements other than an import bind, also the
@@ -83,7 +84,7 @@ class _Reader:
                 self.functions[prefix + node.name] = tuple(_parameters(node.args))
                 if isinstance(node, ast.AsyncFunctionDef):
                     self.asynchronous.add(prefix + node.name)
-                if _yields(node):
+                if _yields(node) and not _makes_a_block(node):
                     self.generators.add(prefix + node.name)
                 self.bound.add(prefix + node.name)
             elif isinstance(node, ast.ClassDef):
@@ -127,6 +128,12 @@ def _bodies(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
         yield getattr(node, field, ())
     for part in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
         yield part.body
+
+
+def _makes_a_block(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether ``contextlib.contextmanager``, or its asynchronous kind, decorates ``function``."""
+    names = {ast.unparse(it).rpartition(".")[2] for it in function.decorator_list}
+    return not names.isdisjoint({"contextmanager", "asynccontextmanager"})
 
 
 def _yields(function: ast.AST) -> bool:
