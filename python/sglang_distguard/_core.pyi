@@ -5,6 +5,18 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, final
 
+from sglang_distguard._core_registry import (
+    Claim,
+    Request,
+    Teardown,
+    begin_teardown,
+    forget,
+    is_ready,
+    ready_keys,
+    reset,
+    resource,
+)
+
 __all__ = [
     "Activation",
     "Agreement",
@@ -28,6 +40,7 @@ __all__ = [
     "adopt_execution",
     "begin_exit",
     "begin_teardown",
+    "calls_inside",
     "carried_execution",
     "current_execution",
     "current_scope",
@@ -39,6 +52,7 @@ __all__ = [
     "in_turn",
     "inherit",
     "is_ready",
+    "live_residents",
     "live_runners",
     "live_scopes",
     "new_scope",
@@ -239,6 +253,7 @@ class StepOf:
         name: name of the method.
         phase: phase of the method, if any.
         exclusive: admit one thread at a time.
+        counts: whether the end of a manager waits for the method.
         runner: attribute of the argument, or attributes with dots: the runner, or what returns it.
         otherwise: called with handle and name to make the with block if there are several ranks.
         always_otherwise: call ``otherwise`` with one rank, too.
@@ -250,11 +265,14 @@ class StepOf:
         phase: str | None,
         *,
         exclusive: bool = False,
+        counts: bool = True,
         runner: str | None = None,
         otherwise: Callable[[RunnerHandle, str], AbstractContextManager[Any]] | None = None,
         always_otherwise: bool = False,
     ) -> StepOf: ...
     def __call__(self, owner: Any, /) -> AbstractContextManager[Any]: ...
+    def holding(self, owner: Any, /) -> AbstractContextManager[Any]:
+        """Return a with block in which the end of ``owner``, a manager, waits; nothing else."""
 
 @final
 class Activation:
@@ -292,7 +310,7 @@ class Vacancy:
 
 @final
 class RunnerHandle:
-    """Scope and leases that one runner holds until it is closed or collected."""
+    """Scope and leases that one runner, or a manager, holds until it is closed or collected."""
 
     def __new__(
         cls,
@@ -302,9 +320,14 @@ class RunnerHandle:
         *,
         turns: str | None = None,
         ranks: bool = False,
+        manager: str | None = None,
     ) -> RunnerHandle: ...
     @property
     def name(self) -> str: ...
+    @property
+    def manager(self) -> str | None:
+        """Name of the manager's class; None for a runner."""
+
     @property
     def turns(self) -> str | None:
         """Name under which the runner takes turns on all ranks; None if it need not."""
@@ -320,7 +343,35 @@ class RunnerHandle:
         """Raise DistGuardError if closed, ForkedError in a forked child, or LeaseBroken."""
 
     def inside(self) -> list[tuple[str, str | None]]:
-        """Return (thread, method) of other threads in methods of the runner or its drafts."""
+        """Return (thread, method) of other threads in methods of the runner or its drafts.
+
+        Of a manager: of every call in its methods, for which its end waits.
+        """
+
+    def inside_here(self) -> str | None:
+        """Return the method of a manager that the calling thread is in, if any."""
+
+    def keep_runner(self, handle: RunnerHandle) -> None:
+        """Note that this manager has built the runner of ``handle``."""
+
+    @property
+    def runners(self) -> list[RunnerHandle]:
+        """What was kept with ``keep_runner``, oldest first."""
+
+    def keep_part(self, end: Callable[[], object]) -> None:
+        """Have ``end`` called when the manager ends."""
+
+    def take_parts(self) -> list[Callable[[], object]]:
+        """Return what was kept with ``keep_part``, once, oldest first."""
+
+    def end(self) -> bool:
+        """Refuse a manager's methods from now on; return False if ``end`` was called before."""
+
+    def end_if_vacant(self) -> bool:
+        """Refuse a manager's methods from now on if no call is inside; return whether it does."""
+
+    def wait_for_calls(self, seconds: float) -> None:
+        """Sleep, detached, until a call has left since ``end_if_vacant``, or for ``seconds``."""
 
     def begin_collectives(self) -> bool:
         """Claim the communicators of the runner's scope for a step of the calling thread.
@@ -332,37 +383,6 @@ class RunnerHandle:
     def end_collectives(self) -> None: ...
     def close(self) -> bool:
         """Release everything the runner holds; False if that was done before."""
-
-@final
-class Request:
-    """One caller's request to have a key initialised, from the first try to the decision."""
-
-    def __new__(
-        cls,
-        key: str,
-        spec: dict[str, Any],
-        *,
-        runner: str | None,
-        reuse: bool,
-        reentrant: bool,
-        slow_after: float,
-    ) -> Request: ...
-    def try_acquire(self, identity: int | None, /) -> Claim | None:
-        """Decide; on None the caller must ``wait``, look at the process again and retry.
-
-        ``identity`` is the identity of the live object, None if there is no live object.
-        Raises SpecMismatch, StateInUse, DeadlockError, PoisonedState or ForkedError.
-        """
-
-    @property
-    def patience(self) -> float:
-        """Seconds after which the caller must retry, so that a slow leader is noticed."""
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, detached from the interpreter, until the key changes, at most ``seconds``."""
-
-    def timed_out(self) -> Exception:
-        """Return the AcquireTimeout for a caller that stops waiting."""
 
 @final
 class Visit:
@@ -383,47 +403,6 @@ class Visit:
     def timed_out(self) -> Exception: ...
     def leave(self) -> bool: ...
 
-@final
-class Claim:
-    """Decision on a request. A leader that drops it without a result has failed."""
-
-    @property
-    def decision(self) -> Literal["lead", "adopt", "join", "nested"]: ...
-    @property
-    def waited(self) -> float: ...
-    @property
-    def generation(self) -> int:
-        """Generation that was joined or published; 0 before that."""
-    @property
-    def pending(self) -> bool:
-        """Whether the caller leads and has not given a result yet."""
-    @property
-    def resource(self) -> Any: ...
-    def publish(
-        self, *, identity: int, resource: Any, spec: dict[str, Any] | None = None
-    ) -> None: ...
-    def fail(self, reason: str) -> None: ...
-    def poison(self, reason: str) -> None: ...
-
-@final
-class Teardown:
-    """One teardown of a key's state.
-
-    It may be dropped without a result, for an interrupt may come at any moment. Then the state is
-    as it was if ``start`` was not called, and poisoned otherwise.
-    """
-
-    @property
-    def origin(self) -> Literal["created", "adopted"] | None: ...
-    @property
-    def resource(self) -> Any: ...
-    def start(self) -> None: ...
-    def end(self) -> None: ...
-    def cancel(self, reason: str) -> None:
-        """Restore the state as it was, with its leases."""
-
-    def poison(self, reason: str) -> None: ...
-
 def start_afresh() -> None:
     """Begin with an empty registry; a forked child calls this before anything else."""
 
@@ -441,14 +420,6 @@ def begin_exit(grace: float) -> int:
 
     Waits up to ``grace`` seconds for threads inside a method; returns how many are still inside.
     """
-
-def is_ready(key: str) -> bool: ...
-def resource(key: str) -> Any: ...
-def forget(key: str) -> bool: ...
-def begin_teardown(key: str, *, runner: str | None, force: bool) -> Teardown: ...
-def reset(*, force: bool) -> None: ...
-def ready_keys() -> list[str]:
-    """Return every key whose state can be joined now."""
 
 def snapshot() -> dict[str, Any]: ...
 def current_scope() -> Scope | None: ...
@@ -481,6 +452,9 @@ def default_dtype_in_force() -> Any: ...
 def note_intercepting(intercepts: bool) -> bool:
     """Note whether the calling thread intercepts torch's default dtype; return the former note."""
 
+def calls_inside() -> list[tuple[str, str, str]]:
+    """Return (thread, manager, method) of every call that is inside a manager's method."""
+
 def activations() -> list[tuple[str, str]]:
     """Return (thread, runner) of every ``Activation`` that is entered now."""
 
@@ -494,3 +468,5 @@ def has_joined(key: str) -> bool:
 def live_scopes() -> list[Scope]: ...
 def new_scope(label: str) -> Scope: ...
 def live_runners(scope: Scope | None, /) -> int: ...
+def live_residents(scope: Scope | None, /) -> int:
+    """Return how many runners and managers live in ``scope``."""

@@ -25,7 +25,7 @@ def load() -> None:
     if os.environ.get(VARIABLE, "").strip().lower() in FALSE:
         return
     from sglang_distguard.config.settings import reuse_from_environment
-    from sglang_distguard.process.installation import install
+    from sglang_distguard.process.installation import install_for_sglang
 
     if reuse_from_environment():
-        install()
+        install_for_sglang()

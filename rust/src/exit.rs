@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use crate::process::registry;
+use crate::process::{calls, registry};
 
 /// `ME` of the thread that ends the interpreter, the only one that goes on; 0 before the exit.
 static EXITING: AtomicU64 = AtomicU64::new(0);
@@ -84,6 +84,7 @@ pub fn start_afresh(inside: bool) {
 #[pyfunction]
 pub fn wake_all() {
     registry().wake_all();
+    calls().wake_all();
 }
 
 /// Stops all other threads at their next wait or method; the calling thread ends the interpreter.
@@ -91,7 +92,7 @@ pub fn wake_all() {
 #[pyfunction]
 pub fn begin_exit(py: Python<'_>, grace: f64) -> usize {
     EXITING.store(ME.with(|me| *me), Ordering::Release);
-    registry().wake_all();
+    wake_all();
     let until = Duration::try_from_secs_f64(grace).unwrap_or(Duration::ZERO);
     let start = Instant::now();
     py.detach(|| {

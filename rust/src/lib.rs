@@ -3,6 +3,7 @@
 mod activation;
 mod agreement;
 mod attached;
+mod calls;
 mod claim;
 mod convert;
 mod direct_read;
@@ -34,6 +35,8 @@ mod _core {
     #[pymodule_export]
     use crate::agreement::Agreement;
     #[pymodule_export]
+    use crate::calls::calls_inside;
+    #[pymodule_export]
     use crate::dtype::note_intercepting;
     #[pymodule_export]
     use crate::execution::{
@@ -58,7 +61,8 @@ mod _core {
     use crate::runner::RunnerHandle;
     #[pymodule_export]
     use crate::scope::{
-        current_scope, has_joined, live_runners, live_scopes, new_scope, note_joined, Scope,
+        current_scope, has_joined, live_residents, live_runners, live_scopes, new_scope,
+        note_joined, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

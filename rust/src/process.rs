@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use distguard_core::calls::Calls;
 use distguard_core::clock::SystemClock;
 use distguard_core::events::Event;
 use distguard_core::key::Key;
@@ -18,6 +19,7 @@ use crate::sync::lock;
 struct Process {
     registry: Registry,
     scopes: Scopes,
+    calls: Calls,
     communicators: Mutex<HashMap<ScopeId, Occupancy>>,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
     /// The number of the first event that no caller has taken yet.
@@ -31,6 +33,7 @@ impl Process {
         Box::leak(Box::new(Self {
             registry: Registry::with_instance(Arc::new(SystemClock::default()), instance),
             scopes: Scopes::with_instance(instance),
+            calls: Calls::default(),
             communicators: Mutex::default(),
             resources: Mutex::default(),
             untaken: Mutex::default(),
@@ -77,6 +80,11 @@ pub fn registry() -> &'static Registry {
 
 pub fn scopes() -> &'static Scopes {
     &process().scopes
+}
+
+/// The calls that are inside methods of managers.
+pub fn calls() -> &'static Calls {
+    &process().calls
 }
 
 /// The occupied communicators, by the scope whose runners use them.

@@ -1,4 +1,5 @@
-//! The scope and the leases that one runner holds until it is closed or collected.
+//! The scope and the leases that one runner holds until it is closed or collected. A manager
+//! (SGLang's Scheduler, `TokenizerManager` or `DetokenizerManager`) has such a handle without leases.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,14 +9,16 @@ use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::occupancy::Occupancy;
 use distguard_core::phases::{Access, Phase, RunnerId, Visit};
-use distguard_core::scopes::{ScopeId, DEFAULT};
+use distguard_core::scopes::{Resident, ScopeId, DEFAULT};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::attached::Attached;
 use crate::convert;
 use crate::errors::{make, to_python};
-use crate::process::{communicators, forks, registry, scopes};
+use crate::exit::wait_detached;
+use crate::process::{calls, communicators, forks, registry, scopes};
 use crate::scope::Scope;
 use crate::sync::lock;
 
@@ -24,10 +27,12 @@ static NUMBERS: AtomicU64 = AtomicU64::new(0);
 /// A number that is no epoch of a registry.
 const NEVER: u64 = u64::MAX;
 
-/// Ties a runner to a scope and to the shared state it uses.
-#[pyclass(frozen, module = "sglang_distguard._core")]
+/// Ties a runner, or a manager, to a scope and to the shared state it uses.
+#[pyclass(frozen, weakref, module = "sglang_distguard._core")]
 pub struct RunnerHandle {
     name: Arc<str>,
+    /// The name of a manager's class; None for a runner.
+    manager: Option<String>,
     /// None is SGLang's default scope.
     scope: Option<Py<Scope>>,
     scope_id: ScopeId,
@@ -42,6 +47,14 @@ pub struct RunnerHandle {
     /// Whether it computes together with other ranks.
     ranks: bool,
     closed: AtomicBool,
+    /// Whether the end of a manager has begun.
+    ended: AtomicBool,
+    /// `Calls::left` when `end_if_vacant` looked last.
+    left: AtomicU64,
+    /// What a manager has outside of its scope: each is called, once, when it ends.
+    parts: Attached<Vec<Py<PyAny>>>,
+    /// The runners that a manager has built.
+    runners: Attached<Vec<Py<RunnerHandle>>>,
     /// The thread whose forward writes its attention metadata and static buffers.
     forward: Arc<Mutex<Occupancy>>,
     /// The process that built it: `pid` for messages, `forks` (see `process::forks`) for checks.
@@ -60,6 +73,15 @@ impl RunnerHandle {
 
     pub fn scope_ref(&self, py: Python<'_>) -> Option<Py<Scope>> {
         self.scope.as_ref().map(|scope| scope.clone_ref(py))
+    }
+
+    /// Whether it is a manager's, whose methods are `distguard_core::calls` and in no phase.
+    pub fn is_managers(&self) -> bool {
+        self.manager.is_some()
+    }
+
+    fn noun(&self) -> &str {
+        self.manager.as_deref().unwrap_or("runner")
     }
 
     pub fn has_ranks(&self) -> bool {
@@ -90,6 +112,19 @@ impl RunnerHandle {
             )
         })?;
         Ok(self.forward.clone())
+    }
+
+    /// The error for a call that finds it closed.
+    pub fn closed_error(&self, py: Python<'_>) -> PyErr {
+        let message = format!("{} '{}' is closed; build a new one", self.noun(), self.name);
+        let made = self.error(py, "DistGuardError", &message);
+        made.unwrap_or_else(|failed| failed)
+    }
+
+    fn error(&self, py: Python<'_>, class: &str, message: &str) -> PyResult<PyErr> {
+        let details = PyDict::new(py);
+        details.set_item("runner", &*self.name)?;
+        make(py, class, message, &details)
     }
 
     fn leases(&self) -> MutexGuard<'_, Vec<(Key, LeaseId)>> {
@@ -133,7 +168,10 @@ impl RunnerHandle {
         // A forked child's registry is not the one that gave the leases.
         if self.forks == forks() {
             self.release_leases();
-            scopes().with(|ledger| ledger.unbind_runner(self.scope_id, self.id));
+            if self.is_managers() {
+                calls().end(self.id);
+            }
+            scopes().with(|ledger| ledger.unbind(self.scope_id, self.id));
         }
         true
     }
@@ -162,7 +200,7 @@ fn lease(
 #[pymethods]
 impl RunnerHandle {
     #[new]
-    #[pyo3(signature = (name, scope, keys, *, turns=None, ranks=false))]
+    #[pyo3(signature = (name, scope, keys, *, turns=None, ranks=false, manager=None))]
     #[allow(clippy::needless_pass_by_value)]
     fn new(
         py: Python<'_>,
@@ -171,6 +209,7 @@ impl RunnerHandle {
         keys: Vec<String>,
         turns: Option<String>,
         ranks: bool,
+        manager: Option<String>,
     ) -> PyResult<Self> {
         let keys: Vec<_> = keys
             .iter()
@@ -181,9 +220,15 @@ impl RunnerHandle {
             .map_or(DEFAULT, |scope| scope.get().scope_id());
         let leases = lease(py, scope_id, keys, &name)?;
         let id = RunnerId(NUMBERS.fetch_add(1, Ordering::Relaxed));
-        let target = scopes().with(|ledger| ledger.bind_runner(scope_id, id));
+        let kind = if manager.is_some() {
+            Resident::Manager
+        } else {
+            Resident::Runner
+        };
+        let target = scopes().with(|ledger| ledger.bind(scope_id, id, kind));
         Ok(Self {
             name: name.into(),
+            manager,
             scope: scope.map(Bound::unbind),
             scope_id,
             leases: Mutex::new(leases),
@@ -193,6 +238,10 @@ impl RunnerHandle {
             turns,
             ranks,
             closed: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            left: AtomicU64::default(),
+            parts: Attached::default(),
+            runners: Attached::default(),
             forward: Arc::default(),
             pid: std::process::id(),
             forks: forks(),
@@ -202,6 +251,11 @@ impl RunnerHandle {
     #[getter]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    #[getter]
+    fn manager(&self) -> Option<&str> {
+        self.manager.as_deref()
     }
 
     #[getter]
@@ -241,40 +295,89 @@ impl RunnerHandle {
         if mine && self.good_at.load(Ordering::Acquire) == epoch {
             return Ok(());
         }
-        let (class, message) = if self.forks != forks() {
-            let (pid, here) = (self.pid, std::process::id());
-            (
-                "ForkedError",
-                format!(
-                    "runner '{}' was built in process {pid}; this forked child ({here}) cannot \
-                     use it. Build a runner here, or start the process with spawn",
-                    self.name
-                ),
-            )
-        } else if self.closed() {
-            (
-                "DistGuardError",
-                format!("runner '{}' is closed; build a new one", self.name),
-            )
-        } else {
+        if self.forks == forks() && self.closed() {
+            return Err(self.closed_error(py));
+        }
+        if self.forks == forks() {
             let good = registry().check_leases(&self.leases());
             good.map_err(|error| to_python(py, &error))?;
             self.good_at.store(epoch, Ordering::Release);
             return Ok(());
-        };
-        let details = PyDict::new(py);
-        details.set_item("runner", &*self.name)?;
-        Err(make(py, class, &message, &details)?)
+        }
+        let (pid, here) = (self.pid, std::process::id());
+        let (noun, name) = (self.noun(), &self.name);
+        let message = format!(
+            "{noun} '{name}' was built in process {pid}; this forked child ({here}) cannot use it. \
+             Build one here, or start the process with spawn"
+        );
+        Err(self.error(py, "ForkedError", &message)?)
     }
 
-    /// (thread, step) of other threads in steps of the runner or of its drafts.
+    /// (thread, step) of other threads in steps of the runner or of its drafts. Of a manager: of
+    /// every call in its methods, for which its end waits.
     fn inside(&self) -> Vec<(String, Option<String>)> {
+        if self.is_managers() {
+            let calls = calls().inside(self.id).into_iter();
+            return calls
+                .map(|it| (it.actor.thread_name.to_string(), Some(it.step.to_string())))
+                .collect();
+        }
         let visits = registry().inside_of(self.id, convert::this_thread());
         let named = |visit: Visit| {
             let step = visit.step.map(|step| step.to_string());
             (visit.actor.thread_name.to_string(), step)
         };
         visits.into_iter().map(named).collect()
+    }
+
+    /// The method of a manager that the calling thread is in, if any.
+    fn inside_here(&self) -> Option<String> {
+        let here = convert::this_thread();
+        let mut calls = calls().inside(self.id).into_iter();
+        let mine = calls.find(|it| it.actor.thread == here);
+        mine.map(|it| it.step.to_string())
+    }
+
+    /// Notes that this manager has built the runner of `handle`.
+    fn keep_runner(&self, py: Python<'_>, handle: Py<RunnerHandle>) {
+        self.runners.with(py, |runners| runners.push(handle));
+    }
+
+    /// What was kept with `keep_runner`, oldest first.
+    #[getter]
+    fn runners(&self, py: Python<'_>) -> Vec<Py<RunnerHandle>> {
+        let copied = |it: &Py<RunnerHandle>| it.clone_ref(py);
+        self.runners
+            .with(py, |runners| runners.iter().map(copied).collect())
+    }
+
+    /// Has `end` called when the manager ends.
+    fn keep_part(&self, py: Python<'_>, end: Py<PyAny>) {
+        self.parts.with(py, |parts| parts.push(end));
+    }
+
+    /// What was kept with `keep_part`, once, oldest first.
+    fn take_parts(&self, py: Python<'_>) -> Vec<Py<PyAny>> {
+        self.parts.with(py, std::mem::take)
+    }
+
+    /// Refuses a manager's methods from now on; false if `end` was called before.
+    fn end(&self) -> bool {
+        calls().end(self.id);
+        !self.ended.swap(true, Ordering::AcqRel)
+    }
+
+    /// Refuses a manager's methods from now on if no call is inside. Returns whether it does.
+    fn end_if_vacant(&self) -> bool {
+        self.left.store(calls().left(), Ordering::Release);
+        calls().end_if_vacant(self.id)
+    }
+
+    /// Sleeps, detached, until a call has left since `end_if_vacant`; at most for `seconds`.
+    fn wait_for_calls(&self, py: Python<'_>, seconds: f64) {
+        let slice = convert::seconds(seconds);
+        let left = self.left.load(Ordering::Acquire);
+        wait_detached(py, || calls().wait(left, slice));
     }
 
     /// Claims the communicators of the runner's scope; `end_collectives` ends the claim. False if
@@ -317,14 +420,27 @@ impl RunnerHandle {
 
     #[allow(clippy::needless_pass_by_value)]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let each = |parts: &Vec<Py<PyAny>>| parts.iter().try_for_each(|it| visit.call(it));
+        // SAFETY: the interpreter calls this, so the thread is attached.
+        unsafe { self.parts.peek(each) }.unwrap_or(Ok(()))?;
+        let all = |them: &Vec<Py<RunnerHandle>>| them.iter().try_for_each(|it| visit.call(it));
+        // SAFETY: as above.
+        unsafe { self.runners.peek(all) }.unwrap_or(Ok(()))?;
         self.scope
             .as_ref()
             .map_or(Ok(()), |scope| visit.call(scope))
+    }
+
+    fn __clear__(&self, py: Python<'_>) {
+        drop(self.take_parts(py));
     }
 }
 
 impl Drop for RunnerHandle {
     fn drop(&mut self) {
         self.release();
+        if self.is_managers() && self.forks == forks() {
+            calls().forget(self.id);
+        }
     }
 }

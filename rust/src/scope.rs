@@ -242,5 +242,14 @@ pub fn has_joined(py: Python<'_>, key: &str) -> PyResult<bool> {
 #[allow(clippy::needless_pass_by_value)]
 pub fn live_runners(scope: Option<Bound<'_, Scope>>) -> usize {
     let id = id_of(scope.as_ref());
+    process::scopes().with(|ledger| ledger.live_runners(id))
+}
+
+/// How many residents `scope` has: runners and managers.
+#[pyfunction]
+#[pyo3(signature = (scope, /))]
+#[allow(clippy::needless_pass_by_value)]
+pub fn live_residents(scope: Option<Bound<'_, Scope>>) -> usize {
+    let id = id_of(scope.as_ref());
     process::scopes().with(|ledger| ledger.live(id))
 }

@@ -5,22 +5,24 @@ use std::cell::Cell;
 use std::sync::{Arc, Mutex, Weak};
 
 use distguard_core::actor::{Actor, ThreadId};
+use distguard_core::calls::CallId;
 use distguard_core::enter::Entry as Entrance;
 use distguard_core::occupancy::Occupancy;
 use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
-use pyo3::exceptions::{PyAttributeError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyAttributeError, PyGeneratorExit, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 use pyo3::{intern, PyTraverseError, PyVisit};
 
+use crate::calls::{self, Holding};
 use crate::convert;
 use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
 use crate::phase::Visit;
-use crate::process::{forks, registry};
+use crate::process::{self, forks, registry};
 use crate::runner::RunnerHandle;
 use crate::sync::lock;
 
@@ -30,6 +32,8 @@ struct Kind {
     phase: Option<Phase>,
     /// One thread at a time: a forward writes the runner's static buffers (sglang 0.5.23).
     exclusive: bool,
+    /// Of a manager: whether its end waits for the method.
+    counts: bool,
 }
 
 /// A step that has not ended; its executions refer to it weakly.
@@ -38,6 +42,8 @@ pub struct Running {
     runner: RunnerId,
     thread: ThreadId,
     visit: Option<VisitId>,
+    /// The call, if it is a manager's step.
+    call: Option<CallId>,
     /// The place that it occupies, if it is exclusive.
     occupies: Option<Arc<Mutex<Occupancy>>>,
     /// The step of another thread that entered the phase for this one, and so must last as long.
@@ -71,6 +77,9 @@ impl Drop for Running {
         }
         if let Some(visit) = self.visit {
             registry().leave(visit);
+        }
+        if let Some(call) = self.call {
+            process::calls().leave(call);
         }
         if let Some(place) = &self.occupies {
             lock(place).leave();
@@ -122,8 +131,11 @@ impl Step {
             ..of_runner(py, &self.handle, now)
         };
         let entry = Entry::new(py, Some(&Bound::new(py, wanted)?))?;
-        let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
-        exit::going_in(outermost);
+        // The exit waits for no manager: event loops and suspended coroutines do not end by themselves.
+        if !handle.is_managers() {
+            let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
+            exit::going_in(outermost);
+        }
         Ok(Held {
             entry,
             running,
@@ -151,10 +163,15 @@ impl Step {
             runner: handle.id(),
             thread,
             visit: None,
+            call: None,
             occupies: None,
             _outer: outer.cloned(),
             forks: forks(),
         };
+        if handle.is_managers() && outer.is_none() {
+            let step = self.kind.name.clone();
+            running.call = Some(calls::enter(py, handle, step, self.kind.counts, &actor)?);
+        }
         if self.kind.exclusive {
             running.occupies = Some(handle.occupy_for_forward(py, &actor)?);
         }
@@ -172,7 +189,8 @@ impl Step {
             return Ok(false);
         };
         let left = held.entry.leave(py);
-        if held.thread == convert::this_thread() {
+        let counted = !self.handle.bind(py).get().is_managers();
+        if counted && held.thread == convert::this_thread() {
             let outermost = STEPS.with(|steps| {
                 steps.set(steps.get().saturating_sub(1));
                 steps.get() == 0
@@ -236,12 +254,17 @@ impl Step {
     fn __exit__(
         &self,
         py: Python<'_>,
-        _class: &Bound<'_, PyAny>,
+        class: &Bound<'_, PyAny>,
         _error: &Bound<'_, PyAny>,
         _trace: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        if self.end(py)? {
-            return Ok(());
+        match self.end(py) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            // A coroutine that is collected ends in whichever context collects it, where nothing was
+            // entered and nothing is to be restored.
+            Err(_) if class.is(py.get_type::<PyGeneratorExit>()) => return Ok(()),
+            Err(error) => return Err(error),
         }
         Err(PyRuntimeError::new_err("this step is not entered"))
     }
@@ -320,11 +343,12 @@ pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, 
 #[pymethods]
 impl StepOf {
     #[new]
-    #[pyo3(signature = (name, phase, *, exclusive=false, runner=None, otherwise=None, always_otherwise=false))]
+    #[pyo3(signature = (name, phase, *, exclusive=false, counts=true, runner=None, otherwise=None, always_otherwise=false))]
     fn new(
         name: &str,
         phase: Option<&str>,
         exclusive: bool,
+        counts: bool,
         runner: Option<&Bound<'_, PyString>>,
         otherwise: Option<Py<PyAny>>,
         always_otherwise: bool,
@@ -340,6 +364,7 @@ impl StepOf {
                 name: name.into(),
                 phase: phase.map_err(PyValueError::new_err)?,
                 exclusive,
+                counts,
             }),
             runner: path,
             otherwise,
@@ -371,6 +396,8 @@ impl StepOf {
                         && (it.occupies.is_some() || !self.kind.exclusive)
                 });
                 if covered {
+                    // An event loop is in one step for ever, and must stop at the exit.
+                    exit::stop_if_exiting(py, is_inside());
                     return through(py);
                 }
             }
@@ -381,6 +408,18 @@ impl StepOf {
             }
         }
         Ok(Py::new(py, self.step(&handle))?.into_any())
+    }
+
+    /// Makes a with block that only keeps the end of a manager waiting.
+    #[pyo3(signature = (owner, /))]
+    fn holding(&self, py: Python<'_>, owner: &Bound<'_, PyAny>) -> PyResult<Py<PyAny>> {
+        let handle = handle_of(owner)?.filter(|it| it.get().is_managers());
+        let Some(handle) = handle else {
+            return through(py);
+        };
+        let step = self.kind.name.clone();
+        let held = Holding::new(handle.unbind(), step, self.kind.counts);
+        Ok(Py::new(py, held)?.into_any())
     }
 
     #[allow(clippy::needless_pass_by_value)]
@@ -409,5 +448,5 @@ pub fn step(
     phase: Option<&str>,
     exclusive: bool,
 ) -> PyResult<Step> {
-    Ok(StepOf::new(name, phase, exclusive, None, None, false)?.step(handle))
+    Ok(StepOf::new(name, phase, exclusive, true, None, None, false)?.step(handle))
 }

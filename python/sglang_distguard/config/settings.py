@@ -35,6 +35,7 @@ class Settings:
         slow_after: seconds after which a leader that others wait for is logged as slow.
         agreement_timeout: seconds that the ranks of a world may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks.
+        is_program: whether a program has installed the guard itself, not only SGLang's plugin.
     """
 
     reuse: bool = True
@@ -43,6 +44,7 @@ class Settings:
     slow_after: float = DEFAULT_SLOW_AFTER
     agreement_timeout: float = DEFAULT_AGREEMENT_TIMEOUT
     groups: str = GROUP_POLICIES[0]
+    is_program: bool = False
 
 
 _installed = Settings()

@@ -71,8 +71,8 @@ def of_published(server_args: Any) -> AbstractContextManager[object]:
     found = scopes_of_published(server_args)
     if here in found and (here is not None or _core.current_execution() is not None):
         return nullcontext()
-    # Prefer scopes without a living runner: a runner is still to be built there.
-    open_ones = [scope for scope in found if not _core.live_runners(scope)] or found
+    # Prefer scopes without a resident: a runner or manager is still to be built there.
+    open_ones = [scope for scope in found if not _core.live_residents(scope)] or found
     if not open_ones:
         return nullcontext()
     if len(open_ones) > 1:

@@ -94,6 +94,27 @@ _LINES: tuple[tuple[str, str, str], ...] = (
         "initialize_bf16_gemm_config",
         "one of the steps before a runner",
     ),
+    (
+        _SRT + "managers.scheduler",
+        "Scheduler Scheduler.__init__ run_scheduler_process",
+        "live in a scope",
+    ),
+    (
+        _SRT + "managers.tokenizer_manager",
+        "TokenizerManager TokenizerManager.__init__",
+        "lives in a scope",
+    ),
+    (
+        _SRT + "managers.detokenizer_manager",
+        "DetokenizerManager DetokenizerManager.__init__ run_detokenizer_process",
+        "live in a scope",
+    ),
+    (
+        _SRT + "managers.io_struct",
+        "AbortReq ShutdownReq sock_send",
+        "end a request, and an event loop",
+    ),
+    ("sglang.utils", "TypeBasedDispatcher", "how a DetokenizerManager takes messages"),
     ("torch", "set_default_dtype get_default_dtype", "the dtype that a load sets"),
     (
         _C10D,

@@ -26,10 +26,14 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (
         "random",
         "getstate _inst",
-        "each TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
+        "the first TpModelWorker seeds it; orders a queue of the policy `random`, picks ports and delays",
     ),
     *(
-        (module, name, "each TpModelWorker seeds it; makes the prompts of warm-ups and of profiles")
+        (
+            module,
+            name,
+            "the first TpModelWorker seeds it; makes the prompts of warm-ups and of profiles",
+        )
         for module, name in (("numpy", "rng"), ("numpy.random.mtrand", "_rand"))
     ),
     *(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from sglang_distguard.patching.applied import MakeHook
+from sglang_distguard.patching.generators import each_item_within
+from sglang_distguard.patching.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Around:
 class Within:
     """The body of ``module``.``qualname`` runs in a with block: ``with manager(argument): …``.
 
+    It must not be a generator function: the block would stay entered in the code between two items.
+    One that ``contextlib.contextmanager`` decorates may be: its caller is in a with block, too.
+
     Attributes:
         module: the function's module.
         qualname: the function's qualified name.
@@ -106,9 +111,9 @@ class AroundMethods:
     make: MakeHook
     make_init: Optional[MakeHook] = None
 
-    def expand(self, names: Sequence[str]) -> list[Around]:
-        """One ``Around`` per name in ``names`` that is public, or the constructor."""
-        makers = {name: self.make for name in names if not name.startswith("_")}
+    def expand(self, found: Outline) -> list[Around]:
+        """One ``Around`` per method that is public, or the constructor."""
+        makers = dict.fromkeys(_public(found, self.classname), self.make)
         if self.make_init is not None:
             makers["__init__"] = self.make_init
         return [
@@ -118,20 +123,36 @@ class AroundMethods:
 
 @dataclass(frozen=True)
 class WithinMethods:
-    """``Within`` for every public method of a class for which ``manager_for`` returns a manager."""
+    """``Within`` for every public method of a class for which ``manager_for`` returns a manager.
+
+    Of an asynchronous generator, each item is made in such a with block (``generators``).
+    """
 
     module: str
     classname: str
     manager_for: Callable[[str], Optional[Callable[[Any], Any]]]
 
-    def expand(self, names: Sequence[str]) -> list[Within]:
-        """One ``Within`` per name in ``names`` that is public and has a manager."""
-        managers = {name: self.manager_for(name) for name in names if not name.startswith("_")}
-        return [
-            Within(self.module, f"{self.classname}.{name}", manager)
-            for name, manager in managers.items()
-            if manager is not None
-        ]
+    def expand(self, found: Outline) -> list[Within | Around]:
+        """One change per method that is public and has a manager."""
+        changes: list[Within | Around] = []
+        for name in _public(found, self.classname):
+            manager = self.manager_for(name)
+            qualname = f"{self.classname}.{name}"
+            if manager is None:
+                continue
+            if qualname in found.generators & found.asynchronous:
+                changes.append(Around(self.module, qualname, each_item_within(manager)))
+            else:
+                changes.append(Within(self.module, qualname, manager))
+        return changes
+
+
+def _public(found: Outline, classname: str) -> Iterator[str]:
+    prefix = f"{classname}."
+    for qualname in found.functions:
+        name = qualname.removeprefix(prefix)
+        if name != qualname and not name.startswith("_"):
+            yield name
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ class Outline:
 
     Attributes:
         functions: qualified name -> names of its parameters, in the order of the text.
+        generators: qualified names of the functions that yield items, asynchronous ones among
+            them, and not those that ``contextlib`` makes with blocks of.
+        asynchronous: qualified names of the functions with ``async def``.
         classes: qualified names.
         bound: globals and "Class.attribute" that statements other than an import bind, also the
             functions and classes, ``__slots__``, and globals that only functions bind.
@@ -30,6 +33,8 @@ class Outline:
     """
 
     functions: dict[str, tuple[str, ...]]
+    generators: frozenset[str]
+    asynchronous: frozenset[str]
     classes: frozenset[str]
     bound: frozenset[str]
     imported: frozenset[str]
@@ -52,6 +57,8 @@ def _read(source: ModuleSource) -> tuple[Any, ...]:
     declared = {name for it in nodes if isinstance(it, ast.Global) for name in it.names}
     return (
         reader.functions,
+        frozenset(reader.generators),
+        frozenset(reader.asynchronous),
         frozenset(reader.classes),
         frozenset(reader.bound | declared),
         frozenset(reader.imported),
@@ -63,6 +70,8 @@ def _read(source: ModuleSource) -> tuple[Any, ...]:
 class _Reader:
     def __init__(self) -> None:
         self.functions: dict[str, tuple[str, ...]] = {}
+        self.generators: set[str] = set()
+        self.asynchronous: set[str] = set()
         self.classes: set[str] = set()
         self.bound: set[str] = set()
         self.imported: set[str] = set()
@@ -73,6 +82,10 @@ class _Reader:
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 self.functions[prefix + node.name] = tuple(_parameters(node.args))
+                if isinstance(node, ast.AsyncFunctionDef):
+                    self.asynchronous.add(prefix + node.name)
+                if _yields(node) and not _makes_a_block(node):
+                    self.generators.add(prefix + node.name)
                 self.bound.add(prefix + node.name)
             elif isinstance(node, ast.ClassDef):
                 self.classes.add(prefix + node.name)
@@ -115,6 +128,24 @@ def _bodies(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
         yield getattr(node, field, ())
     for part in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
         yield part.body
+
+
+def _makes_a_block(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether ``contextlib.contextmanager``, or its asynchronous kind, decorates ``function``."""
+    names = {ast.unparse(it).rpartition(".")[2] for it in function.decorator_list}
+    return not names.isdisjoint({"contextmanager", "asynccontextmanager"})
+
+
+def _yields(function: ast.AST) -> bool:
+    """Whether ``function`` itself yields, without the functions in it."""
+    pending = list(ast.iter_child_nodes(function))
+    while pending:
+        it = pending.pop()
+        if isinstance(it, (ast.Yield, ast.YieldFrom)):
+            return True
+        if not isinstance(it, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            pending.extend(ast.iter_child_nodes(it))
+    return False
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[str]:

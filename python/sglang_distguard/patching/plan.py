@@ -75,25 +75,21 @@ class ModulePlan:
         return [*self._scoped_names, *(flag.name for flag in self._flags)]
 
     @cached_property
-    def _arounds(self) -> list[Around]:
-        found = [change for change in self.changes if isinstance(change, Around)]
+    def _methods(self) -> list[Within | Around]:
+        """What the changes of all methods of a class consist of."""
+        found: list[Within | Around] = []
         for change in self.changes:
-            if isinstance(change, AroundMethods):
-                found += change.expand(self._methods(change.classname))
+            if isinstance(change, (AroundMethods, WithinMethods)):
+                found += change.expand(outline(self.source))
         return found
 
     @cached_property
-    def _withins(self) -> list[Within]:
-        found = [change for change in self.changes if isinstance(change, Within)]
-        for change in self.changes:
-            if isinstance(change, WithinMethods):
-                found += change.expand(self._methods(change.classname))
-        return found
+    def _arounds(self) -> list[Around]:
+        return [it for it in (*self.changes, *self._methods) if isinstance(it, Around)]
 
-    def _methods(self, classname: str) -> list[str]:
-        prefix = classname + "."
-        functions = outline(self.source).functions
-        return [name.removeprefix(prefix) for name in functions if name.startswith(prefix)]
+    @cached_property
+    def _withins(self) -> list[Within]:
+        return [it for it in (*self.changes, *self._methods) if isinstance(it, Within)]
 
     def check(self) -> None:
         """Raise NotSupported unless the source has what every change needs."""
@@ -101,6 +97,15 @@ class ModulePlan:
         if missing:
             raise NotSupported(
                 f"{self.module} has no {', '.join(missing)}", module=self.module, missing=missing
+            )
+        yielding = sorted(
+            it.qualname for it in self._withins if it.qualname in outline(self.source).generators
+        )
+        if yielding:
+            raise NotSupported(
+                f"{self.module}.{', '.join(yielding)} is a generator function: a with block in it "
+                "would stay entered in the code between two items",
+                module=self.module,
             )
         _ = self._rewrite
 

@@ -52,7 +52,8 @@ class Enclose(ast.NodeTransformer):
         if block is not None:
             documented = ast.get_docstring(node, clean=False) is not None
             head, body = node.body[:documented], node.body[documented:]
-            node.body = [*head, _with(node, block, body)] if body else node.body
+            body = body or [ast.copy_location(ast.Pass(), head[0])]
+            node.body = [*head, _with(node, block, body)]
         return node
 
 

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, ModuleType
-from typing import Literal, Optional, TypeVar
+from typing import Any, Literal, Optional, TypeVar
 
 from sglang_distguard import _core
 from sglang_distguard.config import settings
@@ -78,17 +78,35 @@ def install(
             within 300 seconds.
         TypeError, ValueError: an argument or environment variable is not usable.
     """
+    _install(
+        True,
+        reuse=reuse,
+        timeout=timeout,
+        slow_after=slow_after,
+        agreement_timeout=agreement_timeout,
+        groups=groups,
+    )
+
+
+def install_for_sglang() -> None:
+    """Do what ``install`` does in a process that SGLang has started; its plugin calls this.
+
+    The process stays SGLang's, as far as no program in it has called ``install`` (``config.host``).
+
+    Raises:
+        NotSupported, StateInUse, AcquireTimeout, ValueError: see ``install``.
+    """
+    _install(False)
+
+
+def _install(by_program: bool, **given: Any) -> None:
     until = time.monotonic() + _DEADLINE
     while True:
         with _locked():
-            chosen = settings.choose(
-                again=_installation is not None,
-                reuse=reuse,
-                timeout=timeout,
-                slow_after=slow_after,
-                agreement_timeout=agreement_timeout,
-                groups=groups,
-            )
+            again = _installation is not None
+            chosen = settings.choose(again=again, **given)
+            before = again and settings.installed().is_program
+            chosen = replace(chosen, is_program=by_program or before)
             begun = _put_in() if _installation is None else []
             if not begun:
                 settings.set_installed(chosen)
@@ -161,9 +179,9 @@ def uninstall() -> None:
     installed.
 
     Raises:
-        StateInUse: runners that need their own scope are still alive: they would silently read
-            another runner's configuration. ``close()`` them first. Or a thread is in a method of a
-            runner, waits to enter one, or is in the with block of ``activate``.
+        StateInUse: runners or managers that need their own scope are still alive: they would
+            silently read another one's configuration. ``close()`` them first. Or a thread is in a
+            method of one, waits to enter one, or is in the with block of ``activate``.
         AcquireTimeout: another thread did not end an ``install()``, ``uninstall()`` or the import
             of a patched module within 300 seconds.
     """
@@ -172,11 +190,11 @@ def uninstall() -> None:
         if _installation is None:
             return
         _refuse_inside()
-        held = [scope.label for scope in _core.live_scopes() if _core.live_runners(scope) > 0]
+        held = [scope.label for scope in _core.live_scopes() if _core.live_residents(scope) > 0]
         if held:
             raise StateInUse(
-                f"uninstall() refused: {len(held)} runner(s) have a scope of their own and would "
-                "read another runner's configuration without the guard: "
+                f"uninstall() refused: {len(held)} runner(s) or managers have a scope of their own "
+                "and would read another runner's configuration without the guard: "
                 f"{', '.join(sorted(held))}. close() them first",
                 holders=sorted(held),
             )
@@ -191,7 +209,8 @@ def _refuse_inside() -> None:
     """Refuse while code is running inside the hooks: it would continue without the guard.
 
     Raises:
-        StateInUse: a thread is in a method of a runner, in ``activate``, or waits for a phase.
+        StateInUse: a thread is in a method of a runner or manager, in ``activate``, or waits for a
+            phase.
     """
     visits = [
         f"{visit['step'] or visit['phase']} of runner {visit['by']['runner']!r} "
@@ -199,7 +218,11 @@ def _refuse_inside() -> None:
         for visit in _core.snapshot()["phases"]
     ]
     blocks = [f"activate({name!r}) (thread {thread})" for thread, name in _core.activations()]
-    inside = sorted([*visits, *blocks])
+    calls = [
+        f"{method}() of {manager!r} (thread {thread})"
+        for thread, manager, method in _core.calls_inside()
+    ]
+    inside = sorted([*visits, *blocks, *calls])
     if inside:
         raise StateInUse(
             f"uninstall() refused: {', '.join(inside)} would continue without the guard. Wait "

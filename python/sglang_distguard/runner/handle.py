@@ -1,4 +1,8 @@
-"""A runner's handle: its name, its scope and its leases."""
+"""The handle of a runner: its name, its scope and its leases; and that of a manager.
+
+A manager is a Scheduler, TokenizerManager or DetokenizerManager of SGLang. It lives in a scope as a
+runner does, and has no leases.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ _numbers = itertools.count(1)
 
 
 def find_handle(runner: Any) -> Optional[_core.RunnerHandle]:
-    """Return the handle of a runner built under the guard; None for any other object."""
+    """Return the handle of a runner or manager built under the guard; None for other objects."""
     return getattr(runner, "__dict__", {}).get(_ATTRIBUTE)
 
 
@@ -47,7 +51,28 @@ def bind(runner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _core.R
     handle = _handle(name, scope, keys, turns)
     if scope is not None and _core.live_runners(scope) == 1:  # a draft shares its target's scope
         scope.label = name
+    execution = _core.current_execution()
+    if execution is not None and execution.runner is not None and execution.runner.manager:
+        execution.runner.keep_runner(handle)
     setattr(runner, _ATTRIBUTE, handle)
+    return handle
+
+
+def bind_manager(manager: Any, classname: str, server_args: Any) -> _core.RunnerHandle:
+    """Give a manager that is about to be constructed the current scope.
+
+    Args:
+        manager: the object before its constructor runs.
+        classname: name of its class in SGLang.
+        server_args: argument of its constructor.
+    """
+    scope = _core.current_scope()
+    default = f"{name_of_model(server_args)}-{classname}-{next(_numbers)}"
+    name = settings.current().name or default
+    handle = _core.RunnerHandle(name, scope, [], manager=classname)
+    if scope is not None and _core.live_residents(scope) == 1:
+        scope.label = name
+    setattr(manager, _ATTRIBUTE, handle)
     return handle
 
 
@@ -110,18 +135,24 @@ def handle_of(runner: object, argument: str = "runner") -> _core.RunnerHandle:
     """Return the handle of ``runner``, which a caller passed as ``argument``.
 
     Raises:
-        TypeError: ``runner`` was not built under the guard.
+        TypeError: ``runner`` is no runner that was built under the guard.
     """
-    try:
-        handle = find_handle(runner)
-    except Exception:  # its ``__dict__`` is not a dict, or raises
-        handle = None
-    if not isinstance(handle, _core.RunnerHandle):
+    handle = handle_of_any(runner)
+    if handle is None or handle.manager is not None:
         raise TypeError(
             f"{argument} must be a ModelRunner that was built under sglang_distguard, not a "
             f"{type(runner).__name__}; call sglang_distguard.install() before constructing it"
         )
     return handle
+
+
+def handle_of_any(resident: object) -> Optional[_core.RunnerHandle]:
+    """Return the handle of ``resident``, any object that a caller passed; None if it has none."""
+    try:
+        handle = find_handle(resident)
+    except Exception:  # its ``__dict__`` is not a dict, or raises
+        return None
+    return handle if isinstance(handle, _core.RunnerHandle) else None
 
 
 def _default_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ impl FromStr for Phase {
     }
 }
 
-/// Identifies a runner. A process never uses a number twice.
+/// Identifies a runner, or another resident of a scope. A process never uses a number twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RunnerId(pub u64);
 

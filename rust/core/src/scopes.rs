@@ -3,11 +3,11 @@
 //!
 //! ```text
 //! state       what it means                                   a publish that finds it
-//! Vacant      nothing is published, or its runners are gone   claims it
+//! Vacant      nothing is published, or its residents are gone claims it
 //! Claimed(c)  published, and executions that hold c build     with c: as Pending; else: a new scope
 //! Pending     published, and no execution holds the claim     moves it, then claims the scope;
 //!                                                             if it is equal: replaces it
-//! Inhabited   runners live here                               makes a new scope
+//! Inhabited   residents live here: runners or managers        makes a new scope
 //!
 //! from        by                     to
 //! Vacant      publish, claim_vacant  Claimed(new)
@@ -16,11 +16,14 @@
 //! Pending     resume                 Claimed(new)
 //! Pending     publish                Claimed(new); what was pending is Pending in a new scope
 //! Claimed(c)  publish with c         the same
-//! any         bind_runner            Inhabited
+//! any         bind                   Inhabited
 //! Inhabited   the last unbind        Vacant
 //! ```
 //!
-//! Invariant: `publish` never reassigns a scope while a runner lives in it or another execution is
+//! A manager (SGLang's Scheduler, `TokenizerManager` or `DetokenizerManager`) lives in the scope that
+//! it reads, as a runner does, and no runner is its draft.
+//!
+//! Invariant: `publish` never reassigns a scope while a resident lives in it or another execution is
 //! about to build one in it. A configuration that was published and not built can be found until it
 //! is dropped.
 
@@ -60,17 +63,34 @@ enum State {
     Pending,
 }
 
+/// What lives in a scope and reads its values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resident {
+    /// A runner, which also holds leases.
+    Runner,
+    /// A manager, which computes nothing and holds none.
+    Manager,
+}
+
 #[derive(Debug, Default)]
 struct Entry {
     state: State,
-    /// Runners that live here, oldest first: later ones are drafts of the first. While there are
-    /// any the scope is Inhabited and `state` is Vacant.
-    runners: Vec<RunnerId>,
+    /// What lives here, oldest first: later runners are drafts of the first one. While there is any
+    /// the scope is Inhabited and `state` is Vacant.
+    residents: Vec<(RunnerId, Resident)>,
     /// The generation of each shared piece of state that the scope built or joined last.
     joined: BTreeMap<Key, u64>,
 }
 
-/// Claims and live runners of every scope. Pure.
+impl Entry {
+    /// The runners that live here, oldest first.
+    fn runners(&self) -> impl Iterator<Item = RunnerId> + '_ {
+        let residents = self.residents.iter();
+        residents.filter_map(|(id, kind)| (*kind == Resident::Runner).then_some(*id))
+    }
+}
+
+/// Claims and residents of every scope. Pure.
 #[derive(Debug)]
 pub struct ScopeLedger {
     entries: BTreeMap<ScopeId, Entry>,
@@ -116,7 +136,7 @@ impl ScopeLedger {
         // A pending configuration is kept: in a new scope, or where it is.
         let keeps = is_other && entry.state != State::Vacant;
         let movable = current == DEFAULT && may_put_aside;
-        if !entry.runners.is_empty() || taken || (keeps && !movable) {
+        if !entry.residents.is_empty() || taken || (keeps && !movable) {
             return self.publish_new(claim, aside);
         }
         entry.state = State::Claimed(claim);
@@ -125,7 +145,7 @@ impl ScopeLedger {
         }
         let moved = Entry {
             state: State::Pending,
-            runners: Vec::new(),
+            residents: Vec::new(),
             joined: std::mem::take(&mut entry.joined),
         };
         self.entries.insert(aside, moved);
@@ -157,12 +177,12 @@ impl ScopeLedger {
         scope
     }
 
-    /// Claims a scope for a cleanup, if no runner lives in it and none is about to be built.
+    /// Claims a scope for a cleanup, if it has no resident and none is about to be built.
     /// `undo` releases the claim.
     pub fn claim_vacant(&mut self, scope: ScopeId) -> Option<ClaimId> {
         let claim = ClaimId(self.fresh());
         let entry = self.entries.get_mut(&scope)?;
-        let vacant = entry.runners.is_empty() && entry.state == State::Vacant;
+        let vacant = entry.residents.is_empty() && entry.state == State::Vacant;
         vacant.then(|| {
             entry.state = State::Claimed(claim);
             claim
@@ -204,19 +224,20 @@ impl ScopeLedger {
         (entry.state == State::Claimed(claim)).then_some(entry)
     }
 
-    /// Records that a runner is constructed in the scope, which ends its claim. Returns the target
-    /// if the runner is a draft.
-    pub fn bind_runner(&mut self, scope: ScopeId, runner: RunnerId) -> Option<RunnerId> {
+    /// Records that a resident is constructed in the scope, which ends its claim. Returns the target
+    /// if it is a draft.
+    pub fn bind(&mut self, scope: ScopeId, id: RunnerId, kind: Resident) -> Option<RunnerId> {
         let entry = self.entries.entry(scope).or_default();
         entry.state = State::Vacant;
-        entry.runners.push(runner);
-        Some(entry.runners[0]).filter(|first| *first != runner)
+        let target = entry.runners().next();
+        entry.residents.push((id, kind));
+        target.filter(|_| kind == Resident::Runner)
     }
 
-    /// Records that a runner of the scope was closed or is gone.
-    pub fn unbind_runner(&mut self, scope: ScopeId, runner: RunnerId) {
+    /// Records that a resident of the scope was closed or is gone.
+    pub fn unbind(&mut self, scope: ScopeId, id: RunnerId) {
         if let Some(entry) = self.entries.get_mut(&scope) {
-            entry.runners.retain(|it| *it != runner);
+            entry.residents.retain(|(it, _)| *it != id);
         }
     }
 
@@ -237,10 +258,16 @@ impl ScopeLedger {
         self.entries.get(&scope)?.joined.get(key).copied()
     }
 
-    /// How many runners live in the scope.
+    /// How many residents the scope has.
     pub fn live(&self, scope: ScopeId) -> usize {
         let entry = self.entries.get(&scope);
-        entry.map_or(0, |entry| entry.runners.len())
+        entry.map_or(0, |entry| entry.residents.len())
+    }
+
+    /// How many runners live in the scope.
+    pub fn live_runners(&self, scope: ScopeId) -> usize {
+        let entry = self.entries.get(&scope);
+        entry.map_or(0, |entry| entry.runners().count())
     }
 
     /// The claim of the executions that have published in the scope and not built yet.

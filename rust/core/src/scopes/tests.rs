@@ -131,7 +131,7 @@ fn a_configuration_that_was_not_built_is_kept_when_its_execution_publishes_anoth
 fn a_scope_with_a_live_runner_is_never_replaced() {
     let mut ledger = ScopeLedger::default();
     let claim = replaced(ledger.publish(DEFAULT, None, false, true));
-    assert_eq!(ledger.bind_runner(DEFAULT, RUNNER), None);
+    assert_eq!(ledger.bind(DEFAULT, RUNNER, Resident::Runner), None);
     assert_eq!((ledger.live(DEFAULT), ledger.claim(DEFAULT)), (1, None));
     let _ = new(ledger.publish(DEFAULT, Some(claim), false, true));
     assert_eq!(ledger.resume(DEFAULT), None);
@@ -140,19 +140,22 @@ fn a_scope_with_a_live_runner_is_never_replaced() {
 #[test]
 fn a_second_runner_of_a_scope_is_a_draft_of_the_first() {
     let mut ledger = ScopeLedger::default();
-    assert_eq!(ledger.bind_runner(DEFAULT, RUNNER), None);
-    assert_eq!(ledger.bind_runner(DEFAULT, RunnerId(8)), Some(RUNNER));
+    assert_eq!(ledger.bind(DEFAULT, RUNNER, Resident::Runner), None);
+    assert_eq!(
+        ledger.bind(DEFAULT, RunnerId(8), Resident::Runner),
+        Some(RUNNER)
+    );
 }
 
 #[test]
 fn a_scope_whose_runners_are_all_gone_is_replaced() {
     let mut ledger = ScopeLedger::default();
-    ledger.bind_runner(DEFAULT, RUNNER);
-    ledger.bind_runner(DEFAULT, RunnerId(8));
-    ledger.unbind_runner(DEFAULT, RUNNER);
+    ledger.bind(DEFAULT, RUNNER, Resident::Runner);
+    ledger.bind(DEFAULT, RunnerId(8), Resident::Runner);
+    ledger.unbind(DEFAULT, RUNNER);
     let _ = new(ledger.publish(DEFAULT, None, false, true));
-    ledger.unbind_runner(DEFAULT, RunnerId(8));
-    ledger.unbind_runner(DEFAULT, RunnerId(8));
+    ledger.unbind(DEFAULT, RunnerId(8));
+    ledger.unbind(DEFAULT, RunnerId(8));
     assert_eq!(ledger.live(DEFAULT), 0);
     replaced(ledger.publish(DEFAULT, None, false, true));
 }
@@ -189,7 +192,7 @@ fn a_vacant_scope_is_claimed_once_and_no_publish_gets_it_meanwhile() {
     ledger.undo(DEFAULT, tidies, None);
     replaced(ledger.publish(DEFAULT, None, false, true));
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
-    ledger.bind_runner(DEFAULT, RUNNER);
+    ledger.bind(DEFAULT, RUNNER, Resident::Runner);
     assert_eq!(ledger.claim_vacant(DEFAULT), None);
     assert_eq!(ledger.claim_vacant(ScopeId(99)), None);
 }
@@ -222,7 +225,7 @@ fn a_dropped_scope_is_gone_and_the_default_one_stays() {
     ledger.drop_scope(DEFAULT);
     let claim = replaced(ledger.publish(DEFAULT, None, false, true));
     ledger.undo(scope, claim, None);
-    ledger.unbind_runner(scope, RUNNER);
+    ledger.unbind(scope, RUNNER);
     assert_eq!(ledger.live(scope), 0);
 }
 
@@ -231,4 +234,19 @@ fn another_instance_gives_out_other_numbers() {
     let mut parent = ScopeLedger::default();
     let mut child = ScopeLedger::with_instance(4711);
     assert_ne!(parent.create(), child.create());
+}
+
+#[test]
+fn a_manager_keeps_its_scope_from_a_publish_and_is_no_target() {
+    let mut ledger = ScopeLedger::default();
+    let claim = replaced(ledger.publish(DEFAULT, None, false, true));
+    assert_eq!(ledger.bind(DEFAULT, RunnerId(8), Resident::Manager), None);
+    assert_eq!(ledger.bind(DEFAULT, RUNNER, Resident::Runner), None);
+    assert_eq!((ledger.live(DEFAULT), ledger.live_runners(DEFAULT)), (2, 1));
+    ledger.unbind(DEFAULT, RUNNER);
+    // Also from the execution that published for the manager.
+    new(ledger.publish(DEFAULT, Some(claim), true, true));
+    assert_eq!(ledger.claim_vacant(DEFAULT), None);
+    ledger.unbind(DEFAULT, RunnerId(8));
+    replaced(ledger.publish(DEFAULT, None, false, true));
 }

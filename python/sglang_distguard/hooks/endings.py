@@ -1,0 +1,173 @@
+"""How SGLang's managers end: what each has outside of its scope, and who closes it.
+
+In a process of its own a manager ends with the process, and closes nothing (0.5.23). Sockets and
+watchdogs are noted when they are made (``hooks.host``); the rest is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Optional
+
+from sglang_distguard import _core
+from sglang_distguard.context.scopes import scope_active
+from sglang_distguard.runner.handle import release
+
+#: Seconds for a running asyncio loop to close what belongs to it.
+_LOOP = 30.0
+
+
+class Ending(NamedTuple):
+    """What is particular to the end of one class of managers.
+
+    Attributes:
+        ask: makes its loop end as SGLang itself does; called before anybody waits for it.
+        end: closes what it has outside of its scope; called once, when no call is inside.
+        loop: returns the asyncio loop in which ``end`` must be called, if any.
+    """
+
+    ask: Callable[[Any], None]
+    end: Callable[[Any], None]
+    loop: Callable[[Any], Optional[asyncio.AbstractEventLoop]]
+
+
+def ask(manager: Any, handle: _core.RunnerHandle) -> None:
+    """Let the manager's own event loop end."""
+    _ENDINGS[handle.manager or ""].ask(manager)
+
+
+def end(manager: Any, handle: _core.RunnerHandle) -> bool:
+    """Close everything of a manager that is its own, also its runners, without waiting for calls.
+
+    Returns:
+        False when that was done before.
+    """
+    how = _ENDINGS[handle.manager or ""]
+    if not handle.end():
+        return False
+
+    def close_all() -> None:
+        # Every part is closed, even if closing another one fails.
+        with contextlib.ExitStack() as stack, scope_active(handle.scope):
+            for part in handle.take_parts():
+                stack.callback(part)
+            stack.callback(how.end, manager)
+
+    try:
+        _in_loop(how.loop(manager), close_all)
+    finally:
+        release_all(handle)
+    return True
+
+
+def release_all(handle: _core.RunnerHandle) -> bool:
+    """Release what a manager and the runners that it has built hold; False if it was done."""
+    for runner in reversed(handle.runners):
+        release(runner)
+    return release(handle)
+
+
+def _in_loop(loop: Optional[asyncio.AbstractEventLoop], work: Callable[[], None]) -> None:
+    """Call ``work`` in the thread of ``loop``, while that runs; else here."""
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is loop:
+            loop = None
+    if loop is None or not loop.is_running():
+        work()
+        return
+    done: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    loop.call_soon_threadsafe(do)
+    done.result(_LOOP)
+
+
+def _close(owner: Any, *names: str) -> None:
+    """Close the parts of ``owner`` with these names, where it has them."""
+    for name in names:
+        part = getattr(owner, name, None)
+        if part is not None:
+            setattr(owner, name, None)  # closing it twice would close another file's descriptor
+            part.close()
+
+
+def _ask_scheduler(scheduler: Any) -> None:
+    # As its `handle_shutdown` does; each of its loops looks at this (0.5.23).
+    scheduler.gracefully_exit = True
+
+
+def _end_scheduler(scheduler: Any) -> None:
+    """As the end of `run_scheduler_process` does (0.5.23)."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(_close, scheduler, "load_snapshot_writer")
+        worker = getattr(scheduler, "async_d2h_worker", None)
+        if worker is not None:
+            scheduler.async_d2h_worker = None
+            stack.callback(worker.shutdown)
+        reporter = getattr(scheduler, "metrics_reporter", None)
+        if reporter is not None:
+            stack.callback(reporter._shutdown_fpm)
+        events = getattr(scheduler, "kv_events_publisher", None)
+        publisher = getattr(events, "kv_event_publisher", None)
+        if publisher is not None:
+            stack.callback(publisher.shutdown)
+        _close(scheduler, "load_publisher")
+
+
+def _end_tokenizer_manager(manager: Any) -> None:
+    loop = getattr(manager, "event_loop", None)
+    if loop is not None and not loop.is_closed():
+        current = asyncio.current_task() if loop.is_running() else None
+        for name in ("asyncio_tasks", "_lora_release_tasks"):
+            for task in list(getattr(manager, name, ())):
+                if task is not current:
+                    task.cancel()
+    _close(manager, "load_snapshot_reader")
+    for name in ("mm_processor", "cuda_vmm_feature_transport"):
+        shutdown = getattr(getattr(manager, name, None), "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def _nothing(_manager: Any) -> None:
+    return None
+
+
+def _ask_detokenizer(manager: Any) -> None:
+    """Send it the message that ends its loop (``hooks.managers``), which only waits for messages."""
+    import zmq
+    from sglang.srt.managers.io_struct import ShutdownReq, sock_send
+
+    endpoint = vars(manager).get(DETOKENIZER_ENDPOINT)
+    if endpoint is None:
+        return
+    context = zmq.Context()
+    sender = context.socket(zmq.PUSH)
+    try:
+        sender.connect(endpoint)
+        sock_send(sender, ShutdownReq())
+    finally:
+        sender.close(linger=1000)
+        context.term()
+
+
+#: Where `DetokenizerManager` receives; noted by ``hooks.managers``.
+DETOKENIZER_ENDPOINT = "_sglang_distguard_endpoint"
+
+_ENDINGS = {
+    "Scheduler": Ending(_ask_scheduler, _end_scheduler, lambda _: None),
+    "TokenizerManager": Ending(
+        _nothing, _end_tokenizer_manager, lambda it: getattr(it, "event_loop", None)
+    ),
+    "DetokenizerManager": Ending(_ask_detokenizer, _nothing, lambda _: None),
+}

@@ -1,0 +1,73 @@
+"""Several of SGLang's own schedulers, each in a thread of one process, answer as each alone does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import manager_programs
+import pytest
+from interpreters import Has, run_well
+
+_IMPORT = "import manager_programs\n"
+_HOW = {"event loop": (0, 1, 2), "process function": (1, 0)}
+
+
+@pytest.fixture(scope="module")
+def alone(cache: Path) -> list[list[list[int]]]:
+    """The answers of each scheduler of plain SGLang, alone in its process."""
+    found = []
+    for number in range(len(manager_programs.MEMBERS)):
+        printed = run_well(_IMPORT, f"manager_programs.alone(CACHE, {number})", has=Has.SGLANG)
+        found.append(json.loads(printed.splitlines()[-1]))
+    return found
+
+
+@pytest.fixture(scope="module", params=_HOW)
+def served(request: pytest.FixtureRequest, cache: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What happened with schedulers in threads: which ones, and the facts."""
+    how = request.param
+    call = f"manager_programs.together(CACHE, {how!r}, {_HOW[how]})"
+    return _HOW[how], json.loads(run_well(_IMPORT, call, has=Has.SGLANG).splitlines()[-1])
+
+
+Served = tuple[tuple[int, ...], dict[str, Any]]
+
+
+def test_schedulers_in_threads_answer_as_each_alone(
+    served: Served, alone: list[list[list[int]]]
+) -> None:
+    numbers, facts = served
+    expected = [alone[number] for number in numbers]
+    assert facts["answers"] == expected
+    assert facts["answers again"] == expected  # from the prefix cache
+
+
+def test_the_end_of_one_scheduler_leaves_the_others_serving(
+    served: Served, alone: list[list[list[int]]]
+) -> None:
+    numbers, facts = served
+    assert facts["answers when one has ended"] == [alone[number] for number in numbers[1:]]
+
+
+def test_schedulers_change_nothing_that_belongs_to_their_host(served: Served) -> None:
+    _, facts = served
+    before, after = facts["settings"]
+    assert after == {**before, "world": True}  # which `teardown` destroys
+
+
+def test_nothing_is_left_of_a_closed_scheduler(served: Served) -> None:
+    _, facts = served
+    assert facts["holders"] == [[] for _ in facts["holders"]]
+    before, after = facts["process"]
+    assert after["threads"] == before["threads"]
+    assert after["files"] == before["files"]
+
+
+def test_without_the_guard_a_second_scheduler_is_refused(cache: Path) -> None:
+    program = "manager_programs.without_the_guard(CACHE)"
+    done = run_well(_IMPORT, program, has=Has.SGLANG)
+    first, second = json.loads(done.splitlines()[-1])["errors"]
+    assert first == "None"
+    assert "ran twice" in second
