@@ -162,7 +162,8 @@ class Switched:
         def nothing(x: torch.Tensor) -> torch.Tensor:
             return x.clone()
 
-        torch.library.custom_op(name, nothing, mutates_args=())
+        # Given the schema, torch does not look for the names of annotations in this module.
+        torch.library.custom_op(name, nothing, mutates_args=(), schema="(Tensor x) -> Tensor")
 
     def _of_libraries(self, module: str, name: str) -> Callable[[], Any] | None:
         import atexit
