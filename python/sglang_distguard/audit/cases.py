@@ -127,9 +127,6 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     for server in _of_this_release(SERVERS):
         draft = {"speculative_draft_model_path": llama} if server == "drafting worker" else {}
         yield Case(f"two of llama's {server}s", llama, draft, runs=("together",), server=server)
-    # Two in one process are refused: prometheus_client has one registry.
-    metrics = {"enable_metrics": True}
-    yield Case("a scheduler with metrics", llama, metrics, runs=("alone",), server="scheduler")
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
