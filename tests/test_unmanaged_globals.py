@@ -262,6 +262,8 @@ class Switched:
             "_media_url_max_file_size_bytes": lambda: 1,
             "_can_set_experts_implementation_cached_value": lambda: True,
             "_CLAMP_POSITION": lambda: type(now)(),
+            "ALLOC_LEN_PER_DECODE": lambda: 7,
+            "copy_all_layer_kv_cache_cpu": lambda: copy.copy(now),
             "apply_rotary_pos_emb": lambda: copy.copy(now),
             "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),

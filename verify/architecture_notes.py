@@ -16,6 +16,9 @@ For each architecture:
   uninitialised memory and another random seed. It computes the logits of a prefill and three decode
   steps on Hugging Face's tokens, or the vectors of one prefill (encoders, embedding and reward
   models).
+- Each prompt of a vision or audio model has an image or a sound of its own, which is noise; both
+  checkpoints get the same ones. SGLang keeps what an encoder makes of them, so that the second and
+  third run of a runner use what it kept.
 - With the guard, both checkpoints and a Llama are built from three threads and run three times at
   once.
 - Two runners with the guard run under the audit.
@@ -64,6 +67,8 @@ NOTES: dict[str, str] = {
     "deepseek_v2": _PREFILL,
     "deepseek_v3": _PREFILL,
     "glm4_moe_lite": _PREFILL,
+    "gemma3_vision": "torch_native attends causally within an image, and SGLang's SigLIP has "
+    "QuickGELU: Hugging Face made causal and with quick_gelu is within 5e-7.",
     "qwen2_scores": _SCORES,
     "qwen3_scores": _SCORES,
 }

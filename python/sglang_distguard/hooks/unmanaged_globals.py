@@ -100,6 +100,16 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "threads of a pool that reads files or compiles; the pool outlives that work",
     ),
     (
+        "sglang.kernels.ops.kvcache.cache_move",
+        "copy_all_layer_kv_cache_cpu",
+        "a function of sgl_kernel; where that is SGLang's stub, a mock that notes its calls",
+    ),
+    (
+        _SRT + "speculative.eagle_info",
+        "EagleDraftInput.ALLOC_LEN_PER_DECODE",
+        "written by each draft worker; nothing in 0.5.23 reads it",
+    ),
+    (
         "concurrent.futures.thread",
         "_threads_queues",
         "the threads of all pools with their queues, to end them at exit",
