@@ -132,10 +132,6 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
         draft = {"speculative_draft_model_path": llama} if server == "drafting worker" else {}
         how: dict[str, Any] = {"runs": ("together",), "detailed": server == "scheduler"}
         yield Case(f"two of llama's {server}s", llama, draft, server=server, **how)
-    # Two in one process are refused: prometheus_client has one registry.
-    metrics = {"enable_metrics": True}
-    how = {"runs": ("alone",), "detailed": False}
-    yield Case("a scheduler with metrics", llama, metrics, server="scheduler", **how)
     if torch.cuda.is_available():  # a CPU supports none of these (0.5.23)
         recording = {
             "expert_distribution_recorder_mode": "stat",
