@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -230,9 +231,23 @@ def together(cache: str, how: str, numbers: Sequence[int]) -> None:
     del first, others
     gc.collect()
     facts["process"] = [before, of_process()]
+    facts["dropped"] = [_drop(member_args(cache, numbers[-1])), of_process()]
     sglang_distguard.teardown()
     sglang_distguard.uninstall()
     print(json.dumps(facts), flush=True)
+
+
+def _drop(server_args: Any) -> bool:
+    """Drop a scheduler whose loop has ended, without closing it; say whether it is freed."""
+    serving = Serving(server_args, in_event_loop)
+    serving.ask()
+    serving.client.shut_down()
+    serving.thread.join(DEADLINE)
+    serving.client.close()
+    scheduler = weakref.ref(serving.scheduler)
+    del serving
+    gc.collect()
+    return scheduler() is None
 
 
 def _end(servings: Sequence[Serving]) -> None:

@@ -65,6 +65,15 @@ def test_nothing_is_left_of_a_closed_scheduler(served: Served) -> None:
     assert after["files"] == before["files"]
 
 
+def test_a_scheduler_that_is_dropped_is_freed_with_its_threads_and_sockets(
+    served: Served,
+) -> None:
+    _, facts = served
+    is_freed, after = facts["dropped"]
+    assert is_freed
+    assert after == facts["process"][0]
+
+
 def test_without_the_guard_a_second_scheduler_is_refused(cache: Path) -> None:
     program = "manager_programs.without_the_guard(CACHE)"
     done = run_well(_IMPORT, program, has=Has.SGLANG)

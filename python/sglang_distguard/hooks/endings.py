@@ -1,7 +1,7 @@
 """How SGLang's managers end: what each has outside of its scope, and who closes it.
 
-In a process of its own a manager ends with the process, and closes nothing (0.5.23). Sockets and
-watchdogs are noted when they are made (``hooks.host``); the rest is here.
+In a process of its own a manager ends with the process, and closes nothing (0.5.23). Sockets,
+watchdogs and files are noted when they are made (``hooks.host``); the rest is here.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def end(manager: Any, handle: _core.RunnerHandle) -> bool:
     def close_all() -> None:
         # Every part is closed, even if closing another one fails.
         with contextlib.ExitStack() as stack, scope_active(handle.scope):
-            for part in handle.take_parts():
-                stack.callback(part)
+            stack.callback(end_parts, handle)
             stack.callback(how.end, manager)
 
     try:
@@ -61,6 +60,13 @@ def end(manager: Any, handle: _core.RunnerHandle) -> bool:
     finally:
         release_all(handle)
     return True
+
+
+def end_parts(handle: _core.RunnerHandle) -> None:
+    """End the sockets and watchdogs of a manager, the last first."""
+    with contextlib.ExitStack() as stack:
+        for part in handle.take_parts():
+            stack.callback(part)
 
 
 def release_all(handle: _core.RunnerHandle) -> bool:
@@ -92,15 +98,6 @@ def _in_loop(loop: Optional[asyncio.AbstractEventLoop], work: Callable[[], None]
     done.result(_LOOP)
 
 
-def _close(owner: Any, *names: str) -> None:
-    """Close the parts of ``owner`` with these names, where it has them."""
-    for name in names:
-        part = getattr(owner, name, None)
-        if part is not None:
-            setattr(owner, name, None)  # closing it twice would close another file's descriptor
-            part.close()
-
-
 def _ask_scheduler(scheduler: Any) -> None:
     # As its `handle_shutdown` does; each of its loops looks at this (0.5.23).
     scheduler.gracefully_exit = True
@@ -109,7 +106,6 @@ def _ask_scheduler(scheduler: Any) -> None:
 def _end_scheduler(scheduler: Any) -> None:
     """As the end of `run_scheduler_process` does (0.5.23)."""
     with contextlib.ExitStack() as stack:
-        stack.callback(_close, scheduler, "load_snapshot_writer")
         worker = getattr(scheduler, "async_d2h_worker", None)
         if worker is not None:
             scheduler.async_d2h_worker = None
@@ -121,7 +117,9 @@ def _end_scheduler(scheduler: Any) -> None:
         publisher = getattr(events, "kv_event_publisher", None)
         if publisher is not None:
             stack.callback(publisher.shutdown)
-        _close(scheduler, "load_publisher")
+        load = getattr(scheduler, "load_publisher", None)
+        if load is not None:
+            stack.callback(load.close)  # may be called again
 
 
 def _end_tokenizer_manager(manager: Any) -> None:
@@ -132,7 +130,6 @@ def _end_tokenizer_manager(manager: Any) -> None:
             for task in list(getattr(manager, name, ())):
                 if task is not current:
                     task.cancel()
-    _close(manager, "load_snapshot_reader")
     for name in ("mm_processor", "cuda_vmm_feature_transport"):
         shutdown = getattr(getattr(manager, name, None), "shutdown", None)
         if shutdown is not None:

@@ -13,7 +13,9 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Optional
@@ -27,6 +29,7 @@ from sglang_distguard.runner.handle import find_handle
 
 _COMMON = "sglang.srt.utils.common"
 _WATCHDOG = "sglang.srt.utils.watchdog"
+_SNAPSHOT = "sglang.srt.managers.load_snapshot"
 _log = logging.getLogger("sglang_distguard")
 #: Ends the watchdog whose thread is running.
 _stop: ContextVar[Optional[threading.Event]] = ContextVar("sglang_distguard.stop", default=None)
@@ -202,6 +205,28 @@ def _close_socket(context: Any, socket: Any) -> None:
         context.destroy(linger=0)
 
 
+def _load_snapshot(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Note the file in which a scheduler tells its load, as ``_get_zmq_socket`` does sockets."""
+
+    @functools.wraps(original)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        manager = _running_manager()
+        if manager is not None and made is not None:
+            manager.keep_part(functools.partial(_close_snapshot, made))
+        return made
+
+    return create
+
+
+def _close_snapshot(snapshot: Any) -> None:
+    snapshot.close()
+    # Schedulers of several data-parallel ranks share the file (0.5.23).
+    if hasattr(snapshot, "publish_counter") and snapshot.dp_size == 1 and hasattr(snapshot, "path"):
+        with suppress(FileNotFoundError):
+            os.unlink(snapshot.path)
+
+
 def _watchdog_init(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -226,6 +251,16 @@ def _watchdog_thread(original: Callable[..., Any]) -> Callable[..., Any]:
             _stop.reset(token)
 
     return watchdog_thread
+
+
+def _create_scheduler_watchdog(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the watchdog refer to its scheduler weakly: else one that is dropped is never freed."""
+
+    @functools.wraps(original)
+    def create_scheduler_watchdog(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(weakref.proxy(scheduler), *args, **kwargs)
+
+    return create_scheduler_watchdog
 
 
 def _sleep(seconds: float) -> None:
@@ -257,6 +292,13 @@ CHANGES = (
     Replace(TOKENIZER, "kill_process_tree", _kill_process_tree),
     Around(TOKENIZER, "print_exception_wrapper", _print_exception_wrapper),
     Around("sglang.srt.utils.network", "get_zmq_socket", _get_zmq_socket),
+    Around(_SNAPSHOT, "create_load_snapshot_writer", _load_snapshot),
+    Around(_SNAPSHOT, "create_load_snapshot_reader", _load_snapshot),
+    Around(
+        "sglang.srt.managers.scheduler_components.invariant_checker",
+        "create_scheduler_watchdog",
+        _create_scheduler_watchdog,
+    ),
     Around(_WATCHDOG, "WatchdogRaw.__init__", _watchdog_init),
     Around(_WATCHDOG, "WatchdogRaw._watchdog_thread", _watchdog_thread),
 )

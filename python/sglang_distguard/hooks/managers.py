@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
@@ -138,6 +139,8 @@ def _init(manager: Manager, original: Callable[..., Any]) -> Callable[..., Any]:
         made = _made.get()
         with of_published(server_args):
             handle = bind_manager(self, manager.classname, server_args)
+            # Its sockets and watchdogs end with it, also when it is dropped without `close`.
+            weakref.finalize(self, endings.end_parts, handle).atexit = False
             try:
                 endpoint = getattr(call.get("port_args"), "detokenizer_ipc_name", None)
                 vars(self)[endings.DETOKENIZER_ENDPOINT] = endpoint
