@@ -26,6 +26,14 @@ def test_a_table_in_the_documents_is_the_one_that_the_code_reads(page: str, tabl
     assert found[1] == table, "run: make docs"
 
 
+def test_the_page_of_engines_has_every_method_of_the_installed_engine(sglang: None) -> None:
+    from sglang_distguard.engines import methods
+
+    table = (ROOT / "docs" / "engines.md").read_text()
+    assert methods.markdown() in table, "run: make docs"
+    assert {name for name, _, _ in methods.methods()} >= methods.TESTED
+
+
 def test_every_process_global_is_listed_once_with_a_reason() -> None:
     names = [(row.module, row.name) for row in process_globals.TREATMENTS]
     assert len(names) == len(set(names))

@@ -20,12 +20,16 @@ from sglang_distguard.api.closing import close, closing
 from sglang_distguard.api.status import Snapshot, reset, snapshot
 from sglang_distguard.api.teardown import teardown
 from sglang_distguard.config.settings import runner_scope
+from sglang_distguard.engines.engine import Engine
+from sglang_distguard.engines.pool import EngineInfo, Pool
 from sglang_distguard.errors import (
     AcquireTimeout,
     AgreementTimeout,
     AmbiguousBuild,
     DeadlockError,
     DistGuardError,
+    EngineClosed,
+    EngineFailed,
     ForkedError,
     LeaseBroken,
     NotSupported,
@@ -36,6 +40,7 @@ from sglang_distguard.errors import (
     StateInUse,
     StoreLost,
     SubinterpreterError,
+    UnknownEngine,
 )
 from sglang_distguard.process import fork_and_exit
 from sglang_distguard.process.installation import install, is_installed, uninstall
@@ -48,10 +53,15 @@ __all__ = [
     "BuildResult",
     "DeadlockError",
     "DistGuardError",
+    "Engine",
+    "EngineClosed",
+    "EngineFailed",
+    "EngineInfo",
     "ForkedError",
     "LeaseBroken",
     "NotSupported",
     "PoisonedState",
+    "Pool",
     "RankFailed",
     "RanksDisagree",
     "Snapshot",
@@ -59,6 +69,7 @@ __all__ = [
     "StateInUse",
     "StoreLost",
     "SubinterpreterError",
+    "UnknownEngine",
     "__version__",
     "activate",
     "build_runner",

@@ -162,5 +162,20 @@ class NotSupported(DistGuardError, NotImplementedError):
     """
 
 
+class EngineFailed(DistGuardError):
+    """A thread of the engine has ended with an error, so its requests cannot be answered.
+
+    ``__cause__`` is that error. ``details``: ``engine``, ``cause``.
+    """
+
+
+class EngineClosed(DistGuardError):
+    """The engine was closed before the request was answered. ``details``: ``engine``."""
+
+
+class UnknownEngine(DistGuardError, LookupError):
+    """The pool has no such engine. ``details``: ``engine``, ``known`` (names)."""
+
+
 class SubinterpreterError(NotSupported, ImportError):
     """The package was imported in a subinterpreter. ``details``: ``interpreter`` (its number)."""

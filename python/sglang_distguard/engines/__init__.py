@@ -1,0 +1,1 @@
+"""SGLang's engines in this process: scheduler, detokenizer and frontend are threads."""

@@ -1,0 +1,501 @@
+"""``Engine``: SGLang's engine in this process, for any number of threads and asyncio loops.
+
+States::
+
+    from      by                      to
+    -         Engine(...)             starting; the constructor returns when it serves, or raises
+    starting  all parts are ready     serving
+    starting  a part fails            closed (the constructor raises the part's error)
+    serving   a part ends by itself   failed: pending and later calls raise `EngineFailed`
+    serving   close()                 closing: later calls raise `EngineClosed`; pending ones go on
+    closing   drained, or deadline    closed: what still runs is aborted
+    failed    close()                 closed
+
+Invariants:
+- A request ends: with its result, its own error, `EngineFailed`, `EngineClosed` or the caller's
+  cancellation.
+- A failed engine affects no other engine, and signals no process.
+
+Lock order: `_lock` is a leaf; nothing is called with it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import inspect
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard.api.closing import close as close_resident
+from sglang_distguard.config import settings
+from sglang_distguard.config.checks import check_name, check_seconds
+from sglang_distguard.config.naming import name_of_model
+from sglang_distguard.engines import launch
+from sglang_distguard.engines.loops import LoopThread, in_thread
+from sglang_distguard.engines.parts import Part
+from sglang_distguard.errors import DistGuardError, EngineClosed, EngineFailed, NotSupported
+from sglang_distguard.process.installation import is_installed
+
+if TYPE_CHECKING:
+    pass
+
+#: Methods of sgl.Engine that have no meaning here, and why (0.5.23).
+REFUSED = {
+    "get_all_child_pids": "an engine in this process has no child processes",
+    "attach_tokenizer_worker": "an engine in this process has one tokenizer, in this process",
+    "freeze_gc": "it would keep every object of this process, of other engines, too",
+    **dict.fromkeys(
+        (
+            "init_tokenizer_manager_func",
+            "run_detokenizer_process_func",
+            "run_scheduler_process_func",
+        ),
+        "an engine in this process starts its parts itself",
+    ),
+}
+#: Methods that use one socket, and so run one after another.
+ONE_BY_ONE = frozenset(["collective_rpc", "save_remote_model", "save_sharded_model"])
+#: How long the parts may take to end once they are asked to, in seconds.
+_ENDING = 60.0
+_GIVING_UP = 5.0
+_NO_MORE = object()
+
+
+class Engine:
+    """SGLang's engine as threads of this process; see ``sgl.Engine`` for its arguments and methods.
+
+    Every public method of the installed ``sgl.Engine`` is there (docs/engines.md has the table).
+    The methods may be called from any thread, and the asynchronous ones from any asyncio loop, any
+    number at a time. It is a context manager, also an asynchronous one.
+    """
+
+    def __init__(
+        self, *, name: Optional[str] = None, start_timeout: float = 600.0, **arguments: Any
+    ) -> None:
+        """Start the engine; return when it serves.
+
+        Args:
+            name: name in errors, logs and ``snapshot()``. Default: from the model's path.
+            start_timeout: seconds that starting may take, loading the model included.
+            **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
+                made from fields sleeps while it is idle (``sleep_on_idle``), unless they say
+                otherwise.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range.
+            NotSupported: the settings need more than one process.
+            DistGuardError: ``install()`` was not called.
+            TimeoutError: it did not serve in time.
+            Exceptions of SGLang for settings or files that it cannot use. Nothing is left then.
+        """
+        if name is not None:
+            check_name(name)
+        check_seconds("start_timeout", start_timeout)
+        if not is_installed():
+            raise DistGuardError("an Engine needs the guard: call sglang_distguard.install() first")
+        self._server_args = launch.resolved(name or "engine", arguments)
+        self.name = name if name is not None else name_of_model(self._server_args)
+        self._lock = threading.Lock()
+        self._failure: Optional[BaseException] = None
+        self._is_closing = False
+        self._is_closed = threading.Event()
+        self._pending: set[asyncio.Task[Any]] = set()
+        self._begun: list[Part] = []
+        self._made: Any = None
+        self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-rpc")
+        self._loop = LoopThread(f"{self.name}-frontend", self._launch)
+        try:
+            self._loop.started.result(start_timeout)
+        except concurrent.futures.TimeoutError:
+            self._give_up()
+            raise TimeoutError(
+                f"engine {self.name!r} did not serve within {start_timeout:g} s; a larger model "
+                "needs a larger start_timeout"
+            ) from None
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _launch(self) -> None:
+        with settings.runner_scope(self.name):
+            made: Any = launch.launch(self.name, self._server_args, self._ended, self._begun.append)
+        made.loop = _Bridge(self._loop, self._here)
+        self._made = made
+
+    @property
+    def failure(self) -> Optional[BaseException]:
+        """What made the engine fail; None while it has not."""
+        return self._failure
+
+    @property
+    def model_path(self) -> str:
+        """Path of the model that the engine was opened with."""
+        return str(self._server_args.model_path)
+
+    @property
+    def pending(self) -> int:
+        """Number of calls that are not answered yet."""
+        return len(self._pending)
+
+    # How parts end
+
+    def _ended(self, part: Part) -> None:
+        """A part's thread has ended; the engine has failed unless it told the part to end."""
+        if self._is_closing:
+            return
+        cause = part.error or RuntimeError(f"the thread {part.name} has ended")
+        with self._lock:
+            if self._failure is None:
+                self._failure = cause
+        if not self._loop.loop.is_closed():
+            self._loop.loop.call_soon_threadsafe(self._cancel_pending)
+
+    def _cancel_pending(self) -> None:
+        for task in list(self._pending):
+            task.cancel()
+
+    def _check(self) -> None:
+        if self._is_closing:
+            raise EngineClosed(
+                f"engine {self.name!r} is closed; open another one", engine=self.name
+            )
+        if self._failure is not None:
+            raise self._failed()
+
+    def _failed(self) -> EngineFailed:
+        cause = self._failure
+        error = EngineFailed(
+            f"engine {self.name!r} has failed: {type(cause).__name__}: {cause}. Other engines go on; "
+            "close it and open another one in its place",
+            engine=self.name,
+            cause=f"{type(cause).__name__}: {cause}",
+        )
+        error.__cause__ = cause
+        return error
+
+    # Running coroutines in the frontend's loop
+
+    async def _here(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run ``coroutine`` as one request: it ends with the engine."""
+        try:
+            self._check()
+        except BaseException:
+            coroutine.close()
+            raise
+        task = asyncio.ensure_future(coroutine)
+        self._pending.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failed() from self._failure
+            if self._is_closing and task.cancelled():
+                raise EngineClosed(
+                    f"engine {self.name!r} was closed before this request was answered; "
+                    "close(drain=...) waits for requests",
+                    engine=self.name,
+                ) from None
+            raise
+        finally:
+            if not task.done():
+                task.cancel()
+            self._pending.discard(task)
+
+    def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        try:
+            self._check()
+        except BaseException:
+            coroutine.close()
+            raise
+        return self._loop.submit(self._here(coroutine))
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if self._loop.is_here():
+            coroutine.close()
+            raise RuntimeError(
+                f"a synchronous method of engine {self.name!r} was called in the engine's own loop; "
+                "use the asynchronous one"
+            )
+        future = self._submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C, too: the request is aborted
+            future.cancel()
+            raise
+
+    # Requests
+
+    def generate(self, *args: Any, stream: bool = False, **kwargs: Any) -> Any:
+        """As ``sgl.Engine.generate``: a result, a list of results, or an iterator with ``stream``.
+
+        Raises:
+            EngineFailed: the engine has failed, before or meanwhile.
+            EngineClosed: the engine is closed.
+            Exceptions of SGLang for requests that it refuses.
+        """
+        request = self._request(args, {**kwargs, "stream": stream})
+        if stream:
+            return self._chunks(request)
+        return self._wait(request.first())
+
+    async def async_generate(self, *args: Any, stream: bool = False, **kwargs: Any) -> Any:
+        """As ``generate``, without blocking; with ``stream`` it returns an asynchronous iterator.
+
+        Cancelling the caller aborts the request.
+        """
+        request = self._request(args, {**kwargs, "stream": stream})
+        if stream:
+            return self._async_chunks(request)
+        return await self._awaited(request.first())
+
+    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request:
+        self._check()
+        signature = inspect.signature(self._made.async_generate)
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("rid") is None:
+            given["rid"] = uuid.uuid4().hex
+        return _Request(self._made, given)
+
+    def _chunks(self, request: _Request) -> Iterator[Any]:
+        try:
+            while True:
+                chunk = self._wait(request.next())
+                if chunk is _NO_MORE:
+                    return
+                yield chunk
+        finally:
+            if not request.is_done:
+                self._abort_soon(request)
+
+    async def _async_chunks(self, request: _Request) -> AsyncIterator[Any]:
+        try:
+            while True:
+                chunk = await self._awaited(request.next())
+                if chunk is _NO_MORE:
+                    return
+                yield chunk
+        finally:
+            if not request.is_done:
+                self._abort_soon(request)
+
+    def _abort_soon(self, request: _Request) -> None:
+        if not self._is_closing and self._failure is None:
+            self._loop.submit(request.abort())
+
+    async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await asyncio.wrap_future(self._submit(coroutine))
+
+    def abort(self, rid: str = "", *, all: bool = False) -> None:
+        """Abort the request ``rid``, or all requests.
+
+        Args:
+            rid: the request's id, as given to ``generate``.
+            all: abort every request of this engine.
+        """
+
+        async def abort() -> None:
+            self._made.tokenizer_manager.abort_request(rid=rid, abort_all=all)
+
+        self._wait(abort())
+
+    def __getattr__(self, name: str) -> Any:
+        """The other methods of the installed ``sgl.Engine``, run in the engine's own thread."""
+        made = self.__dict__.get("_made")
+        if name.startswith("_") or made is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in REFUSED:
+            raise NotSupported(f"Engine.{name} is not supported: {REFUSED[name]}", engine=self.name)
+        found = getattr(made, name)
+        if not callable(found):
+            return found
+        if inspect.iscoroutinefunction(found):
+
+            @functools.wraps(found)
+            async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+                return await self._awaited(found(*args, **kwargs))
+
+            return asynchronous
+
+        @functools.wraps(found)
+        def synchronous(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            call = functools.partial(self._loop.in_context, found, *args, **kwargs)
+            return self._one_by_one.submit(call).result() if name in ONE_BY_ONE else call()
+
+        return synchronous
+
+    # Ending
+
+    def close(self, drain: float = 30.0) -> None:
+        """End the engine and give back everything it has; a second call does nothing.
+
+        Args:
+            drain: seconds to wait for pending requests; later ones are refused at once. What is
+                still pending then is aborted, with `EngineClosed`.
+
+        Raises:
+            TypeError, ValueError: ``drain`` is no number of seconds.
+            TimeoutError: a thread of the engine has not ended in a minute; it is named.
+        """
+        if drain != 0:
+            check_seconds("drain", drain)
+        if self._loop.is_here():
+            raise RuntimeError(f"engine {self.name!r} cannot be closed in its own loop; use aclose")
+        with self._lock:
+            is_second, self._is_closing = self._is_closing, True
+        if is_second:
+            self._is_closed.wait(_ENDING)
+            return
+        try:
+            if self._failure is None:
+                self._drain(drain)
+            self._end(_ENDING)
+        finally:
+            self._is_closed.set()
+
+    async def aclose(self, drain: float = 30.0) -> None:
+        """As ``close``, without blocking the caller's loop."""
+        await in_thread(self.close, drain)
+
+    shutdown = close
+
+    def _drain(self, seconds: float) -> None:
+        async def drained() -> None:
+            pending = list(self._pending)
+            if pending:
+                await asyncio.wait(pending, timeout=seconds)
+            self._cancel_pending()
+
+        self._loop.submit(drained()).result()
+
+    def _end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        made, self._made = self._made, None
+        self._one_by_one.shutdown()
+        if made is not None:
+            made.send_to_rpc.close(linger=0)
+            made.send_to_rpc.context.term()
+            close_resident(made.tokenizer_manager, timeout=seconds)
+        parts, self._begun = self._begun, []
+        left = [part.name for part in parts if not part.end(deadline - time.monotonic())]
+        if not self._loop.end(max(0.0, deadline - time.monotonic())):
+            left.append(f"{self.name}-frontend")
+        for part in parts:
+            launch.remove_files(part.ports)
+        if left:
+            raise TimeoutError(
+                f"engine {self.name!r}: {', '.join(left)} did not end within {seconds:g} s"
+            )
+
+    def _give_up(self) -> None:
+        """End what a failed start has begun; a part that still loads ends when it has."""
+        self._is_closing = True
+        try:
+            self._end(_GIVING_UP)
+        except TimeoutError:
+            pass  # the error of the start says more
+        finally:
+            self._is_closed.set()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closing else "failed" if self._failure else "serving"
+        return f"<Engine {self.name!r}, {state}>"
+
+
+class _Request:
+    """One call of ``async_generate`` in the engine's loop.
+
+    Attributes:
+        is_done: whether its last chunk was given, or it failed.
+    """
+
+    def __init__(self, made: Any, given: dict[str, Any]) -> None:
+        self._made = made
+        self._given = given
+        self._chunks: Any = None
+        self.is_done = False
+
+    async def first(self) -> Any:
+        """The result of a request that does not stream."""
+        try:
+            return await self._made.async_generate(**self._given)
+        except asyncio.CancelledError:
+            self._abort()
+            raise
+
+    async def next(self) -> Any:
+        """The next chunk of a request that streams, or ``_NO_MORE``."""
+        try:
+            if self._chunks is None:
+                self._chunks = await self._made.async_generate(**self._given)
+            chunk = await anext(self._chunks, _NO_MORE)
+            self.is_done = chunk is _NO_MORE
+            return chunk
+        except asyncio.CancelledError:
+            self._abort()
+            raise
+        except BaseException:
+            self.is_done = True
+            raise
+
+    async def abort(self) -> None:
+        """Abort what the caller does not want any longer."""
+        self._abort()
+
+    def _abort(self) -> None:
+        self.is_done = True
+        manager, rid = self._made.tokenizer_manager, self._given["rid"]
+        # SGLang numbers the requests of a batch with one id (0.5.23 `_normalize_rid`).
+        prefixes = tuple([rid] if isinstance(rid, str) else rid)
+        for known in [it for it in manager.rid_to_state if it.startswith(prefixes)]:
+            manager.abort_request(rid=known)
+
+
+class _Bridge:
+    """In the place of ``sgl.Engine.loop``: its synchronous methods run coroutines by it."""
+
+    def __init__(self, loop: LoopThread, here: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+        self._loop = loop
+        self._here = here
+
+    def run_until_complete(self, awaitable: Any) -> Any:
+        """Run ``awaitable`` in the engine's loop and wait for it."""
+
+        async def run() -> Any:
+            return await awaitable
+
+        future = self._loop.submit(self._here(run()))
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,133 @@
+"""The scheduler and the detokenizer of an engine, each in a thread of its own.
+
+They are SGLang's own classes, and run as in the processes that ``sgl.Engine`` starts (0.5.23:
+`run_scheduler_process`, `run_detokenizer_process`).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Optional
+
+from sglang_distguard.api.closing import close
+from sglang_distguard.config import settings
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+
+class Part:
+    """One thread of an engine. It is starting until ``ready`` is done, and then runs or has ended.
+
+    Attributes:
+        name: of the thread.
+        ports: of the engine.
+        ready: done when it serves; its error is that of the start.
+        error: what ended it; None while it runs, and after it was told to end.
+        manager: SGLang's object; None before it is made, and after the thread has ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ended: Callable[[Part], None],
+        server_args: ServerArgs,
+        ports: PortArgs,
+    ) -> None:
+        """Make the thread.
+
+        Args:
+            name: of the thread.
+            ended: called in the thread, last, however it ends.
+            server_args: settings of the engine, of which the part publishes a copy.
+            ports: of the engine.
+        """
+        self.name = name
+        self.ports = ports
+        self.ready: Future[Any] = Future()
+        self.error: Optional[BaseException] = None
+        self.manager: Any = None
+        self._ended = ended
+        self._args: Optional[ServerArgs] = own_copy(server_args)
+        self._is_told = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, in a context without any scope."""
+        contextvars.Context().run(self._thread.start)
+
+    def end(self, timeout: float) -> bool:
+        """Let the thread end; return whether it has.
+
+        Args:
+            timeout: seconds to wait. A thread that still starts ends when it has started.
+        """
+        self._is_told = True
+        if self._thread.ident is None:
+            return True
+        until = time.monotonic() + timeout
+        manager = self.manager
+        if manager is not None:
+            close(manager, timeout=max(timeout, 0.001))
+        self._thread.join(max(0.0, until - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        assert self._args is not None
+        try:
+            with settings.runner_scope(self.name):
+                self._serve(self._args)
+        except BaseException as error:
+            if not self._is_told:
+                self.error = error
+        finally:
+            manager, self.manager, self._args = self.manager, None, None
+            if manager is not None:
+                close(manager)
+            if not self.ready.done():
+                told = RuntimeError(f"{self.name} was closed while it started")
+                self.ready.set_exception(self.error or told)
+            self._ended(self)
+
+    def _serve(self, server_args: ServerArgs) -> None:
+        raise NotImplementedError
+
+
+class SchedulerPart(Part):
+    """The thread of the Scheduler; ``ready`` has what SGLang's scheduler process reports."""
+
+    def _serve(self, server_args: ServerArgs) -> None:
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.runtime_context import SpawnRanks, publish
+
+        ranks = SpawnRanks(world_rank=0, gpu_id=server_args.base_gpu_id)
+        publish(server_args, role="scheduler", ranks=ranks)
+        self.manager = Scheduler(server_args, self.ports)
+        if not self._is_told:
+            self.ready.set_result(self.manager.get_init_info())
+            self.manager.run_event_loop()
+
+
+class DetokenizerPart(Part):
+    """The thread of the DetokenizerManager."""
+
+    def _serve(self, server_args: ServerArgs) -> None:
+        from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+        from sglang.srt.runtime_context import publish
+
+        publish(server_args, role="detokenizer")
+        self.manager = DetokenizerManager(server_args, self.ports)
+        if not self._is_told:
+            self.ready.set_result(None)
+            self.manager.event_loop()
+
+
+def own_copy(server_args: ServerArgs) -> ServerArgs:
+    """As the process of a part would have it: each part publishes its own object."""
+    copied: ServerArgs = pickle.loads(pickle.dumps(server_args))
+    return copied

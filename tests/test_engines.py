@@ -1,0 +1,238 @@
+"""``Engine``: right for any number of threads and loops; it fails, ends and is closed alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CACHE
+from sglang_distguard import Engine, EngineClosed, EngineFailed, NotSupported, _core
+from sglang_distguard.testing import server_args, solo
+from sglang_distguard.testing.steps import PROMPTS
+
+Model = Callable[..., Path]
+KINDS = (("llama", "float32"), ("qwen3_moe", "bfloat16"))
+GREEDY = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+#: Many tokens, so that a request is still running when something else happens.
+LONG = {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}
+MANY = 300.0  # seconds; nothing here takes more than a fraction of it
+
+
+def opened(model: Model, architecture: str, dtype: str = "float32", **settings: Any) -> Engine:
+    args = server_args(model(architecture), dtype=dtype, sleep_on_idle=True, **settings)
+    return Engine(server_args=args, name=architecture, start_timeout=MANY)
+
+
+def asked(engine: Engine) -> list[list[int]]:
+    answers = engine.generate(input_ids=[list(it) for it in PROMPTS], sampling_params=GREEDY)
+    return [answer["output_ids"] for answer in answers]
+
+
+@pytest.fixture
+def engine(guard: None, model: Model) -> Iterator[Engine]:
+    made = opened(model, "llama")
+    yield made
+    made.close(drain=0)
+
+
+@pytest.fixture
+def alone(model: Model) -> Callable[[str, str], list[list[int]]]:
+    def tokens(architecture: str, dtype: str) -> list[list[int]]:
+        return solo(model(architecture), dtype, cache_dir=CACHE / "solo").tokens
+
+    return tokens
+
+
+def test_engines_opened_at_once_answer_at_once_as_their_models_alone(
+    guard: None, model: Model, alone: Any
+) -> None:
+    expected = [alone(*kind) for kind in KINDS]
+    with ThreadPoolExecutor() as pool:
+        engines = list(pool.map(lambda kind: opened(model, *kind), KINDS))
+        try:
+            for _ in range(3):
+                futures = [pool.submit(asked, engine) for engine in engines for _ in range(2)]
+                found = [future.result() for future in futures]
+                assert found == [expected[0], expected[0], expected[1], expected[1]]
+        finally:
+            for engine in engines:
+                engine.close()
+
+
+def test_a_stream_ends_with_the_tokens_of_the_whole_answer(engine: Engine) -> None:
+    whole = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=GREEDY)["output_ids"]
+    given = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=GREEDY, stream=True)
+    chunks = [chunk["output_ids"] for chunk in given]
+    assert len(chunks) >= 2
+    assert chunks[-1] == whole
+
+
+def test_any_asyncio_loop_may_ask(engine: Engine) -> None:
+    expected = asked(engine)
+
+    async def ask() -> tuple[list[list[int]], list[int]]:
+        both = await asyncio.gather(
+            *(engine.async_generate(input_ids=list(it), sampling_params=GREEDY) for it in PROMPTS)
+        )
+        last: list[int] = []
+        stream = await engine.async_generate(
+            input_ids=list(PROMPTS[0]), sampling_params=GREEDY, stream=True
+        )
+        async for chunk in stream:
+            last = chunk["output_ids"]
+        return [it["output_ids"] for it in both], last
+
+    for _ in range(2):  # two loops
+        both, last = asyncio.run(ask())
+        assert both == expected
+        assert last == expected[0]
+
+
+def test_a_request_whose_caller_is_cancelled_is_aborted(engine: Engine) -> None:
+    async def cancel() -> None:
+        stream = await engine.async_generate(
+            input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True
+        )
+        async for _ in stream:
+            break
+        await stream.aclose()
+        task = asyncio.create_task(
+            engine.async_generate(input_ids=list(PROMPTS[0]), sampling_params=LONG)
+        )
+        while len(engine.tokenizer_manager.rid_to_state) == 0:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    manager = engine.tokenizer_manager
+    asked(engine)  # later than the aborts
+    assert manager.rid_to_state == {}
+
+
+def test_a_request_is_aborted_by_its_id(engine: Engine) -> None:
+    stream = engine.generate(
+        input_ids=list(PROMPTS[0]), sampling_params=LONG, rid="long", stream=True
+    )
+    next(stream)
+    engine.abort("long")
+    last: Any = None
+    for last in stream:
+        pass
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_other_methods_are_those_of_sgl_engine(engine: Engine) -> None:
+    assert engine.get_model_info()["model_path"] == engine.get_server_info()["model_path"]
+    assert engine.flush_cache().success
+    with pytest.raises(NotSupported, match="freeze_gc is not supported: it would keep"):
+        engine.freeze_gc()
+    with pytest.raises(AttributeError, match="no attribute 'does_not_exist'"):
+        _ = engine.does_not_exist
+
+
+def test_new_weights_are_those_of_the_next_answer(engine: Engine, model: Model) -> None:
+    other = model("llama", seed=1)
+    before = engine.get_weights_by_name("lm_head.weight", truncate_size=2)
+    assert engine.update_weights_from_disk(str(other))[0]
+    assert engine.get_weights_by_name("lm_head.weight", truncate_size=2) != before
+    assert asked(engine) == solo(other, "float32", cache_dir=CACHE / "solo").tokens
+
+
+def test_settings_that_need_further_processes_are_refused_by_name(
+    guard: None, model: Model
+) -> None:
+    for field in ("tp_size", "dp_size"):
+        args = server_args(model("llama"), **{field: 2})
+        with pytest.raises(NotSupported, match=f"asks for {field}=2, which needs 2 processes"):
+            Engine(server_args=args)
+
+
+def test_an_engine_that_fails_fails_its_own_callers_with_the_cause_and_nothing_else(
+    guard: None, model: Model, alone: Any
+) -> None:
+    healthy, failing = opened(model, "qwen3_moe", "bfloat16"), opened(model, "llama")
+    try:
+        asked(failing)
+
+        def breaks(*_args: Any) -> None:
+            raise ValueError("planted")
+
+        failing._begun[0].manager.run_batch = breaks
+        for _ in range(2):  # a request that is pending, and a later one
+            with pytest.raises(
+                EngineFailed, match="'llama' has failed: ValueError: planted"
+            ) as told:
+                asked(failing)
+            assert isinstance(told.value.__cause__, ValueError)
+        assert asked(healthy) == alone("qwen3_moe", "bfloat16")
+        failing.close()
+        with opened(model, "llama") as another:
+            assert asked(another) == alone("llama", "float32")
+    finally:
+        healthy.close()
+        failing.close()
+
+
+def test_an_engine_that_does_not_start_leaves_nothing(guard: None, tmp_path: Path) -> None:
+    before = left()
+    with pytest.raises(Exception, match="config"):
+        Engine(model_path=str(tmp_path), device="cpu", start_timeout=MANY)
+    assert left() == before
+
+
+def test_closing_waits_for_requests_and_refuses_later_ones(engine: Engine) -> None:
+    begun = threading.Event()
+    answers: list[Any] = []
+
+    def ask() -> None:
+        for chunk in engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True):
+            begun.set()
+            answers.append(chunk)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(MANY)
+    engine.close(drain=MANY)
+    asking.join(MANY)
+    with pytest.raises(EngineClosed, match="'llama' is closed; open another one"):
+        asked(engine)
+    engine.close()
+
+
+def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(engine.generate, input_ids=list(PROMPTS[0]), sampling_params=LONG)
+        while len(engine.tokenizer_manager.rid_to_state) == 0 and not pending.done():
+            pass
+        engine.close(drain=0)
+        with pytest.raises(EngineClosed, match="closed before this request was answered"):
+            pending.result(MANY)
+
+
+def left() -> dict[str, Any]:
+    """Threads, descriptors and files that engines make."""
+    return {
+        "threads": sorted(it.name for it in threading.enumerate()),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "shared memory": sorted(os.listdir("/dev/shm")),
+        "sockets": sorted(it.name for it in Path(tempfile.gettempdir()).glob("tmp*")),
+        "scopes": len(_core.live_scopes()),
+    }
+
+
+def test_a_cycle_of_open_serve_and_close_leaves_nothing(guard: None, model: Model) -> None:
+    with opened(model, "llama") as first:  # imports and threads that stay
+        asked(first)
+    before = left()
+    with opened(model, "llama") as engine:
+        asked(engine)
+    assert left() == before
