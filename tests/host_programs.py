@@ -104,10 +104,13 @@ def _failing_in_child(cache: str, treated: bool) -> dict[str, Any]:
     one.thread.join(DEADLINE)
     Scheduler.init_overlap = build  # type: ignore[method-assign]
     error = repr(one.error)
+
     # As a watchdog whose scheduler is stuck does.
-    stuck = threading.Thread(
-        target=lambda: watchdog.psutil.Process().parent().send_signal(signal.SIGQUIT)
-    )
+    def is_stuck() -> None:
+        parent: Any = watchdog.psutil.Process().parent()
+        parent.send_signal(signal.SIGQUIT)
+
+    stuck = threading.Thread(target=is_stuck)
     stuck.start()
     stuck.join()
     import sglang_distguard

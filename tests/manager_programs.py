@@ -280,3 +280,42 @@ def without_the_guard(cache: str) -> None:
         assert servings[-1].ready.wait(DEADLINE)
     print(json.dumps({"errors": [repr(it.error) for it in servings]}), flush=True)
     os._exit(0)
+
+
+def closing(cache: str) -> None:
+    """Print what `close` says of a scheduler whose event loop is busy, and does when forced."""
+    import sglang_distguard
+
+    sglang_distguard.install(timeout=DEADLINE)
+    serving = Serving(member_args(cache, 2), in_event_loop)
+    serving.ask()
+    busy, go_on = threading.Event(), threading.Event()
+    errors: list[str] = []
+
+    def refused(**options: Any) -> None:
+        try:
+            sglang_distguard.close(serving.scheduler, **options)
+        except sglang_distguard.StateInUse as error:
+            errors.append(str(error))
+
+    def in_the_loop() -> None:
+        if not busy.is_set():
+            refused()
+        busy.set()
+        assert go_on.wait(DEADLINE)
+
+    serving.scheduler.maybe_sleep_on_idle = in_the_loop
+    assert busy.wait(DEADLINE)
+    refused(timeout=0.1)
+    facts: dict[str, Any] = {"errors": errors}
+    facts["alive"] = serving.thread.is_alive()
+    facts["forced"] = sglang_distguard.close(serving.scheduler, force=True)
+    facts["holders"] = [it["holders"] for it in sglang_distguard.snapshot()["slots"]]
+    go_on.set()
+    serving.thread.join(DEADLINE)
+    facts["ended"] = [serving.thread.is_alive(), repr(serving.error)]
+    try:
+        serving.scheduler.get_init_info()
+    except sglang_distguard.DistGuardError as error:
+        facts["afterwards"] = str(error)
+    print(json.dumps(facts), flush=True)

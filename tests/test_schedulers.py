@@ -74,6 +74,19 @@ def test_a_scheduler_that_is_dropped_is_freed_with_its_threads_and_sockets(
     assert after == facts["process"][0]
 
 
+def test_a_scheduler_whose_loop_is_busy_is_closed_by_force_only(cache: Path) -> None:
+    printed = run_well(_IMPORT, "manager_programs.closing(CACHE)", has=Has.SGLANG)
+    facts = json.loads(printed.splitlines()[-1])
+    inside, late = facts["errors"]
+    assert "in a thread that is in its run_event_loop()" in inside
+    assert "still in run_event_loop() in thread scheduler" in late
+    assert facts["alive"]
+    assert facts["forced"]
+    assert facts["holders"] == [[] for _ in facts["holders"]]
+    assert facts["ended"] == [False, "None"]
+    assert facts["afterwards"].endswith("is closed; build a new one")
+
+
 def test_without_the_guard_a_second_scheduler_is_refused(cache: Path) -> None:
     program = "manager_programs.without_the_guard(CACHE)"
     done = run_well(_IMPORT, program, has=Has.SGLANG)

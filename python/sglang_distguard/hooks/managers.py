@@ -40,6 +40,7 @@ class Manager(NamedTuple):
         bases: (module, name) of the classes whose methods it has too (0.5.23).
         loops: methods that the manager's end stops, and so does not wait for.
         plain: public methods that read fields of the manager alone, and work when it is closed.
+        hooked: public methods with a hook of their own, which enters the scope itself.
     """
 
     module: str
@@ -47,6 +48,7 @@ class Manager(NamedTuple):
     bases: tuple[tuple[str, str], ...]
     loops: frozenset[str] = frozenset()
     plain: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
 
 
 TABLE = (
@@ -83,7 +85,12 @@ TABLE = (
             }
         ),
     ),
-    Manager(DETOKENIZER, "DetokenizerManager", ((_MULTI, "MultiHttpWorkerDetokenizerMixin"),)),
+    Manager(
+        DETOKENIZER,
+        "DetokenizerManager",
+        ((_MULTI, "MultiHttpWorkerDetokenizerMixin"),),
+        hooked=frozenset({"init_request_dispatcher", "event_loop", "multi_http_worker_event_loop"}),
+    ),
 )
 #: Public methods and properties of TpModelWorker that read its fields or its runner's (0.5.23).
 _WORKER_PLAIN = frozenset(
@@ -104,8 +111,6 @@ _WORKER_PLAIN = frozenset(
 )
 
 
-#: These only wait for messages, and need one to end.
-_DETOKENIZER_LOOPS = ("event_loop", "multi_http_worker_event_loop")
 #: Is given each manager that a process function of SGLang makes in the running thread.
 _made: ContextVar[Optional[Callable[[Any], None]]] = ContextVar(
     "sglang_distguard.made", default=None
@@ -117,7 +122,7 @@ class _Ended(BaseException):
 
 
 def _step_of(manager: Manager, name: str) -> Optional[_core.StepOf]:
-    if name in manager.plain or name in (*_DETOKENIZER_LOOPS, "init_request_dispatcher"):
+    if name in manager.plain | manager.hooked:
         return None
     return _core.StepOf(name, None, counts=name not in manager.loops)
 
@@ -190,6 +195,7 @@ def _dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _event_loop(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the loop end by a message; it only waits for messages."""
     step_of = _core.StepOf(original.__name__, None)
 
     @functools.wraps(original)
