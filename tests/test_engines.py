@@ -124,9 +124,7 @@ def test_a_request_is_aborted_by_its_id(engine: Engine) -> None:
     )
     next(stream)
     engine.abort("long")
-    last: Any = None
-    for last in stream:
-        pass
+    *_, last = stream
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
 
 
@@ -220,6 +218,9 @@ def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -
 
 def left() -> dict[str, Any]:
     """Threads, descriptors and files that engines make."""
+    for thread in threading.enumerate():
+        if "_watchdog_thread" in thread.name:  # told to end, and not waited for
+            thread.join(MANY)
     return {
         "threads": sorted(it.name for it in threading.enumerate()),
         "descriptors": len(os.listdir("/proc/self/fd")),

@@ -25,11 +25,13 @@ import asyncio
 import concurrent.futures
 import functools
 import inspect
+import queue
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -264,30 +266,32 @@ class Engine:
         return _Request(self._made, given)
 
     def _chunks(self, request: _Request) -> Iterator[Any]:
+        chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        done = self._submit(request.stream(chunks.put))
+        done.add_done_callback(lambda _: chunks.put(_NO_MORE))
         try:
-            while True:
-                chunk = self._wait(request.next())
-                if chunk is _NO_MORE:
-                    return
+            while (chunk := chunks.get()) is not _NO_MORE:
                 yield chunk
-        finally:
-            if not request.is_done:
-                self._abort_soon(request)
+            done.result()
+        finally:  # the caller may not want the rest
+            done.cancel()
 
     async def _async_chunks(self, request: _Request) -> AsyncIterator[Any]:
-        try:
-            while True:
-                chunk = await self._awaited(request.next())
-                if chunk is _NO_MORE:
-                    return
-                yield chunk
-        finally:
-            if not request.is_done:
-                self._abort_soon(request)
+        chunks: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
-    def _abort_soon(self, request: _Request) -> None:
-        if not self._is_closing and self._failure is None:
-            self._loop.submit(request.abort())
+        def put(chunk: Any) -> None:
+            with suppress(RuntimeError):  # the caller's loop has ended without waiting
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        done = self._submit(request.stream(put))
+        done.add_done_callback(lambda _: put(_NO_MORE))
+        try:
+            while (chunk := await chunks.get()) is not _NO_MORE:
+                yield chunk
+            done.result()
+        finally:
+            done.cancel()
 
     async def _awaited(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return await asyncio.wrap_future(self._submit(coroutine))
@@ -432,17 +436,11 @@ class Engine:
 
 
 class _Request:
-    """One call of ``async_generate`` in the engine's loop.
-
-    Attributes:
-        is_done: whether its last chunk was given, or it failed.
-    """
+    """One call of ``async_generate``, in the engine's loop."""
 
     def __init__(self, made: Any, given: dict[str, Any]) -> None:
         self._made = made
         self._given = given
-        self._chunks: Any = None
-        self.is_done = False
 
     async def first(self) -> Any:
         """The result of a request that does not stream."""
@@ -452,27 +450,17 @@ class _Request:
             self._abort()
             raise
 
-    async def next(self) -> Any:
-        """The next chunk of a request that streams, or ``_NO_MORE``."""
+    async def stream(self, put: Callable[[Any], None]) -> None:
+        """Call ``put`` with each chunk."""
         try:
-            if self._chunks is None:
-                self._chunks = await self._made.async_generate(**self._given)
-            chunk = await anext(self._chunks, _NO_MORE)
-            self.is_done = chunk is _NO_MORE
-            return chunk
+            async with aclosing(await self._made.async_generate(**self._given)) as chunks:
+                async for chunk in chunks:
+                    put(chunk)
         except asyncio.CancelledError:
             self._abort()
             raise
-        except BaseException:
-            self.is_done = True
-            raise
-
-    async def abort(self) -> None:
-        """Abort what the caller does not want any longer."""
-        self._abort()
 
     def _abort(self) -> None:
-        self.is_done = True
         manager, rid = self._made.tokenizer_manager, self._given["rid"]
         # SGLang numbers the requests of a batch with one id (0.5.23 `_normalize_rid`).
         prefixes = tuple([rid] if isinstance(rid, str) else rid)

@@ -247,6 +247,8 @@ def _watchdog_thread(original: Callable[..., Any]) -> Callable[..., Any]:
         token = _stop.set(self._sglang_distguard_stop)
         try:
             original(self)
+        except _Stopped:
+            pass
         finally:
             _stop.reset(token)
 
@@ -263,12 +265,16 @@ def _create_scheduler_watchdog(original: Callable[..., Any]) -> Callable[..., An
     return create_scheduler_watchdog
 
 
+class _Stopped(BaseException):
+    """Ends the thread of a watchdog."""
+
+
 def _sleep(seconds: float) -> None:
     stop = _stop.get()
     if stop is None:
         time.sleep(seconds)
     elif stop.wait(seconds):
-        raise SystemExit  # ends the thread, and is no error to `threading`
+        raise _Stopped
 
 
 CHANGES = (
