@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,38 @@ def test_engines_opened_at_once_answer_at_once_as_their_models_alone(
         finally:
             for engine in engines:
                 engine.close()
+
+
+@pytest.fixture
+def talking(model: Model, tmp_path: Path) -> Path:
+    """A checkpoint with a tokenizer: the word w7 is the token 7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(shutil.copytree(model("llama"), tmp_path / "talking"))
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(1000)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w999")
+    made.save_pretrained(folder)
+    return folder
+
+
+def speaking(folder: Path) -> Engine:
+    args = server_args(folder, skip_tokenizer_init=False, sleep_on_idle=True)
+    return Engine(server_args=args, name="speaking", start_timeout=MANY)
+
+
+def test_text_is_answered_by_text(guard: None, talking: Path, alone: Any) -> None:
+    def said(tokens: Iterable[int]) -> str:
+        return " ".join(f"w{token}" for token in tokens)
+
+    with speaking(talking) as engine:
+        answers = engine.generate([said(prompt) for prompt in PROMPTS], GREEDY)
+        assert [it["text"].strip() for it in answers] == [
+            said(it) for it in alone("llama", "float32")
+        ]
+        *_, last = engine.generate(said(PROMPTS[0]), GREEDY, stream=True)
+        assert last["text"] == answers[0]["text"]
 
 
 def test_a_stream_ends_with_the_tokens_of_the_whole_answer(engine: Engine) -> None:
@@ -230,10 +263,10 @@ def left() -> dict[str, Any]:
     }
 
 
-def test_a_cycle_of_open_serve_and_close_leaves_nothing(guard: None, model: Model) -> None:
-    with opened(model, "llama") as first:  # imports and threads that stay
-        asked(first)
+def test_a_cycle_of_open_serve_and_close_leaves_nothing(guard: None, talking: Path) -> None:
+    with speaking(talking) as first:  # imports and threads that stay
+        first.generate("w5", GREEDY)
     before = left()
-    with opened(model, "llama") as engine:
-        asked(engine)
+    with speaking(talking) as engine:
+        engine.generate("w5", GREEDY)
     assert left() == before
