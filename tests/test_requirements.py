@@ -10,8 +10,8 @@ import sglang_distguard
 from sglang_distguard.hooks.requirements import REQUIRED
 
 PACKAGE = Path(sglang_distguard.__file__).parent
-#: Parts that use the package as its users do, and build runners with SGLang's own steps.
-ABOVE = {"__main__", "demo", "audit", "testing"}
+#: Parts that use the package as its users do, and build runners and engines with SGLang's own steps.
+ABOVE = {"__main__", "demo", "audit", "testing", "engines"}
 NAMES = {(it.module, it.qualname) for it in REQUIRED}
 
 

@@ -126,8 +126,10 @@ def findings(plan: Plan, at: Path) -> Iterator[tuple[str, str]]:
         is_sglangs = row.module.startswith("sglang.") and "*" not in row.name
         if is_sglangs and key not in {(it.module, it.name) for it in plan.absent}:
             source = find_source(row.module, at)
-            names = outline(source).bound | outline(source).imported if source else ()
-            if row.name.partition(".")[0] not in names:
+            found = None if source is None else outline(source)
+            names = found.bound | found.imported if found is not None else ()
+            is_open = found is not None and found.is_open  # by `from … import *`
+            if not is_open and row.name.partition(".")[0] not in names:
                 yield "row about nothing", f"{row.module}.{row.name}{_moved(*key, at)}"
     for module, name in releases.limited():
         source = find_source(module, at)

@@ -61,6 +61,7 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         Span("0.5.22"),
     ),
     (_SRT + "arg_groups.muse_spark_hook", "get_config", Span("0.5.23")),
+    (_SRT + "managers.overlap_utils", "_offered_relay", Span("0.5.23")),
     (
         _SRT + "layers.quantization.mxfp4_flashinfer_trtllm_moe",
         "_fused_finalize_all_reduce_world_size _fused_finalize_all_reduce_probed "

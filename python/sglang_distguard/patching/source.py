@@ -23,7 +23,7 @@ class ModuleSource:
 
 
 def find_source(module: str, at: Optional[Path] = None) -> Optional[ModuleSource]:
-    """Return the source of ``module`` without importing it, or None when there is no such module.
+    """Return the source of ``module`` without importing it; None if there is none, or only C code.
 
     Only the top-level package is looked up through the import system, which imports nothing. The
     rest is a path below it. So ``install()`` can read the source before sglang is imported.
@@ -34,7 +34,9 @@ def find_source(module: str, at: Optional[Path] = None) -> Optional[ModuleSource
             others in this environment.
     """
     path = _path_of(module, at)
-    return None if path is None or not path.is_file() else _read(module, path)
+    if path is None or path.suffix != ".py" or not path.is_file():
+        return None
+    return _read(module, path)
 
 
 @dataclass(frozen=True)
