@@ -182,7 +182,8 @@ def test_settings_that_need_further_processes_are_refused_by_name(
     guard: None, model: Model
 ) -> None:
     for field in ("tp_size", "dp_size"):
-        args = server_args(model("llama"), **{field: 2})
+        settings: dict[str, Any] = {field: 2}
+        args = server_args(model("llama"), **settings)
         with pytest.raises(NotSupported, match=f"asks for {field}=2, which needs 2 processes"):
             Engine(server_args=args)
 

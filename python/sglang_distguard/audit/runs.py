@@ -246,9 +246,11 @@ def together(subject: Subject, *, detailed: bool = True) -> Run:
         watch.after("both", "decode")
         while runners:
             runner = runners.pop()
-            for it in (*subject.drafts(runner), runner):
-                sglang_distguard.close(it)
-            del it, runner
+            drafts = list(subject.drafts(runner))
+            while drafts:
+                sglang_distguard.close(drafts.pop())
+            sglang_distguard.close(runner)
+            del runner
         _tear_down()
         watch.after("both", "close")
     return watch.take()

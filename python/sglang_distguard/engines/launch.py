@@ -18,7 +18,7 @@ from sglang_distguard.errors import NotSupported
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints import engine as sgl
-    from sglang.srt.server_args import PortArgs, ServerArgs
+    from sglang.srt.server_args import PortArgs
 
 #: Fields of ServerArgs that need further processes, with the values that an engine can have.
 _ONE = ("tp_size", "pp_size", "dp_size", "nnodes", "tokenizer_worker_num", "detokenizer_worker_num")
@@ -29,8 +29,8 @@ _REFUSED = {
 }
 
 
-def resolved(name: str, given: dict[str, Any]) -> ServerArgs:
-    """Make the settings of an engine from the arguments of its constructor.
+def resolved(name: str, given: dict[str, Any]) -> Any:
+    """Make the ``ServerArgs`` of an engine from the arguments of its constructor.
 
     Args:
         name: of the engine, for messages.
@@ -98,7 +98,7 @@ def remove_files(ports: PortArgs) -> None:
 
 def launch(
     name: str,
-    server_args: ServerArgs,
+    server_args: Any,
     ended: Callable[[Part], None],
     begun: Callable[[Part], None],
 ) -> sgl.Engine:
@@ -108,7 +108,7 @@ def launch(
 
     Args:
         name: of the engine.
-        server_args: from ``resolved``.
+        server_args: the ``ServerArgs`` from ``resolved``.
         ended: called in each part's thread when it ends.
         begun: called with each part before it is started, so that the caller can end it.
 

@@ -94,14 +94,14 @@ class Part:
                 self.ready.set_exception(self.error or told)
             self._ended(self)
 
-    def _serve(self, server_args: ServerArgs) -> None:
+    def _serve(self, server_args: Any) -> None:
         raise NotImplementedError
 
 
 class SchedulerPart(Part):
     """The thread of the Scheduler; ``ready`` has what SGLang's scheduler process reports."""
 
-    def _serve(self, server_args: ServerArgs) -> None:
+    def _serve(self, server_args: Any) -> None:
         from sglang.srt.managers.scheduler import Scheduler
         from sglang.srt.runtime_context import SpawnRanks, publish
 
@@ -116,7 +116,7 @@ class SchedulerPart(Part):
 class DetokenizerPart(Part):
     """The thread of the DetokenizerManager."""
 
-    def _serve(self, server_args: ServerArgs) -> None:
+    def _serve(self, server_args: Any) -> None:
         from sglang.srt.managers.detokenizer_manager import DetokenizerManager
         from sglang.srt.runtime_context import publish
 
