@@ -214,6 +214,23 @@ def test_an_engine_that_fails_fails_its_own_callers_with_the_cause_and_nothing_e
         failing.close()
 
 
+def test_a_forked_child_is_refused_and_does_not_close_its_parents_engine(engine: Engine) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.close()
+            engine.generate(input_ids=[1], sampling_params=GREEDY)
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as told:
+        assert "ForkedError: engine 'llama' was opened in process" in told.read()
+    assert len(asked(engine)) == len(PROMPTS)
+
+
 def test_an_engine_that_does_not_start_leaves_nothing(guard: None, tmp_path: Path) -> None:
     before = left()
     with pytest.raises(Exception, match="config"):

@@ -25,13 +25,14 @@ import asyncio
 import concurrent.futures
 import functools
 import inspect
+import os
 import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -42,7 +43,14 @@ from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.engines import launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part
-from sglang_distguard.errors import DistGuardError, EngineClosed, EngineFailed, NotSupported
+from sglang_distguard.engines.requests import Bridge, Request
+from sglang_distguard.errors import (
+    DistGuardError,
+    EngineClosed,
+    EngineFailed,
+    ForkedError,
+    NotSupported,
+)
 from sglang_distguard.process.installation import is_installed
 
 if TYPE_CHECKING:
@@ -112,8 +120,10 @@ class Engine:
         self._begun: list[Part] = []
         self._made: Any = None
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-rpc")
+        self._process = os.getpid()
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
         try:
+            self._loop.start()
             self._loop.started.result(start_timeout)
         except concurrent.futures.TimeoutError:
             self._give_up()
@@ -128,7 +138,7 @@ class Engine:
     def _launch(self) -> None:
         with settings.runner_scope(self.name):
             made: Any = launch.launch(self.name, self._server_args, self._ended, self._begun.append)
-        made.loop = _Bridge(self._loop, self._here)
+        made.loop = Bridge(self._loop, self._here)
         self._made = made
 
     @property
@@ -164,6 +174,12 @@ class Engine:
             task.cancel()
 
     def _check(self) -> None:
+        if self._process != os.getpid():
+            raise ForkedError(
+                f"engine {self.name!r} was opened in process {self._process}; this forked child "
+                f"({os.getpid()}) does not have its threads. Open an engine here",
+                engine=self.name,
+            )
         if self._is_closing:
             raise EngineClosed(
                 f"engine {self.name!r} is closed; open another one", engine=self.name
@@ -257,15 +273,15 @@ class Engine:
             return self._async_chunks(request)
         return await self._awaited(request.first())
 
-    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Request:
+    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
         self._check()
         signature = inspect.signature(self._made.async_generate)
         given = signature.bind(*args, **kwargs).arguments
         if given.get("rid") is None:
             given["rid"] = uuid.uuid4().hex
-        return _Request(self._made, given)
+        return Request(self._made, given)
 
-    def _chunks(self, request: _Request) -> Iterator[Any]:
+    def _chunks(self, request: Request) -> Iterator[Any]:
         chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         done = self._submit(request.stream(chunks.put))
         done.add_done_callback(lambda _: chunks.put(_NO_MORE))
@@ -276,7 +292,7 @@ class Engine:
         finally:  # the caller may not want the rest
             done.cancel()
 
-    async def _async_chunks(self, request: _Request) -> AsyncIterator[Any]:
+    async def _async_chunks(self, request: Request) -> AsyncIterator[Any]:
         chunks: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -352,6 +368,8 @@ class Engine:
             check_seconds("drain", drain)
         if self._loop.is_here():
             raise RuntimeError(f"engine {self.name!r} cannot be closed in its own loop; use aclose")
+        if self._process != os.getpid():
+            return  # its threads, sockets and files are the parent's
         with self._lock:
             is_second, self._is_closing = self._is_closing, True
         if is_second:
@@ -380,22 +398,30 @@ class Engine:
         self._loop.submit(drained()).result()
 
     def _end(self, seconds: float) -> None:
+        """End every part, also when ending another one fails."""
         deadline = time.monotonic() + seconds
         made, self._made = self._made, None
-        self._one_by_one.shutdown()
-        if made is not None:
-            made.send_to_rpc.close(linger=0)
-            made.send_to_rpc.context.term()
-            close_resident(made.tokenizer_manager, timeout=seconds)
         parts, self._begun = self._begun, []
-        left = [part.name for part in parts if not part.end(deadline - time.monotonic())]
-        if not self._loop.end(max(0.0, deadline - time.monotonic())):
-            left.append(f"{self.name}-frontend")
-        for part in parts:
-            launch.remove_files(part.ports)
+        left: list[str] = []
+        with ExitStack() as last:  # in reverse order
+            for part in parts:
+                last.callback(launch.remove_files, part.ports)
+            if made is not None:
+                try:
+                    close_resident(made.tokenizer_manager, timeout=seconds)
+                except DistGuardError:
+                    left.append(f"{self.name}-frontend")
+                    close_resident(made.tokenizer_manager, force=True)
+                last.callback(self._one_by_one.shutdown)
+                last.callback(made.send_to_rpc.context.term)
+                last.callback(made.send_to_rpc.close, linger=0)
+            left += [part.name for part in parts if not part.end(deadline - time.monotonic())]
+            if not self._loop.end(max(0.0, deadline - time.monotonic())):
+                left.append(f"{self.name}-frontend")
         if left:
             raise TimeoutError(
-                f"engine {self.name!r}: {', '.join(left)} did not end within {seconds:g} s"
+                f"engine {self.name!r}: {', '.join(dict.fromkeys(left))} did not end within "
+                f"{seconds:g} s"
             )
 
     def _give_up(self) -> None:
@@ -433,57 +459,3 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self._is_closing else "failed" if self._failure else "serving"
         return f"<Engine {self.name!r}, {state}>"
-
-
-class _Request:
-    """One call of ``async_generate``, in the engine's loop."""
-
-    def __init__(self, made: Any, given: dict[str, Any]) -> None:
-        self._made = made
-        self._given = given
-
-    async def first(self) -> Any:
-        """The result of a request that does not stream."""
-        try:
-            return await self._made.async_generate(**self._given)
-        except asyncio.CancelledError:
-            self._abort()
-            raise
-
-    async def stream(self, put: Callable[[Any], None]) -> None:
-        """Call ``put`` with each chunk."""
-        try:
-            async with aclosing(await self._made.async_generate(**self._given)) as chunks:
-                async for chunk in chunks:
-                    put(chunk)
-        except asyncio.CancelledError:
-            self._abort()
-            raise
-
-    def _abort(self) -> None:
-        manager, rid = self._made.tokenizer_manager, self._given["rid"]
-        # SGLang numbers the requests of a batch with one id (0.5.23 `_normalize_rid`).
-        prefixes = tuple([rid] if isinstance(rid, str) else rid)
-        for known in [it for it in manager.rid_to_state if it.startswith(prefixes)]:
-            manager.abort_request(rid=known)
-
-
-class _Bridge:
-    """In the place of ``sgl.Engine.loop``: its synchronous methods run coroutines by it."""
-
-    def __init__(self, loop: LoopThread, here: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
-        self._loop = loop
-        self._here = here
-
-    def run_until_complete(self, awaitable: Any) -> Any:
-        """Run ``awaitable`` in the engine's loop and wait for it."""
-
-        async def run() -> Any:
-            return await awaitable
-
-        future = self._loop.submit(self._here(run()))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise

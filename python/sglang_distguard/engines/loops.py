@@ -21,7 +21,7 @@ class LoopThread:
     """
 
     def __init__(self, name: str, set_up: Callable[[], None]) -> None:
-        """Start the thread.
+        """Make the thread.
 
         Args:
             name: of the thread.
@@ -33,7 +33,9 @@ class LoopThread:
         self._context = contextvars.Context()
         self._set_up = set_up
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        # A thread of SGLang or of the caller would carry the caller's execution into this one.
+
+    def start(self) -> None:
+        """Start the thread, in a context without any scope: it would inherit the caller's."""
         contextvars.Context().run(self._thread.start)
 
     def _run(self) -> None:

@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard.api.closing import close
 from sglang_distguard.config import settings
+from sglang_distguard.errors import StateInUse
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -73,7 +75,8 @@ class Part:
         until = time.monotonic() + timeout
         manager = self.manager
         if manager is not None:
-            close(manager, timeout=max(timeout, 0.001))
+            with suppress(StateInUse):  # it is still inside a call: the thread has not ended
+                close(manager, timeout=max(timeout, 0.001))
         self._thread.join(max(0.0, until - time.monotonic()))
         return not self._thread.is_alive()
 
