@@ -103,7 +103,7 @@ ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test
 ranks-builds ranks-communicators: setup
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
 
-audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (4 minutes)
+audit: setup ## which process-globals of SGLang change, and whether each is treated: against ledger/ (20 minutes)
 	@$(BIN)/python -m sglang_distguard audit --ledger ledger/$(subst sglang==,,$(SGLANG)).csv
 
 # .venv keeps its SGLang, whatever release is looked at.

@@ -144,6 +144,13 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
         yield Case("qwen3_moe recorded, with graphs", moe, {**_HALF, **recording}, graphs=True)
 
 
+def short(model_of: Callable[[str], Path]) -> Iterator[Case]:
+    """The cases of ``everything`` that are observed in detail: what a test has time for."""
+    for case in everything(model_of):
+        if case.detailed:
+            yield case
+
+
 #: An encoder, an embedding model, and a reward model.
 POOLED = ("bert", "llama_embedding", "qwen3_reward")
 #: A model of images and one of sounds.
