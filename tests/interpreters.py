@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import fork_server
 from conftest import CACHE
@@ -69,6 +69,15 @@ def run_well(*parts: str, has: Has = Has.NOTHING, **environment: str) -> str:
     done = run(*parts, has=has, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def facts_of(call: str) -> Any:
+    """Run ``module.function(...)``, of a module of programs here, where SGLang is imported.
+
+    ``CACHE`` is defined as for ``run``. Return the JSON value in the last line that it prints.
+    """
+    printed = run_well(f"import {call.partition('.')[0]}\n", call, has=Has.SGLANG)
+    return json.loads(printed.splitlines()[-1])
 
 
 class Forked:

@@ -10,12 +10,13 @@ import os
 import signal
 import threading
 import weakref
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
+
+from sglang_distguard.testing.steps import tokenized
 
 #: Token ids; the second is longer than a chunk of the prefill (``SETTINGS``).
 PROMPTS = ((1, 5, 9, 200, 31), tuple(range(3, 40)), (7, 7, 8), (1, 5, 9, 200, 44, 2))
@@ -28,29 +29,6 @@ SETTINGS: dict[str, Any] = {
 }
 #: Seconds for one answer; alone it takes less than one.
 DEADLINE = 60
-
-
-def request(name: str, prompt: Sequence[int], steps: int) -> Any:
-    """What a TokenizerManager sends a Scheduler."""
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-    from sglang.srt.sampling.sampling_params import SamplingParams
-
-    wishes = SamplingParams(max_new_tokens=steps, temperature=0, ignore_eos=True)
-    wishes.normalize(None)
-    return TokenizedGenerateReqInput(
-        rid=name,
-        input_text="",
-        input_ids=array("q", prompt),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=wishes,
-        return_logprob=False,
-        logprob_start_len=-1,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-    )
 
 
 class Client:
@@ -74,7 +52,7 @@ class Client:
 
         answers: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
         for number, prompt in enumerate(prompts):
-            sock_send(self._out, request(str(number), prompt, steps))
+            sock_send(self._out, tokenized(str(number), prompt, steps, ignore_eos=True))
         left = set(answers)
         while left:
             got = sock_recv(self._in)

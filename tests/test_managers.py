@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interpreters import Has, run_well
+from interpreters import facts_of
 from sglang_distguard.hooks import managers
 from sglang_distguard.patching import find_source
 from test_runner_steps import READS
 
-_IMPORT = "import tokenizer_programs\n"
-
-
-def facts_of(call: str) -> Any:
-    printed = run_well(_IMPORT, f"tokenizer_programs.{call}", has=Has.SGLANG)
-    return json.loads(printed.splitlines()[-1])
-
 
 @pytest.fixture(scope="module")
 def answered(cache: Path) -> dict[str, Any]:
-    return facts_of("from_another_engine(CACHE, True)")
+    return facts_of("tokenizer_programs.from_another_engine(CACHE, True)")
 
 
 @pytest.fixture(scope="module")
 def ended(cache: Path) -> dict[str, Any]:
-    return facts_of("streams_and_ends(CACHE)")
+    return facts_of("tokenizer_programs.streams_and_ends(CACHE)")
 
 
 def test_a_tokenizer_manager_answers_by_its_own_configuration_from_another_engines_code(
     answered: dict[str, Any],
 ) -> None:
-    expected = [
-        json.loads(
-            run_well(
-                "import manager_programs\n",
-                f"manager_programs.alone(CACHE, {number})",
-                has=Has.SGLANG,
-            ).splitlines()[-1]
-        )
-        for number in (0, 2)
-    ]
+    expected = [facts_of(f"manager_programs.alone(CACHE, {number})") for number in (0, 2)]
     assert answered["answers"] == expected
     assert answered["with states"] == expected[0][0]
 
@@ -51,7 +34,7 @@ def test_a_tokenizer_manager_answers_by_its_own_configuration_from_another_engin
 def test_without_the_hook_it_refuses_a_request_by_the_other_engines_configuration(
     cache: Path,
 ) -> None:
-    facts = facts_of("from_another_engine(CACHE, False)")
+    facts = facts_of("tokenizer_programs.from_another_engine(CACHE, False)")
     assert "not configured to return hidden states" in facts["refused"]
 
 
@@ -90,7 +73,7 @@ def test_a_tokenizer_manager_on_the_main_thread_leaves_signals_to_the_host(
 
 
 def test_a_detokenizer_that_waits_for_messages_is_closed_and_leaves_nothing(cache: Path) -> None:
-    facts = facts_of("detokenizers(CACHE)")
+    facts = facts_of("tokenizer_programs.detokenizers(CACHE)")
     assert facts["closed"] == [True, True]
     before, after = facts["process"]
     assert after == before
@@ -99,7 +82,7 @@ def test_a_detokenizer_that_waits_for_messages_is_closed_and_leaves_nothing(cach
 
 
 def test_a_worker_reads_its_own_configuration_from_any_thread(cache: Path) -> None:
-    assert facts_of("workers(CACHE)") == [1000, 1001]
+    assert facts_of("tokenizer_programs.workers(CACHE)") == [1000, 1001]
 
 
 @pytest.mark.parametrize("manager", managers.TABLE, ids=lambda it: it.classname)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interpreters import Has, run, run_well
-
-_IMPORT = "import host_programs\n"
-
-
-def facts_of(call: str) -> dict[str, Any]:
-    printed = run_well(_IMPORT, f"host_programs.{call}", has=Has.SGLANG)
-    return json.loads(printed.splitlines()[-1])
+from interpreters import Has, facts_of, run
 
 
 @pytest.fixture(scope="module")
 def treated(cache: Path) -> dict[str, Any]:
-    return facts_of("acts(CACHE, True)")
+    return facts_of("host_programs.acts(CACHE, True)")
 
 
 @pytest.fixture(scope="module")
 def untreated(cache: Path) -> dict[str, Any]:
-    return facts_of("acts(CACHE, False)")
+    return facts_of("host_programs.acts(CACHE, False)")
 
 
 def test_a_scheduler_leaves_title_log_and_death_signal_to_its_host(treated: dict[str, Any]) -> None:
@@ -65,7 +57,7 @@ def test_the_watchdog_of_a_scheduler_ends_with_it(
 
 
 def test_a_failing_scheduler_raises_in_its_thread_and_signals_nothing(cache: Path) -> None:
-    facts = facts_of("failing(CACHE, True)")
+    facts = facts_of("host_programs.failing(CACHE, True)")
     assert facts["error"] == "RuntimeError('planted')"
     assert facts["signals"] == 0
     assert facts["other"]
@@ -75,11 +67,12 @@ def test_a_failing_scheduler_raises_in_its_thread_and_signals_nothing(cache: Pat
 def test_without_the_treatment_a_failing_scheduler_signals_the_parent_of_its_host(
     cache: Path,
 ) -> None:
-    facts = facts_of("failing(CACHE, False)")
+    facts = facts_of("host_programs.failing(CACHE, False)")
     assert facts["error"] == "None"
     assert facts["signals"] > 0
 
 
 def test_a_scheduler_that_serves_in_a_daemon_thread_does_not_block_the_exit(cache: Path) -> None:
-    done = run(_IMPORT, "host_programs.exits_while_serving(CACHE)", has=Has.SGLANG)
+    program = "host_programs.exits_while_serving(CACHE)"
+    done = run("import host_programs\n", program, has=Has.SGLANG)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "served"), done.stderr[-3000:]

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import manager_programs
 import pytest
-from interpreters import Has, run_well
+from interpreters import facts_of
 
-_IMPORT = "import manager_programs\n"
 _HOW = {"event loop": (0, 1, 2), "process function": (1, 0)}
 
 
 @pytest.fixture(scope="module")
 def alone(cache: Path) -> list[list[list[int]]]:
     """The answers of each scheduler of plain SGLang, alone in its process."""
-    found = []
-    for number in range(len(manager_programs.MEMBERS)):
-        printed = run_well(_IMPORT, f"manager_programs.alone(CACHE, {number})", has=Has.SGLANG)
-        found.append(json.loads(printed.splitlines()[-1]))
-    return found
+    numbers = range(len(manager_programs.MEMBERS))
+    return [facts_of(f"manager_programs.alone(CACHE, {number})") for number in numbers]
 
 
 @pytest.fixture(scope="module", params=_HOW)
 def served(request: pytest.FixtureRequest, cache: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
     """What happened with schedulers in threads: which ones, and the facts."""
     how = request.param
-    call = f"manager_programs.together(CACHE, {how!r}, {_HOW[how]})"
-    return _HOW[how], json.loads(run_well(_IMPORT, call, has=Has.SGLANG).splitlines()[-1])
+    return _HOW[how], facts_of(f"manager_programs.together(CACHE, {how!r}, {_HOW[how]})")
 
 
 Served = tuple[tuple[int, ...], dict[str, Any]]
@@ -75,8 +69,7 @@ def test_a_scheduler_that_is_dropped_is_freed_with_its_threads_and_sockets(
 
 
 def test_a_scheduler_whose_loop_is_busy_is_closed_by_force_only(cache: Path) -> None:
-    printed = run_well(_IMPORT, "manager_programs.closing(CACHE)", has=Has.SGLANG)
-    facts = json.loads(printed.splitlines()[-1])
+    facts = facts_of("manager_programs.closing(CACHE)")
     inside, late = facts["errors"]
     assert "in a thread that is in its run_event_loop()" in inside
     assert "still in run_event_loop() in thread scheduler" in late
@@ -88,8 +81,6 @@ def test_a_scheduler_whose_loop_is_busy_is_closed_by_force_only(cache: Path) -> 
 
 
 def test_without_the_guard_a_second_scheduler_is_refused(cache: Path) -> None:
-    program = "manager_programs.without_the_guard(CACHE)"
-    done = run_well(_IMPORT, program, has=Has.SGLANG)
-    first, second = json.loads(done.splitlines()[-1])["errors"]
+    first, second = facts_of("manager_programs.without_the_guard(CACHE)")["errors"]
     assert first == "None"
     assert "ran twice" in second

@@ -227,7 +227,8 @@ def _dict(thing: Any, node: Node) -> Any:
     return tuple(state), _of_subclass(thing, node, dict)
 
 
-def _mapping_view(thing: Any, node: Node) -> Any:
+def _mapping(thing: Any, node: Node) -> Any:
+    """Of a view of a mapping, or of a weak one."""
     return _dict(dict(thing), node)
 
 
@@ -243,14 +244,6 @@ def _tuple(thing: Any, node: Node) -> Any:
 
 def _set(thing: Any, node: Node) -> Any:
     return frozenset([node.token(it, "{…}") for it in tuple(thing)])
-
-
-def _weak_mapping(thing: Any, node: Node) -> Any:
-    return _dict(dict(thing), node)
-
-
-def _weak_set(thing: Any, node: Node) -> Any:
-    return _set(set(thing), node)
 
 
 def _of_subclass(thing: Any, node: Node, base: type) -> Any:
@@ -443,15 +436,15 @@ _READERS: dict[type, Callable[[Any, Node], Any]] = {
     property: _property,
     functools.partial: _partial,
     CACHE: _cache,
-    types.MappingProxyType: _mapping_view,
+    types.MappingProxyType: _mapping,
     dict: _dict,
     list: _list,
     deque: _list,
     tuple: _tuple,
     set: _set,
     frozenset: _set,
-    **dict.fromkeys(_WEAK_MAPPINGS, _weak_mapping),
-    weakref.WeakSet: _weak_set,
+    **dict.fromkeys(_WEAK_MAPPINGS, _mapping),
+    weakref.WeakSet: _set,
     contextvars.ContextVar: _context_variable,
     threading.local: _thread_local,
     type: _class,

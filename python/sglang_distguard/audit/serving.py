@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,7 +128,8 @@ class Scheduler:
         scheduler = self._schedulers[id(runner)]
         with activate(runner):
             for number, prompt in enumerate(steps.PROMPTS):
-                scheduler.handle_generate_request(_request(f"{time.monotonic()}-{number}", prompt))
+                request = steps.tokenized(f"{time.monotonic()}-{number}", prompt, 4)
+                scheduler.handle_generate_request(request)
             for _ in range(_STEPS):
                 plan = scheduler.get_next_batch_to_run(
                     running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
@@ -144,28 +144,6 @@ class Scheduler:
         if scheduler.running_batch.reqs or scheduler.waiting_queue:
             raise RuntimeError(f"the scheduler has not answered after {_STEPS} steps")
         after("decode")
-
-
-def _request(name: str, prompt: tuple[int, ...]) -> Any:
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-    from sglang.srt.sampling.sampling_params import SamplingParams
-
-    wishes = SamplingParams(max_new_tokens=4, temperature=0)
-    wishes.normalize(None)
-    return TokenizedGenerateReqInput(
-        rid=name,
-        input_text="",
-        input_ids=array("q", prompt),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=wishes,
-        return_logprob=False,
-        logprob_start_len=-1,
-        top_logprobs_num=0,
-        token_ids_logprob=None,
-        stream=False,
-    )
 
 
 #: Name -> class; ``settings`` are ``ServerArgs`` fields.

@@ -82,18 +82,13 @@ def resolved(name: str, given: dict[str, Any]) -> Any:
 
 
 def remove_files(ports: PortArgs) -> None:
-    """Remove the files of an engine whose parts have ended; SGLang leaves them (0.5.23).
+    """Remove the files of the sockets of an engine whose parts have ended; SGLang leaves them.
 
-    They are those of its sockets in /tmp, and the one in /dev/shm in which a Scheduler reports its
-    load.
+    Other files are those of its managers, and end with them (``hooks.host``).
     """
-    from sglang.srt.managers.load_snapshot import shm_path_for
-
-    texts = [text for text in vars(ports).values() if isinstance(text, str)]
-    files = [text.removeprefix("ipc://") for text in texts if text.startswith("ipc://")]
-    files.append(shm_path_for(ports.instance_id))
-    for file in files:
-        Path(file).unlink(missing_ok=True)
+    for text in vars(ports).values():
+        if isinstance(text, str) and text.startswith("ipc://"):
+            Path(text.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def launch(

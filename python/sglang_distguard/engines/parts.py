@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard.api.closing import close
 from sglang_distguard.config import settings
-from sglang_distguard.errors import StateInUse
+from sglang_distguard.errors import DistGuardError
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -75,7 +75,7 @@ class Part:
         until = time.monotonic() + timeout
         manager = self.manager
         if manager is not None:
-            with suppress(StateInUse):  # it is still inside a call: the thread has not ended
+            with suppress(DistGuardError):  # it is still inside a call: the thread has not ended
                 close(manager, timeout=max(timeout, 0.001))
         self._thread.join(max(0.0, until - time.monotonic()))
         return not self._thread.is_alive()

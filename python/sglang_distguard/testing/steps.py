@@ -255,6 +255,36 @@ def _prefill_batch(
     return batch
 
 
+def tokenized(name: str, prompt: Sequence[int], steps: int, **sampling: Any) -> Any:
+    """What a TokenizerManager of SGLang sends its Scheduler for one request (0.5.23).
+
+    Args:
+        name: the request's id.
+        prompt: token ids.
+        steps: how many tokens are generated, greedily.
+        **sampling: further arguments of SGLang's ``SamplingParams``.
+    """
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    wishes = SamplingParams(max_new_tokens=steps, temperature=0, **sampling)
+    wishes.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=name,
+        input_text="",
+        input_ids=array("q", prompt),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=wishes,
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+
+
 def _give_item(request: Any, inputs: Any, runner: Any) -> None:
     """As `Scheduler.handle_generate_request` (0.5.23)."""
     request.origin_input_ids = runner.model.pad_input_ids(request.origin_input_ids, inputs)
