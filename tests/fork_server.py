@@ -55,6 +55,8 @@ def main(third_party: str, sglang: str, session: str) -> None:
         end_with_parent()
         mine, other = other, mine
         _import_sglang()
+        gc.collect()
+        gc.freeze()
     other.close()
     job = serve(mine, session_ended)
     for name in inherited - job["environment"].keys():

@@ -141,12 +141,14 @@ def _cache(thing: Any) -> Any:
 
 
 def _class(thing: Any) -> Any:
+    """Names of Python's own, too: `differences` leaves them out, for the few classes that changed."""
     named = type.__getattribute__(thing, "__dict__")
-    return tuple([(name, id(it)) for name, it in list(named.items()) if not is_special(name)])
+    return tuple(named), tuple(map(id, named.values()))
 
 
 def _object(thing: Any) -> Any:
-    return tuple([(name, id(it)) for name, it in attributes(thing).items()])
+    named = attributes(thing)
+    return tuple(named), tuple(map(id, named.values()))
 
 
 _READERS: dict[type, Callable[[Any], Any]] = {
@@ -188,9 +190,11 @@ def differences(before: Libraries, now: Libraries) -> Iterator[tuple[_Name, str,
             if not is_a(thing, type):
                 yield (module_name, name), *_sizes(thing, before.contents[key][1], contents)
                 continue
-            was, now_bound = dict(before.contents[key][1]), dict(contents)
+            was, now_bound = (
+                dict(zip(*it, strict=True)) for it in (before.contents[key][1], contents)
+            )
             for attribute in {**was, **now_bound}:
-                if was.get(attribute) != now_bound.get(attribute):
+                if not is_special(attribute) and was.get(attribute) != now_bound.get(attribute):
                     told = [_presence(it, attribute) for it in (was, now_bound)]
                     yield (module_name, f"{name}.{attribute}"), told[0], told[1]
 
@@ -229,6 +233,6 @@ def _sizes(thing: Any, before: Any, now: Any) -> tuple[str, str]:
     if is_a(thing, CACHE):
         return f"cache of {before[1]}", f"cache of {now[1]}"
     sizes = [it if isinstance(it, int) else len(it) for it in (before, now)]
-    if is_a(thing, dict):
+    if is_a(thing, dict) or _reader_of(type(thing)) is _object:
         sizes = [len(before[0]), len(now[0])]
     return f"{name} of {sizes[0]}", f"{name} of {sizes[1]}"

@@ -14,6 +14,7 @@ from typing import Any, Optional
 from sglang_distguard.audit import libraries
 from sglang_distguard.audit.libraries import was_imported
 from sglang_distguard.audit.observe import Key, Observation, observe, source_files
+from sglang_distguard.audit.sources import uncollected
 from sglang_distguard.audit.traces import Trace, tracing, untraced
 from sglang_distguard.audit.values import Value, texts
 
@@ -112,7 +113,7 @@ class Watch:
             self._meanwhile[it.module, it.name] = it.before, it.after
 
     def after(self, runner: str, phase: str) -> None:
-        with untraced():
+        with untraced(), uncollected():
             now, others = observe(), libraries.libraries(self.libraries)
             self.changes += differences(self.last, now, phase=phase, runner=runner)
             self.changes += [
