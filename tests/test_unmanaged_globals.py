@@ -200,6 +200,9 @@ class Switched:
             "psutil": lambda: patch.setattr(f"psutil.{name}", 1),
             "torch.grad_mode": no_gradients,
             "torch.get_device_module": lambda: torch.get_device_module("cpu"),
+            "torch._jit_internal": (
+                lambda: patch.setitem(vars(torch._jit_internal)[name], "made up", {})
+            ),
             "torch.nn.modules.module": lambda: patch.setattr(
                 torch.nn.Module, "___needs_generation_tag_patch", True, raising=False
             ),
@@ -264,6 +267,7 @@ class Switched:
             "_CLAMP_POSITION": lambda: type(now)(),
             "ALLOC_LEN_PER_DECODE": lambda: 7,
             "copy_all_layer_kv_cache_cpu": lambda: copy.copy(now),
+            "get_cpu_ids_by_node": lambda: copy.copy(now),  # no cache before 0.5.23
             "apply_rotary_pos_emb": lambda: copy.copy(now),
             "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),

@@ -183,7 +183,7 @@ _SWITCHES = {
 _NEEDS = {
     "enable_watermark": Span("0.5.22"),
     "page_size": Span("0.5.22"),
-    **dict.fromkeys((*MULTIMODAL, "drafting worker"), Span("0.5.23")),
+    **dict.fromkeys((*MULTIMODAL, "drafting worker"), Span("0.5.22")),
 }
 
 
