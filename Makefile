@@ -114,7 +114,7 @@ probe: ## what another SGLang has for the guard, from its wheel: make probe SGLA
 probe-newest: setup ## the same for the three newest releases of the package index; CI runs this
 	@$(BIN)/python verify/probe.py --newest 3
 
-compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sglang==VERSION [KEEP=1] (20 minutes)
+compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sglang==VERSION [KEEP=1] (half an hour)
 	@$(MAKE) -s setup SGLANG=$(NEWEST)
 	@$(BIN)/python verify/compat.py $(SGLANG) $(if $(KEEP),--keep)
 

@@ -15,7 +15,7 @@ import pytest
 import sglang_distguard
 from conftest import CACHE
 from sglang_distguard.audit.values import is_cache
-from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.hooks.process_globals import How
 from sglang_distguard.hooks.versions import installed_version
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
@@ -69,9 +69,9 @@ def arguments_of(name: str) -> list[Any]:
 def test_every_runner_would_compute_the_cached_result_again(
     guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang.kernels.ops.lora.dense import lora_tuning_config
-
-    monkeypatch.setattr(lora_tuning_config, "get_device_name", lambda: "some GPU")
+    lora = "sglang.kernels.ops.lora.dense.lora_tuning_config"
+    if releases.has(installed_version(), lora, "get_lora_configs"):
+        monkeypatch.setattr(f"{lora}.get_device_name", lambda: "some GPU")
     looked_at, told_apart = [], []
     with two_runners(model) as runners:
         for name, cache in caches():

@@ -23,8 +23,20 @@ FOLDER = ROOT / ".compat"
 #: Names the release whose environment is whole.
 MADE = FOLDER / "made"
 TOOLS = ("pytest>=8.3", "pytest-timeout>=2.3")
-#: Eight runners built and run at once; and that this notices when a treatment is switched off.
-TESTS = ("tests/test_concurrent_runners.py", "tests/test_without_a_treatment.py")
+#: Eight runners built and run at once, and that this notices when a treatment is switched off;
+#: engines, managers and schedulers; models of images and sounds; globals without a treatment.
+_FILES = (
+    "concurrent_runners",
+    "without_a_treatment",
+    "engines",
+    "pool",
+    "managers",
+    "schedulers",
+    "process_settings_of_engines",
+    "images_and_sounds",
+    "unmanaged_globals",
+)
+TESTS = tuple(f"tests/test_{name}.py" for name in _FILES)
 
 
 def main(arguments: Sequence[str]) -> int:

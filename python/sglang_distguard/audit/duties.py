@@ -54,7 +54,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "torch.jit",
         "torch.jit.ScriptFunction",
         "activations of Phi3Small and DeepSeek-OCR (SGLang 0.5.22 and earlier), which TorchScript "
-        "specialises by dtypes and shapes behind guards; on a CPU it fuses nothing (torch 2.14)",
+        "specialises by dtypes and shapes behind guards; on a CPU it fuses nothing (torch 2.13, 2.14)",
     ),
     (
         "zmq.backend.cython._zmq",
