@@ -203,6 +203,9 @@ class Switched:
             "torch._jit_internal": (
                 lambda: patch.setitem(vars(torch._jit_internal)[name], "made up", {})
             ),
+            "torch._opaque_base": lambda: patch.setattr(
+                f"{module}.{name}", torch._library.fake_class_registry.FakeScriptObject
+            ),
             "torch.nn.modules.module": lambda: patch.setattr(
                 torch.nn.Module, "___needs_generation_tag_patch", True, raising=False
             ),
