@@ -173,6 +173,8 @@ class Switched:
         import torch
         import transformers
         from sglang.kernels.jit.utils import arch
+        from torch import _jit_internal
+        from torch._library import fake_class_registry
         from transformers import cache_utils, modeling_utils
         from transformers.models.auto import configuration_auto, modeling_auto
         from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
@@ -201,10 +203,10 @@ class Switched:
             "torch.grad_mode": no_gradients,
             "torch.get_device_module": lambda: torch.get_device_module("cpu"),
             "torch._jit_internal": (
-                lambda: patch.setitem(vars(torch._jit_internal)[name], "made up", {})
+                lambda: patch.setitem(vars(_jit_internal)[name], "made up", {})
             ),
             "torch._opaque_base": lambda: patch.setattr(
-                f"{module}.{name}", torch._library.fake_class_registry.FakeScriptObject
+                f"{module}.{name}", fake_class_registry.FakeScriptObject
             ),
             "torch.nn.modules.module": lambda: patch.setattr(
                 torch.nn.Module, "___needs_generation_tag_patch", True, raising=False
