@@ -114,9 +114,9 @@ probe: ## what another SGLang has for the guard, from its wheel: make probe SGLA
 probe-newest: setup ## the same for the three newest releases of the package index; CI runs this
 	@$(BIN)/python verify/probe.py --newest 3
 
-compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sglang==VERSION (20 minutes)
+compat: ## concurrent tests and audit with another SGLang: make compat SGLANG=sglang==VERSION [KEEP=1] (half an hour)
 	@$(MAKE) -s setup SGLANG=$(NEWEST)
-	@$(BIN)/python verify/compat.py $(SGLANG)
+	@$(BIN)/python verify/compat.py $(SGLANG) $(if $(KEEP),--keep)
 
 architectures: setup ## every architecture that runs on CPU, alone, guarded and audited; writes docs/ (20 minutes to an hour)
 	@$(BIN)/python verify/architectures.py --jobs 2 --seconds 600

@@ -22,20 +22,20 @@ WEIGHTS = "sglang.srt.model_loader.weight_utils"
 BOOTSTRAP = "sglang.srt.distributed.bootstrap"
 
 
-def wheel(folder: Path, changed: Mapping[str, str]) -> None:
+def wheel(folder: Path, changed: Mapping[str, str], release: str = RELEASE) -> None:
     """Write a wheel of SGLang: all modules that the guard is about, some with another text."""
     modules = {it.module for it in (*REQUIRED, *generation_0_5_21.changes(), *TREATMENTS)}
     texts = {module: source.text for module in modules if (source := find_source(module))}
-    about = f"sglang-{RELEASE}.dist-info"
+    about = f"sglang-{release}.dist-info"
     folder.mkdir()
-    with zipfile.ZipFile(folder / f"sglang-{RELEASE}-py3-none-any.whl", "w") as archive:
+    with zipfile.ZipFile(folder / f"sglang-{release}-py3-none-any.whl", "w") as archive:
         for module, text in {**texts, **changed}.items():
             if module.startswith("sglang."):
                 is_package = any(it.startswith(f"{module}.") for it in modules)
                 path = module.replace(".", "/") + ("/__init__.py" if is_package else ".py")
                 archive.writestr(path, text)
         archive.writestr(
-            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: sglang\nVersion: {RELEASE}\n"
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: sglang\nVersion: {release}\n"
         )
         archive.writestr(
             f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -91,6 +91,13 @@ def test_what_is_missing_moved_lost_or_refused_is_told(tmp_path: Path) -> None:
     ]
     (refused,) = [line for line in lines if line.startswith("refused: ")]
     assert f"{WEIGHTS}._PREFETCH_BLOCK_SIZE is assigned 2 times" in refused
+
+
+def test_names_of_other_libraries_are_not_looked_up_in_this_environment(tmp_path: Path) -> None:
+    wheel(tmp_path / "index", {}, "0.5.21")  # with the text of the installed SGLang
+    _, said = probe(tmp_path / "index", "sglang==0.5.21")
+    assert "wrong: sglang.srt.runtime_context.use_context is here" in said
+    assert "transformers" not in said
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import sglang_distguard
 from conftest import CACHE
 from sglang_distguard.audit.values import is_cache
-from sglang_distguard.hooks import process_globals
+from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.hooks.process_globals import How
 from sglang_distguard.hooks.versions import installed_version
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
@@ -69,9 +69,9 @@ def arguments_of(name: str) -> list[Any]:
 def test_every_runner_would_compute_the_cached_result_again(
     guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang.kernels.ops.lora.dense import lora_tuning_config
-
-    monkeypatch.setattr(lora_tuning_config, "get_device_name", lambda: "some GPU")
+    lora = "sglang.kernels.ops.lora.dense.lora_tuning_config"
+    if releases.has(installed_version(), lora, "get_lora_configs"):
+        monkeypatch.setattr(f"{lora}.get_device_name", lambda: "some GPU")
     looked_at, told_apart = [], []
     with two_runners(model) as runners:
         for name, cache in caches():
@@ -173,6 +173,8 @@ class Switched:
         import torch
         import transformers
         from sglang.kernels.jit.utils import arch
+        from torch import _jit_internal
+        from torch._library import fake_class_registry
         from transformers import cache_utils, modeling_utils
         from transformers.models.auto import configuration_auto, modeling_auto
         from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
@@ -200,6 +202,12 @@ class Switched:
             "psutil": lambda: patch.setattr(f"psutil.{name}", 1),
             "torch.grad_mode": no_gradients,
             "torch.get_device_module": lambda: torch.get_device_module("cpu"),
+            "torch._jit_internal": (
+                lambda: patch.setitem(vars(_jit_internal)[name], "made up", {})
+            ),
+            "torch._opaque_base": lambda: patch.setattr(
+                f"{module}.{name}", fake_class_registry.FakeScriptObject
+            ),
             "torch.nn.modules.module": lambda: patch.setattr(
                 torch.nn.Module, "___needs_generation_tag_patch", True, raising=False
             ),
@@ -264,6 +272,7 @@ class Switched:
             "_CLAMP_POSITION": lambda: type(now)(),
             "ALLOC_LEN_PER_DECODE": lambda: 7,
             "copy_all_layer_kv_cache_cpu": lambda: copy.copy(now),
+            "get_cpu_ids_by_node": lambda: copy.copy(now),  # no cache before 0.5.23
             "apply_rotary_pos_emb": lambda: copy.copy(now),
             "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,15 +120,14 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
     pooled: dict[str, Any] = {"generates": False, "runs": ("together",), "detailed": False}
     for name in POOLED:
         yield Case(name, str(model_of(name)), CATALOG[name].overrides, **pooled)
-    for name in _of_this_release(MULTIMODAL):
+    for name in MULTIMODAL:
         yield Case(name, str(model_of(name)), items=name, runs=("together",), detailed=False)
     import torch
 
     llama, moe, gpt2 = (str(model_of(name)) for name in ("llama", "qwen3_moe", "gpt2"))
     yield Case("llama with graphs", llama, graphs=True, detailed=False)
-    switches = {name: _SWITCHES[name] for name in _of_this_release(_SWITCHES)}
-    yield Case("qwen3_moe with switches", moe, switches, tuple(ACTIONS))
-    for server in _of_this_release(SERVERS):
+    yield Case("qwen3_moe with switches", moe, _switches(), tuple(ACTIONS))
+    for server in SERVERS:
         draft = {"speculative_draft_model_path": llama} if server == "drafting worker" else {}
         how: dict[str, Any] = {"runs": ("together",), "detailed": server == "scheduler"}
         yield Case(f"two of llama's {server}s", llama, draft, server=server, **how)
@@ -178,15 +177,14 @@ _SWITCHES = {
     "enable_watermark": True,
     "page_size": 16,
 }
-#: The releases in which a CPU supports a switch, or in which a case was run. 0.5.21 knows no
-#: watermarks, and takes memory for pages of several tokens with a Triton kernel.
+#: The releases in which a CPU supports a switch. 0.5.21 knows no watermarks, and takes memory for
+#: pages of several tokens with a Triton kernel.
 _NEEDS = {
     "enable_watermark": Span("0.5.22"),
     "page_size": Span("0.5.22"),
-    **dict.fromkeys((*MULTIMODAL, "drafting worker"), Span("0.5.23")),
 }
 
 
-def _of_this_release(names: Iterable[str]) -> list[str]:
+def _switches() -> dict[str, Any]:
     release = installed_version()
-    return [name for name in names if _NEEDS.get(name, ALL).has(release)]
+    return {name: it for name, it in _SWITCHES.items() if _NEEDS.get(name, ALL).has(release)}

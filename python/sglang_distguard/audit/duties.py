@@ -51,6 +51,12 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "the operators that a library registers; `torch.operators` counts them",
     ),
     (
+        "torch.jit",
+        "torch.jit.ScriptFunction",
+        "activations of Phi3Small and DeepSeek-OCR (SGLang 0.5.22 and earlier), which TorchScript "
+        "specialises by dtypes and shapes behind guards; on a CPU it fuses nothing (torch 2.13, 2.14)",
+    ),
+    (
         "zmq.backend.cython._zmq",
         "Context",
         "threads that move messages between sockets; unused in forwards",

@@ -67,6 +67,16 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ("torch._library.simple_registry", "singleton", _OPERATORS),
     (_SRT + "utils", "sglang_lib", _OPERATORS),
     (_SRT + "utils.common", "sglang_lib", _OPERATORS),
+    (
+        "torch._jit_internal",
+        "_overloaded_methods _overloaded_method_class_fileno",
+        "what classes of timm declare for TorchScript when timm is imported",
+    ),
+    (
+        "torch._opaque_base",
+        "_FakeScriptObject_cls",
+        "a class of torch 2.13, imported when it is first asked for",
+    ),
     ("torch.nn.modules.module", "Module.___needs_generation_tag_patch", "a mark of Dynamo's"),
     (
         "transformers.models.auto.configuration_auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,16 @@ def memory_of(runner: Any, *released: str, saves: bool) -> Any:
         saves: whether the runner was built with ``enable_memory_saver``.
     """
     from sglang.srt.managers.scheduler_components import weight_updater
+    from sglang.srt.runtime_context import get_parallel
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
+    kind: Any = weight_updater.SchedulerWeightUpdaterManager
     with sglang_distguard.activate(runner):
-        return weight_updater.SchedulerWeightUpdaterManager(
+        # 0.5.22 and later read it themselves.
+        is_given = any(it.init and it.name == "tp_cpu_group" for it in fields(kind))
+        group = {"tp_cpu_group": get_parallel().tp_group.cpu_group} if is_given else {}
+        return kind(
+            **group,
             tp_worker=SimpleNamespace(model_runner=runner),
             draft_worker=None,
             memory_saver_adapter=TorchMemorySaverAdapter.create(enable=saves),
