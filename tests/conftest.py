@@ -94,6 +94,13 @@ def cache() -> Path:
 @pytest.fixture
 def guard(sglang: None) -> Iterator[None]:
     """Install the guard for one test; afterwards tear SGLang down and uninstall the guard."""
+    with guarded():
+        yield
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Install the guard; afterwards tear SGLang down and uninstall the guard."""
     import sglang_distguard
     from sglang_distguard import _core
 
@@ -135,7 +142,7 @@ def teardown_everything() -> None:
     reset_context()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model(sglang: None, cache: Path) -> object:
     """``model(architecture)`` is the directory of a small checkpoint."""
     from sglang_distguard.testing import create_model

@@ -31,7 +31,18 @@ def test_the_page_of_engines_has_every_method_of_the_installed_engine(sglang: No
 
     table = (ROOT / "docs" / "engines.md").read_text()
     assert methods.markdown() in table, "run: make docs"
-    assert {name for name, _, _ in methods.methods()} >= methods.TESTED
+    assert {name for name, _, _ in methods.methods()} >= methods.LIMITS.keys()
+
+
+def test_the_tests_of_engines_call_every_method(sglang: None) -> None:
+    from sglang_distguard.engines import methods
+    from sglang_distguard.engines.engine import REFUSED, REFUSED_ON_CPU
+
+    files = [*(ROOT / "tests").glob("test_engines*.py"), ROOT / "tests" / "engine_calls.py"]
+    text = "".join(file.read_text() for file in files)
+    names = {name for name, _, _ in methods.methods()} - REFUSED.keys() - REFUSED_ON_CPU.keys()
+    # An engine's `with` block and `close` are `shutdown`.
+    assert [it for it in sorted(names - {"shutdown"}) if not re.search(rf"\.{it}\b", text)] == []
 
 
 def test_every_process_global_is_listed_once_with_a_reason() -> None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 from conftest import CACHE
+from engine_calls import write_tokenizer
 from sglang_distguard import Engine, EngineClosed, EngineFailed, NotSupported, _core
+from sglang_distguard.engines import launch
 from sglang_distguard.testing import server_args, solo
 from sglang_distguard.testing.steps import PROMPTS
 
@@ -70,14 +72,8 @@ def test_engines_opened_at_once_answer_at_once_as_their_models_alone(
 @pytest.fixture
 def talking(model: Model, tmp_path: Path) -> Path:
     """A checkpoint with a tokenizer: the word w7 is the token 7."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = Path(shutil.copytree(model("llama"), tmp_path / "talking"))
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(1000)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w999")
-    made.save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
 
 
@@ -181,7 +177,7 @@ def test_new_weights_are_those_of_the_next_answer(engine: Engine, model: Model) 
 def test_settings_that_need_further_processes_are_refused_by_name(
     guard: None, model: Model
 ) -> None:
-    for field in ("tp_size", "dp_size"):
+    for field in launch._ONE:
         settings: dict[str, Any] = {field: 2}
         args = server_args(model("llama"), **settings)
         with pytest.raises(NotSupported, match=f"asks for {field}=2, which needs 2 processes"):

@@ -232,6 +232,12 @@ def process_groups() -> list[Any]:
     ]
 
 
+def process_group_names() -> list[str]:
+    """Return the names of all of torch's process groups."""
+    c10d = sys.modules["torch.distributed.distributed_c10d"]
+    return list(c10d._world.pg_names.values())
+
+
 def destroy_process_groups(keep: list[Any], prefix: str = "") -> None:
     """Destroy the process groups that a failed build has made since ``keep`` was read.
 

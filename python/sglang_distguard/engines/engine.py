@@ -70,6 +70,12 @@ REFUSED = {
         "an engine in this process starts its parts itself",
     ),
 }
+#: Methods that an engine on a CPU does not have, and why (0.5.23).
+REFUSED_ON_CPU = dict.fromkeys(
+    ("release_memory_occupation", "resume_memory_occupation"),
+    "memory is released by torch_memory_saver, which is for GPUs; SGLang's scheduler ends with an "
+    "error of CUDA there (0.5.23, `managers/scheduler_components/weight_updater.py:379`)",
+)
 #: Methods that use one socket, and so run one after another.
 ONE_BY_ONE = frozenset(["collective_rpc", "save_remote_model", "save_sharded_model"])
 #: How long the parts may take to end once they are asked to, in seconds.
@@ -332,6 +338,10 @@ class Engine:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in REFUSED:
             raise NotSupported(f"Engine.{name} is not supported: {REFUSED[name]}", engine=self.name)
+        if name in REFUSED_ON_CPU and self._server_args.device == "cpu":
+            raise NotSupported(
+                f"Engine.{name} is not supported on a CPU: {REFUSED_ON_CPU[name]}", engine=self.name
+            )
         found = getattr(made, name)
         if not callable(found):
             return found

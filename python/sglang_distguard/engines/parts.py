@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from sglang_distguard.api.closing import close
 from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
+from sglang_distguard.hooks import torch_profiler
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -113,7 +114,10 @@ class SchedulerPart(Part):
         self.manager = Scheduler(server_args, self.ports)
         if not self._is_told:
             self.ready.set_result(self.manager.get_init_info())
-            self.manager.run_event_loop()
+            try:
+                self.manager.run_event_loop()
+            finally:
+                torch_profiler.stop_here()
 
 
 class DetokenizerPart(Part):

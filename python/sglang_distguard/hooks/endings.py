@@ -117,9 +117,21 @@ def _end_scheduler(scheduler: Any) -> None:
         publisher = getattr(events, "kv_event_publisher", None)
         if publisher is not None:
             stack.callback(publisher.shutdown)
+        # Groups with trainers, which torch would keep for the life of the process.
+        target = getattr(getattr(scheduler, "tp_worker", None), "model_runner", None)
+        groups = getattr(getattr(target, "weight_updater", None), "_model_update_group", {})
+        for group in list(groups.values()):
+            stack.callback(_destroy_group, group)
+        groups.clear()
         load = getattr(scheduler, "load_publisher", None)
         if load is not None:
             stack.callback(load.close)  # may be called again
+
+
+def _destroy_group(group: Any) -> None:
+    from torch import distributed
+
+    distributed.destroy_process_group(group)
 
 
 def _end_tokenizer_manager(manager: Any) -> None:

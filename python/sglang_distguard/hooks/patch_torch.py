@@ -2,13 +2,15 @@
 
 0.5.23 checks whether torch is patched, keeps the present `reduce_tensor` and replaces it. Two
 threads at once would keep SGLang's own function, which calls the kept one: an endless recursion.
+That function is for tensors on a GPU. In a process of its own a scheduler pickles no other; here
+the same process pickles the tensors that an engine is given.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 from sglang_distguard.patching import Around
 from sglang_distguard.sync.single_flight import run_once
@@ -50,4 +52,19 @@ def _patch_once(original: Callable[[], None]) -> Callable[[], None]:
     return monkey_patch_torch_reductions
 
 
-CHANGES = (Around(MODULE, "monkey_patch_torch_reductions", _patch_once, uses=("reductions",)),)
+def _reduce_tensor(original: Callable[..., Any]) -> Callable[..., Any]:
+    namespace = original.__globals__
+
+    @functools.wraps(original)
+    def reduce_tensor(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if tensor.device.type == "cpu":
+            return namespace["reductions"]._reduce_tensor_original(tensor, *args, **kwargs)
+        return original(tensor, *args, **kwargs)
+
+    return reduce_tensor
+
+
+CHANGES = (
+    Around(MODULE, "monkey_patch_torch_reductions", _patch_once, uses=("reductions",)),
+    Around(MODULE, "_reduce_tensor_modified", _reduce_tensor, uses=("reductions",)),
+)

@@ -1,11 +1,18 @@
-"""torch.distributed: groups in use are not destroyed; in a turn, groups are created as agreed."""
+"""torch.distributed: groups in use are not destroyed; in a turn, groups are created as agreed.
+
+A group that a runner makes with other programs, such as a trainer (0.5.23:
+`init_custom_process_group`), has a name of its own in torch's tables. Two runners may give theirs
+the same name; torch (2.14.1) refuses the second. The keys in the store, by which the
+programs meet, keep the name that was asked for.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.distributed import coordinators
@@ -16,6 +23,8 @@ from sglang_distguard.distributed.world import World
 from sglang_distguard.patching import Around
 
 MODULE = "torch.distributed.distributed_c10d"
+#: Name in torch's tables of the group that is being made with other programs, if it differs.
+_own_name: ContextVar[Optional[str]] = ContextVar("sglang_distguard.own_name", default=None)
 
 
 def _concerned(group: Any) -> tuple[str, ...]:
@@ -66,17 +75,52 @@ def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any
     @functools.wraps(original)
     def new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
         creating = creation.current()
+        call = signature.bind(*args, **kwargs).arguments
+        # Empty for the default group, and for groups with other programs.
+        members = call["global_ranks_in_group"]
         if creating is not None:
-            call = signature.bind(*args, **kwargs).arguments
-            members = call["global_ranks_in_group"]  # empty for the default group
             # Not groups with other programs, such as a trainer: those do not come to the meeting.
             agreed = not members or creating.names(call["group_name"])
             size, is_member = call["group_size"], not members or _rank() in members
             if agreed and is_member and size > 1:
                 creating.meet(call["group_name"], size, call["store"])
-        return original(*args, **kwargs)
+        own = None if members else _name_of_runner(call["group_name"])
+        if own is not None and own in coordinators.process_group_names():
+            call["group_name"] = own  # torch refuses it
+            return original(**call)
+        token = _own_name.set(own)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _own_name.reset(token)
 
     return new_process_group_helper
+
+
+def _name_of_runner(name: str) -> Optional[str]:
+    """The name in torch's tables of a group that a runner's method makes with other programs."""
+    execution = _core.current_execution()
+    if execution is None or execution.runner is None or _rank() < 0:
+        return None
+    scope = execution.scope
+    return f"{name} of scope {0 if scope is None else scope.id}"
+
+
+def _register_pg_in_world(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def register_pg_in_world(*args: Any, **kwargs: Any) -> None:
+        own = _own_name.get()
+        if own is None:
+            original(*args, **kwargs)
+            return
+        call = signature.bind(*args, **kwargs).arguments
+        call["group_name"] = own
+        call["pg"]._set_group_name(own)
+        original(**call)
+
+    return register_pg_in_world
 
 
 def _rank() -> int:
@@ -118,6 +162,7 @@ CHANGES = (
     Around(MODULE, "destroy_process_group", _destroy_process_group),
     Around(MODULE, "_process_group_name", _process_group_name),
     Around(MODULE, "_new_process_group_helper", _new_process_group_helper),
+    Around(MODULE, "_register_pg_in_world", _register_pg_in_world),
     Around(MODULE, "_get_default_group", _get_default_group),
     Around("torch.distributed.rendezvous", "rendezvous", _rendezvous),
 )

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// State that is initialised once: the world, settings of the whole process, a patch of torch,
-/// model-parallel groups, expert-location metadata.
+/// its profiler, model-parallel groups, expert-location metadata.
 ///
 /// The string is a scope's label; the empty label is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,6 +15,8 @@ pub enum Key {
     Process,
     /// SGLang's patch of `torch.multiprocessing.reductions`.
     Reductions,
+    /// torch's profiler, while it records.
+    Profiler,
     /// A scope's model-parallel groups.
     Groups(String),
     /// A scope's expert-location metadata.
@@ -27,6 +29,7 @@ impl fmt::Display for Key {
             Self::World => ("world", ""),
             Self::Process => ("process", ""),
             Self::Reductions => ("reductions", ""),
+            Self::Profiler => ("profiler", ""),
             Self::Groups(label) => ("groups", label.as_str()),
             Self::Experts(label) => ("experts", label.as_str()),
         };
@@ -49,14 +52,15 @@ impl FromStr for Key {
             ("world", "") => Some(Self::World),
             ("process", "") => Some(Self::Process),
             ("reductions", "") => Some(Self::Reductions),
+            ("profiler", "") => Some(Self::Profiler),
             ("groups", label) => Some(Self::Groups(label.into())),
             ("experts", label) => Some(Self::Experts(label.into())),
             _ => None,
         }
         .ok_or_else(|| {
             format!(
-                "unknown key {text:?}; known: world, process, reductions, groups, groups:NAME, \
-                 experts, experts:NAME"
+                "unknown key {text:?}; known: world, process, reductions, profiler, groups, \
+                 groups:NAME, experts, experts:NAME"
             )
         })
     }
@@ -72,6 +76,7 @@ mod tests {
             (Key::World, "world"),
             (Key::Process, "process"),
             (Key::Reductions, "reductions"),
+            (Key::Profiler, "profiler"),
             (Key::Groups(String::new()), "groups"),
             (Key::Groups("draft".into()), "groups:draft"),
             (Key::Groups("a:b".into()), "groups:a:b"),
