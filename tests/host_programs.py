@@ -19,14 +19,16 @@ from manager_programs import (
 
 
 def install(treated: bool) -> None:
-    """Install the guard, without ``hooks.host`` if not ``treated``."""
+    """Install the guard, without what it treats as the host's if not ``treated``."""
     import sglang_distguard
-    from sglang_distguard.hooks import generation_0_5_21, host, versions
+    from sglang_distguard.hooks import daemon_threads, generation_0_5_21, host, versions
 
     if not treated:
         versions.GENERATIONS = {
             "without host": lambda: [
-                it for it in generation_0_5_21.changes() if it not in host.CHANGES
+                it
+                for it in generation_0_5_21.changes()
+                if it not in (*host.CHANGES, *daemon_threads.CHANGES)
             ]
         }
     sglang_distguard.install(timeout=DEADLINE)

@@ -17,6 +17,7 @@ from sglang_distguard._core import __version__
 from sglang_distguard.api.activation import activate
 from sglang_distguard.api.building import BuildRequest, BuildResult, build_runner, build_runners
 from sglang_distguard.api.closing import close, closing
+from sglang_distguard.api.metrics import metrics
 from sglang_distguard.api.status import Snapshot, reset, snapshot
 from sglang_distguard.api.teardown import teardown
 from sglang_distguard.config.settings import runner_scope
@@ -78,6 +79,7 @@ __all__ = [
     "closing",
     "install",
     "is_installed",
+    "metrics",
     "reset",
     "runner_scope",
     "snapshot",

@@ -40,6 +40,7 @@ from sglang_distguard.api.closing import close as close_resident
 from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
+from sglang_distguard.context import metrics
 from sglang_distguard.engines import launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part
@@ -52,9 +53,10 @@ from sglang_distguard.errors import (
     NotSupported,
 )
 from sglang_distguard.process.installation import is_installed
+from sglang_distguard.runner.handle import find_handle
 
 if TYPE_CHECKING:
-    pass
+    from prometheus_client.metrics_core import Metric
 
 #: Methods of sgl.Engine that have no meaning here, and why (0.5.23).
 REFUSED = {
@@ -162,6 +164,24 @@ class Engine:
         """Number of calls that are not answered yet."""
         return len(self._pending)
 
+    def metrics(self) -> str:
+        """Return what SGLang measures of this engine, in Prometheus's text format.
+
+        It is empty without ``enable_metrics=True``. Of an engine that has failed it has the parts
+        that have not ended.
+
+        Raises:
+            EngineClosed: the engine is closed.
+        """
+        return metrics.text(self.metric_families())
+
+    def metric_families(self, **labels: str) -> list[Metric]:
+        """As ``metrics``, as prometheus_client's objects; ``labels`` are added to each sample."""
+        self._check(may_have_failed=True)
+        managers = [self._made.tokenizer_manager, *(part.manager for part in self._begun)]
+        handles = [find_handle(manager) for manager in managers]
+        return metrics.families([it.scope for it in handles if it is not None], labels)
+
     # How parts end
 
     def _ended(self, part: Part) -> None:
@@ -179,7 +199,7 @@ class Engine:
         for task in list(self._pending):
             task.cancel()
 
-    def _check(self) -> None:
+    def _check(self, *, may_have_failed: bool = False) -> None:
         if self._process != os.getpid():
             raise ForkedError(
                 f"engine {self.name!r} was opened in process {self._process}; this forked child "
@@ -190,7 +210,7 @@ class Engine:
             raise EngineClosed(
                 f"engine {self.name!r} is closed; open another one", engine=self.name
             )
-        if self._failure is not None:
+        if self._failure is not None and not may_have_failed:
             raise self._failed()
 
     def _failed(self) -> EngineFailed:

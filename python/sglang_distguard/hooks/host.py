@@ -11,12 +11,9 @@ import functools
 import logging
 import os
 import sys
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Optional
 
@@ -28,11 +25,9 @@ from sglang_distguard.patching import Around, Replace
 from sglang_distguard.runner.handle import find_handle
 
 _COMMON = "sglang.srt.utils.common"
-_WATCHDOG = "sglang.srt.utils.watchdog"
+WATCHDOG = "sglang.srt.utils.watchdog"
 _SNAPSHOT = "sglang.srt.managers.load_snapshot"
 _log = logging.getLogger("sglang_distguard")
-#: Ends the watchdog whose thread is running.
-_stop: ContextVar[Optional[threading.Event]] = ContextVar("sglang_distguard.stop", default=None)
 
 
 class _View:
@@ -48,7 +43,9 @@ class _View:
         return getattr(self.__replaced__, name)
 
 
-def _seen(**hosted: Any) -> Callable[[Any], Any]:
+def seen(**hosted: Any) -> Callable[[Any], Any]:
+    """Make the hook of a module's reference to another module, some of whose names are others."""
+
     def make(module: Any) -> Any:
         return module if isinstance(module, _View) else _View(module, hosted)
 
@@ -177,7 +174,8 @@ def _fail_requests(manager: Any, error: Exception) -> None:
         manager._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
 
 
-def _running_manager() -> Optional[_core.RunnerHandle]:
+def running_manager() -> Optional[_core.RunnerHandle]:
+    """The handle of the manager whose code is running; None if there is none."""
     execution = _core.current_execution()
     handle = None if execution is None else execution.runner
     return handle if handle is not None and handle.manager else None
@@ -189,7 +187,7 @@ def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_zmq_socket(context: Any, *args: Any, **kwargs: Any) -> Any:
         made = original(context, *args, **kwargs)
-        manager = _running_manager()
+        manager = running_manager()
         if manager is not None:
             socket = made[1] if isinstance(made, tuple) else made
             manager.keep_part(functools.partial(_close_socket, context, socket))
@@ -211,7 +209,7 @@ def _load_snapshot(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create(*args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
-        manager = _running_manager()
+        manager = running_manager()
         if manager is not None and made is not None:
             manager.keep_part(functools.partial(_close_snapshot, made))
         return made
@@ -227,34 +225,6 @@ def _close_snapshot(snapshot: Any) -> None:
             os.unlink(snapshot.path)
 
 
-def _watchdog_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._sglang_distguard_stop = stop = threading.Event()
-        manager = _running_manager()
-        if manager is not None:
-            manager.keep_part(stop.set)
-        original(self, *args, **kwargs)
-
-    return __init__
-
-
-def _watchdog_thread(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the thread end with its manager, to which it refers; SGLang's runs for ever (0.5.23)."""
-
-    @functools.wraps(original)
-    def watchdog_thread(self: Any) -> None:
-        token = _stop.set(self._sglang_distguard_stop)
-        try:
-            original(self)
-        except _Stopped:
-            pass
-        finally:
-            _stop.reset(token)
-
-    return watchdog_thread
-
-
 def _create_scheduler_watchdog(original: Callable[..., Any]) -> Callable[..., Any]:
     """Let the watchdog refer to its scheduler weakly: else one that is dropped is never freed."""
 
@@ -263,18 +233,6 @@ def _create_scheduler_watchdog(original: Callable[..., Any]) -> Callable[..., An
         return original(weakref.proxy(scheduler), *args, **kwargs)
 
     return create_scheduler_watchdog
-
-
-class _Stopped(BaseException):
-    """Ends the thread of a watchdog."""
-
-
-def _sleep(seconds: float) -> None:
-    stop = _stop.get()
-    if stop is None:
-        time.sleep(seconds)
-    elif stop.wait(seconds):
-        raise _Stopped
 
 
 CHANGES = (
@@ -286,15 +244,14 @@ CHANGES = (
     Around(_COMMON, "set_random_seed", _set_random_seed),
     # The world is every engine's; `teardown` destroys it.
     Around("sglang.srt.distributed.parallel_state", "abort_distributed_environment", _skipped),
-    Replace(SCHEDULER, "psutil", _seen(Process=_process)),
-    Replace(DETOKENIZER, "psutil", _seen(Process=_process)),
-    Replace(DETOKENIZER, "setproctitle", _seen(setproctitle=_nothing)),
+    Replace(SCHEDULER, "psutil", seen(Process=_process)),
+    Replace(DETOKENIZER, "psutil", seen(Process=_process)),
+    Replace(DETOKENIZER, "setproctitle", seen(setproctitle=_nothing)),
     Replace(DETOKENIZER, "configure_logger", _skipped_reference),
-    Replace(_WATCHDOG, "psutil", _seen(Process=_process)),
-    Replace(_WATCHDOG, "time", _seen(sleep=_sleep)),
+    Replace(WATCHDOG, "psutil", seen(Process=_process)),
     # Its condition for its own signal handlers is that it runs on the main thread.
-    Replace(TOKENIZER, "threading", _seen(main_thread=_nothing)),
-    Replace(TOKENIZER, "sys", _seen(exit=_nothing)),
+    Replace(TOKENIZER, "threading", seen(main_thread=_nothing)),
+    Replace(TOKENIZER, "sys", seen(exit=_nothing)),
     Replace(TOKENIZER, "kill_process_tree", _kill_process_tree),
     Around(TOKENIZER, "print_exception_wrapper", _print_exception_wrapper),
     Around("sglang.srt.utils.network", "get_zmq_socket", _get_zmq_socket),
@@ -305,6 +262,4 @@ CHANGES = (
         "create_scheduler_watchdog",
         _create_scheduler_watchdog,
     ),
-    Around(_WATCHDOG, "WatchdogRaw.__init__", _watchdog_init),
-    Around(_WATCHDOG, "WatchdogRaw._watchdog_thread", _watchdog_thread),
 )

@@ -150,6 +150,12 @@ TREATMENTS: tuple[Treatment, ...] = (
             "hooks.environ",
         ),
         (
+            "prometheus_client.registry",
+            "REGISTRY",
+            "metrics of one manager or runner, and refused if another one has the same names",
+            "hooks.metrics",
+        ),
+        (
             _STATE,
             " ".join(FIELDS),
             "the scope's own groups or the shared ones; a draft may patch in its own groups",
