@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -227,7 +228,9 @@ def test_a_forked_child_is_refused_and_does_not_close_its_parents_engine(engine:
     assert len(asked(engine)) == len(PROMPTS)
 
 
-def test_an_engine_that_does_not_start_leaves_nothing(guard: None, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_start_leaves_nothing(
+    guard: None, tmp_path: Path, own_folder: None
+) -> None:
     before = left()
     with pytest.raises(Exception, match="config"):
         Engine(model_path=str(tmp_path), device="cpu", start_timeout=MANY)
@@ -263,21 +266,43 @@ def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -
             pending.result(MANY)
 
 
+#: Files in shared memory that this process has opened; other processes of the tests have theirs.
+_opened: set[str] = set()
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and str(arguments[0]).startswith("/dev/shm/"):
+        _opened.add(str(arguments[0]))
+
+
+sys.addaudithook(_note)
+
+
+@pytest.fixture
+def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder for the sockets of this test's engines; a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 def left() -> dict[str, Any]:
-    """Threads, descriptors and files that engines make."""
+    """Threads, descriptors and files that engines of this process have made."""
     for thread in threading.enumerate():
         if "_watchdog_thread" in thread.name:  # told to end, and not waited for
             thread.join(MANY)
     return {
         "threads": sorted(it.name for it in threading.enumerate()),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "shared memory": sorted(os.listdir("/dev/shm")),
+        "shared memory": sorted(it for it in _opened if os.path.exists(it)),
         "sockets": sorted(it.name for it in Path(tempfile.gettempdir()).glob("tmp*")),
         "scopes": len(_core.live_scopes()),
     }
 
 
-def test_a_cycle_of_open_serve_and_close_leaves_nothing(guard: None, talking: Path) -> None:
+def test_a_cycle_of_open_serve_and_close_leaves_nothing(
+    guard: None, talking: Path, own_folder: None
+) -> None:
     with speaking(talking) as first:  # imports and threads that stay
         first.generate("w5", GREEDY)
     before = left()

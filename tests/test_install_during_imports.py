@@ -12,6 +12,7 @@ _HALF_IMPORTED = """
     import sglang.srt.distributed
     import sglang_distguard as dg
     from sglang_distguard.context.accessors import accessor
+    from sglang_distguard.patching import imports
 
     NAME = "sglang.srt.distributed.bootstrap"
     sys.modules.pop(NAME, None)
@@ -58,11 +59,23 @@ def test_install_waits_for_an_import_that_another_thread_had_begun_before(where:
         importer = threading.Thread(target=import_it)
         importer.start()
         inside.wait()
-        installer = threading.Thread(target=dg.install)
+        waits, let_finish = threading.Event(), imports.let_finish
+
+        def noted(name, timeout):
+            if name == NAME:
+                waits.set()
+            return let_finish(name, timeout)
+
+        def install():
+            try:
+                dg.install()
+            finally:
+                waits.set()  # it did not wait
+
+        imports.let_finish = noted
+        installer = threading.Thread(target=install)
         installer.start()
-        # The installer ends at once if it does not wait.
-        while installer.is_alive() and f"import of {NAME}" not in [it.name for it in threading.enumerate()]:
-            pass
+        waits.wait()
         go_on.set()
         importer.join()
         installer.join()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Optional
 
@@ -93,7 +94,7 @@ def _path_of(module: str, at: Optional[Path]) -> Optional[Path]:
         if loaded is not None and getattr(loaded, "__file__", None):
             return Path(str(loaded.__file__))
         if not rest:
-            spec = importlib.util.find_spec(top)
+            spec = _spec(top)
             return Path(spec.origin) if spec is not None and spec.origin else None
     for location in _locations(top, at):
         base = Path(location).joinpath(*rest)
@@ -111,5 +112,18 @@ def _locations(top: str, at: Optional[Path]) -> Sequence[str]:
     """The folders of the package ``top``."""
     if at is not None and _has(at, top):
         return (str(at / top),)
-    spec = importlib.util.find_spec(top)
+    spec = _spec(top)
     return (spec and spec.submodule_search_locations) or ()
+
+
+def _spec(top: str) -> Optional[ModuleSpec]:
+    """The spec of a module that is in no package.
+
+    CPython 3.11 asks finders under one lock for all imports, so that a finder that waits in
+    another thread would stop this one. ``sys.path`` is looked at without that lock.
+    """
+    if top not in sys.modules:
+        spec = PathFinder.find_spec(top)
+        if spec is not None and spec.origin is not None:
+            return spec
+    return importlib.util.find_spec(top)
