@@ -66,6 +66,19 @@ def is_registry(module: str) -> bool:
     return any(module == it or module.startswith(it + ".") for it in REGISTRIES)
 
 
+def is_listed(thing: Any) -> bool:
+    """Whether it is a registry of a library, which the module of its class lists."""
+    named = _registry_of(type(thing))
+    return named is not None and any(it is thing for it in named.values())
+
+
+@functools.cache
+def _registry_of(kind: type) -> Optional[dict[str, Any]]:
+    """The globals of the module of ``kind``, if they are read to the end."""
+    home = str(kind.__module__)
+    return vars(sys.modules[home]) if is_registry(home) and home in sys.modules else None
+
+
 def libraries(before: Optional[Libraries] = None) -> Libraries:
     """Read the globals of all libraries; ``before``, read earlier, makes it faster."""
     known = {} if before is None else before.modules

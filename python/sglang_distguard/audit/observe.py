@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_distguard.audit.graph import Reader, is_a, is_special
-from sglang_distguard.audit.libraries import is_registry
+from sglang_distguard.audit.libraries import is_listed, is_registry
 from sglang_distguard.audit.settings import process
 from sglang_distguard.audit.sources import source_of, uncollected
 from sglang_distguard.audit.values import Value, is_cache, value_of
@@ -101,7 +101,8 @@ def _attributes_of(module: str, name: str, kind: type, seen: set[int]) -> Iterat
     seen.add(id(kind))
     for attribute, value in list(type.__getattribute__(kind, "__dict__").items()):
         if not is_special(attribute):
-            yield (module, f"{name}.{attribute}"), value
+            if str(type(value).__module__) == module or not is_listed(value):
+                yield (module, f"{name}.{attribute}"), value
             if is_a(value, type) and value.__qualname__ == f"{kind.__qualname__}.{attribute}":
                 yield from _attributes_of(module, f"{name}.{attribute}", value, seen)
 
@@ -117,9 +118,9 @@ def source_files() -> dict[str, str]:
 def _is_elsewhere(thing: Any, module: str) -> bool:
     """Whether ``thing`` is imported, and its own module lists it."""
     if is_a(thing, types.MethodType):  # `numpy.random.normal` is a method of numpy's one generator
-        return _is_beside_its_class(thing.__self__)
+        return is_listed(thing.__self__)
     if not is_a(thing, (type, types.FunctionType)) and not is_cache(thing):
-        return str(type(thing).__module__) != module and _is_beside_its_class(thing)
+        return str(type(thing).__module__) != module and is_listed(thing)
     name = getattr(thing, "__name__", "")
     made: Any = thing
     if is_cache(thing) and not name:  # a cached functools.partial, which has no name and no module
@@ -131,9 +132,3 @@ def _is_elsewhere(thing: Any, module: str) -> bool:
         return False
     there = vars(sys.modules[home])
     return there.get(name) is thing if name else any(it is thing for it in there.values())
-
-
-def _is_beside_its_class(thing: Any) -> bool:
-    """Whether it is a registry of a library, which the module of its class lists."""
-    home = str(type(thing).__module__)
-    return is_registry(home) and any(it is thing for it in vars(sys.modules[home]).values())

@@ -109,18 +109,22 @@ class Watch:
 
     def before_restoring(self) -> None:
         """Record what has changed since the last phase: the next line may restore it."""
-        for it in differences(self.last, observe(), phase="", runner=""):
-            self._meanwhile[it.module, it.name] = it.before, it.after
+        now = observe()
+        with uncollected():
+            for it in differences(self.last, now, phase="", runner=""):
+                self._meanwhile[it.module, it.name] = it.before, it.after
 
     def after(self, runner: str, phase: str) -> None:
-        with untraced(), uncollected():
-            now, others = observe(), libraries.libraries(self.libraries)
-            self.changes += differences(self.last, now, phase=phase, runner=runner)
-            self.changes += [
-                Change(*key, phase, runner, *told)
-                for key, *told in libraries.differences(self.libraries, others)
-            ]
-            self.ran += [Ran(*place, phase, runner) for place in self.trace.take()]
+        with untraced():
+            now = observe()  # whether garbage is collected, too
+            with uncollected():
+                others = libraries.libraries(self.libraries)
+                self.changes += differences(self.last, now, phase=phase, runner=runner)
+                self.changes += [
+                    Change(*key, phase, runner, *told)
+                    for key, *told in libraries.differences(self.libraries, others)
+                ]
+                self.ran += [Ran(*place, phase, runner) for place in self.trace.take()]
         found = {(it.module, it.name) for it in self.changes if it.phase == phase}
         self.changes += [
             Change(*key, phase, runner, *told)

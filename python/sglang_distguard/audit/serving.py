@@ -98,7 +98,11 @@ class Drafting(Worker):
 class Scheduler:
     """A ``Scheduler`` with a prefix cache and chunked prefills, which answers two requests."""
 
-    settings: Mapping[str, Any] = {"disable_radix_cache": False, "chunked_prefill_size": 16}
+    settings: Mapping[str, Any] = {
+        "disable_radix_cache": False,
+        "chunked_prefill_size": 16,
+        "enable_metrics": True,
+    }
 
     def __init__(self) -> None:
         self._schedulers: dict[int, Any] = {}

@@ -14,6 +14,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from sglang_distguard.audit.graph import CACHE, Node, Reader, attributes, is_a
+from sglang_distguard.audit.libraries import is_listed
 
 #: How many references away from its global an object is read.
 DEPTH = 32
@@ -134,8 +135,8 @@ def _walk(nodes: list[tuple[Node, int, str]], reader: Reader) -> bool:
         end, depth = len(nodes), depth + 1
         for number in range(begin, end):
             for label, thing in nodes[number][0].held:
-                if id(thing) in seen:
-                    continue
+                if id(thing) in seen or (number and is_listed(thing)):
+                    continue  # a registry that a function has for a default is a global itself
                 if depth > DEPTH or len(nodes) > OBJECTS:
                     return True
                 seen.add(id(thing))
