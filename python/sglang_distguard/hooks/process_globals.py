@@ -233,6 +233,11 @@ TREATMENTS: tuple[Treatment, ...] = (
             "numbers of one tree's nodes; two threads that count together give a number twice",
         ),
         (
+            _SRT + "mem_cache.unified_cache.components.base",
+            "_COMPONENT_UUID_COUNTER _COMPONENT_UUID_COUNTERS _LAST_ACCESS_TIME_COUNTER_FLOAT",
+            "numbers of one tree's nodes; two threads that count together give a number twice",
+        ),
+        (
             _SRT + "managers.cache_controller",
             "CacheOperation.counter StorageOperation.counter",
             "numbers of one cache's operations; two threads that count together give a number twice",

@@ -72,6 +72,12 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
     (_SRT + "utils.common", "is_sail is_confidential_compute", Span("0.5.23")),
     (_SRT + "utils.common", "is_sm110_supported", Span("0.5.22")),
     (_SRT + "mem_cache.allocation", "ALLOC_FOR_DECODE_FUNCS", Span("0.5.22")),
+    (
+        _SRT + "mem_cache.unified_cache.components.base",
+        "_COMPONENT_UUID_COUNTER",
+        Span(None, "0.5.21"),
+    ),
+    (_SRT + "mem_cache.unified_cache.components.base", "_COMPONENT_UUID_COUNTERS", Span("0.5.22")),
     # 0.5.21 comes with torch 2.13.0 and transformers 5.12.1, the later ones with 2.14.1 and 5.19.0.
     ("torch._opaque_base", "_FakeScriptObject_cls", Span(None, "0.5.21")),
     (
