@@ -124,9 +124,10 @@ architectures: setup ## every architecture that runs on CPU, alone, guarded and 
 same-key: setup ## runners of one path and other content, every architecture; writes docs/ (a quarter of an hour)
 	@$(BIN)/python verify/same_key.py --jobs 2
 
-gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and without; memory released (12 minutes)
+gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released (20 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models
 	@$(BIN)/python verify/gpu_memory.py .cache/models
+	@$(BIN)/python verify/gpu_engines.py .cache/models
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import time
 from collections.abc import Callable
@@ -11,14 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import pytest
 import sglang_distguard
 from conftest import teardown_everything
+from interpreters import Has
 from registry_calls import state_of
 from sglang_distguard import _core
 from sglang_distguard.testing import generate, server_args
 
 Model = Callable[..., Path]
+
+#: A module of SGLang is imported while a runner is built, and keeps the error of an import of its own.
+IMPORTS = """
+import gc, importlib, json, weakref
+from pathlib import Path
+import sglang_distguard
+from sglang.srt.layers.moe.token_dispatcher import deepep
+from sglang_distguard.testing import create_model, server_args
+sglang_distguard.install()
+
+def built():
+    runner = sglang_distguard.build_runner(server_args(create_model("gpt2", Path(CACHE, "models"))))
+    importlib.reload(deepep)
+    return runner
+
+runner = built()
+seen = weakref.ref(runner)
+sglang_distguard.close(runner)
+del runner
+gc.collect()
+print(json.dumps([seen() is None, repr(deepep._deepep_import_error)]))
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +121,13 @@ def test_a_few_cycles_leave_nothing_behind(guard: None, model: Model) -> None:
     before, after = run_cycles(model("llama"), warm_up=3, cycles=5)
     # Only the slow test checks memory: a few cycles among other tests show nothing about it.
     assert_nothing_left(before, Left(**{**vars(after), "memory": before.memory}))
+
+
+def test_a_closed_runner_is_freed_whatever_import_errors_sglang_keeps() -> None:
+    """Their tracebacks lead to the frames that imported, and those to the runner."""
+    freed, kept = json.loads(interpreters.run_well(IMPORTS, has=Has.SGLANG).splitlines()[-1])
+    assert "ImportError" in kept or "ModuleNotFoundError" in kept
+    assert freed
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any, Optional
 
 
@@ -92,6 +93,12 @@ def forget_frames(error: BaseException) -> None:
 
     Its causes, contexts and grouped errors are cleared too. Messages and tracebacks stay.
     """
+    for it in with_causes(error):
+        traceback.clear_frames(it.__traceback__)
+
+
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield ``error``, its causes, contexts and grouped errors, each once."""
     seen: set[int] = set()
     pending: list[Optional[BaseException]] = [error]
     while pending:
@@ -99,7 +106,7 @@ def forget_frames(error: BaseException) -> None:
         if it is None or id(it) in seen:
             continue
         seen.add(id(it))
-        traceback.clear_frames(it.__traceback__)
+        yield it
         pending += [it.__cause__, it.__context__]
         if isinstance(it, BaseExceptionGroup):
             pending += it.exceptions

@@ -103,8 +103,8 @@ class Engine:
             name: name in errors, logs and ``snapshot()``. Default: from the model's path.
             start_timeout: seconds that starting may take, loading the model included.
             **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
-                made from fields sleeps while it is idle (``sleep_on_idle``), unless they say
-                otherwise.
+                sleeps while it is idle, unless the field ``sleep_on_idle=False`` is given, or
+                ``server_args`` that were published before say so.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.

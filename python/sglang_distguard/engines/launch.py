@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,12 @@ def resolved(name: str, given: dict[str, Any]) -> Any:
                 f"an Engine takes server_args or fields of ServerArgs, not also {others}"
             )
         server_args = own_copy(given["server_args"])
+        # Its default cannot be told from a choice. An idle scheduler that does not sleep takes a
+        # core, and the interpreter from all other engines: opening one beside two took minutes.
+        with suppress(AttributeError):  # it was published before, and is read-only
+            server_args.sleep_on_idle = True
     else:
-        # As sgl.Engine: no logs by default. An idle scheduler that does not sleep takes a core.
+        # As sgl.Engine: no logs by default.
         server_args = ServerArgs(**{"log_level": "error", "sleep_on_idle": True, **given})
     for field in _ONE:
         value = getattr(server_args, field, 1)

@@ -34,6 +34,34 @@ def _tagged(original: Callable[..., Any]) -> Callable[..., Any]:
     return tagged
 
 
+def _region(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the memory pool that is made for a runner's tag end with the runner."""
+
+    @functools.wraps(original)
+    def region(self: Any, tag: str, *args: Any, **kwargs: Any) -> Any:
+        own = tag_of_scope(tag)
+        execution = _core.current_execution()
+        runner = None if execution is None else execution.runner
+        if own != tag and runner is not None and runner.manager is None:
+            runner.keep_part(functools.partial(_drop_pools, own))
+        return original(self, own, *args, **kwargs)
+
+    return region
+
+
+def _drop_pools(tag: str) -> None:
+    """Drop the pools of ``tag``: torch_memory_saver 0.0.10 keeps them for the life of the process.
+
+    What is still allocated in a pool stays valid. `torch.cuda.empty_cache()`, which SGLang calls
+    when it builds a runner, gives back to the GPU what is free in a dropped pool only.
+    """
+    from torch_memory_saver import torch_memory_saver
+
+    pools = getattr(torch_memory_saver._impl, "_mem_pools", {})
+    for key in [it for it in list(pools) if it[0] == tag]:
+        pools.pop(key, None)
+
+
 def _cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def cuda_graph(self: Any, **kwargs: Any) -> Any:
@@ -54,6 +82,7 @@ CHANGES = (
         )
         for name in ("release_memory_occupation", "resume_memory_occupation")
     ),
-    *(Around(_ADAPTER, f"{_SAVER}.{name}", _tagged) for name in ("region", "pause", "resume")),
+    Around(_ADAPTER, f"{_SAVER}.region", _region),
+    *(Around(_ADAPTER, f"{_SAVER}.{name}", _tagged) for name in ("pause", "resume")),
     Around(_ADAPTER, f"{_SAVER}.cuda_graph", _cuda_graph),
 )

@@ -22,6 +22,7 @@ from sglang_distguard.runner.handle import (
     mark_as_of,
     release_failed,
 )
+from sglang_distguard.runner.import_errors import drop_tracebacks
 from sglang_distguard.sync.phases import Phase
 
 MODULE = "sglang.srt.model_executor.model_runner"
@@ -182,6 +183,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
                 release_failed(self)
                 forget_frames(error)
                 raise
+            drop_tracebacks()  # it may be dropped without `close`
 
     return __init__
 

@@ -21,6 +21,7 @@ from sglang_distguard.errors import (
     DistGuardError,
 )
 from sglang_distguard.runner.collective_steps import may_overlap
+from sglang_distguard.runner.import_errors import drop_tracebacks
 
 _ATTRIBUTE = "_sglang_distguard_handle"
 _numbers = itertools.count(1)
@@ -106,7 +107,11 @@ def release(handle: _core.RunnerHandle) -> bool:
     scope = handle.scope
     closed = handle.close()
     if closed:
+        if handle.manager is None:  # a manager's are ended with it (``hooks.endings``)
+            for end in reversed(handle.take_parts()):
+                end()
         owned_groups.destroy_if_vacant(scope)
+        drop_tracebacks()
     return closed
 
 
