@@ -70,8 +70,10 @@ def _add_models(app: FastAPI, pool: Pool, dispatch: Dispatch) -> None:
     async def models() -> ModelList:
         found = []
         for name in pool:
-            with suppress(UnknownEngine, EngineClosed, AttributeError):  # closed since
-                found.append(_card(pool[name]))
+            with suppress(UnknownEngine, AttributeError):  # closed since
+                engine = pool[name]
+                if engine.failure is None:
+                    found.append(_card(engine))
         return ModelList(data=found)
 
     @app.get("/v1/models/{model:path}")
