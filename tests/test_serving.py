@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from serving_programs import DOOMED, LEFT, OUTPUT, PLANTED, PROCESS, TEXTS
 
 KEY, ADMIN = "the-key", "the-administrators-key"
 #: Seconds; nothing here takes more than a fraction of it.
-MANY = 300.0
+MANY = 120.0
 MODELS = CACHE / "models"
 WISHES: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 #: Runs long enough for something to happen meanwhile.
@@ -180,7 +181,7 @@ def test_the_other_routes_of_sglang_answer_by_model(server: Server) -> None:
 def test_what_is_refused_says_why(server: Server) -> None:
     client = server.client()
     with pytest.raises(
-        openai.NotFoundError, match="'chatt' does not exist.*serve: chat, embed"
+        openai.NotFoundError, match=r"'chatt' does not exist.*serve: chat, embed"
     ) as e:
         client.completions.create(model="chatt", prompt="Hello")
     assert (e.value.code, e.value.param) == ("model_not_found", "model")
@@ -188,7 +189,7 @@ def test_what_is_refused_says_why(server: Server) -> None:
         client.completions.create(model="default", prompt="Hello")
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("chatt")
-    for key in ("another", "", "kéy"):
+    for key in ("another", KEY[:-1], "kéy"):
         sent = httpx.get(
             f"{server.address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()}
         )
@@ -285,17 +286,13 @@ def test_a_client_that_disconnects_aborts_its_request(server: Server) -> None:
     assert pending() == 1
     stream.close()
     until(lambda: pending() == 0)
-    body = {"model": "chat", "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
-    with httpx.Client(base_url=server.address) as client, ThreadPoolExecutor(1) as thread:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        asked = thread.submit(
-            client.post, "/v1/completions", json=body, headers=headers, timeout=MANY
-        )
-        until(lambda: pending() == 1 or asked.done())
-        assert not asked.done()
-        client.close()
-        with contextlib.suppress(httpx.HTTPError, OSError, RuntimeError):
-            asked.result()
+    # A request that does not stream, whose client goes without reading anything.
+    wanted = {"model": "chat", "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"))
+    connection.request("POST", "/v1/completions", json.dumps(wanted), headers)
+    until(lambda: pending() == 1)
+    connection.close()
     until(lambda: pending() == 0)
     until(lambda: aborted() == before + 2)
 
@@ -327,17 +324,16 @@ def test_an_engine_that_fails_is_503_with_the_cause_and_others_go_on(
     cause = f"'{DOOMED}' has failed: ValueError: {PLANTED}"
     client = server.client()
 
-    def refused() -> bool:
-        try:
+    def is_refused() -> bool:
+        with contextlib.suppress(openai.InternalServerError):
             client.completions.create(model=DOOMED, prompt="Hello", **WISHES)
-        except openai.APIStatusError as error:
-            assert error.status_code == 503
-            assert cause in error.message
-            assert error.code == "engine_failed"
-            return True
-        return False
+            return False
+        return True
 
-    until(refused)  # the signal may come a request later
+    until(is_refused)  # the signal may come a request later
+    with pytest.raises(openai.InternalServerError, match=cause) as refused:
+        client.completions.create(model=DOOMED, prompt="Hello", **WISHES)
+    assert (refused.value.status_code, refused.value.code) == (503, "engine_failed")
     health = server.get(f"/health/{DOOMED}")
     assert (health.status_code, health.json()["cause"]) == (503, f"ValueError: {PLANTED}")
     assert server.get("/health").status_code == 503
