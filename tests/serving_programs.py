@@ -24,8 +24,8 @@ GREEDY = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
 
 def serve(folder: str, options: Sequence[str]) -> None:
     """Run the command, and write what it leaves in its folder for files and in shared memory."""
+    from sglang_distguard import Pool
     from sglang_distguard.__main__ import main
-    from sglang_distguard.serving import command
 
     place = Path(folder)
     sys.stdout = (place / OUTPUT).open("w", buffering=1)
@@ -38,13 +38,13 @@ def serve(folder: str, options: Sequence[str]) -> None:
 
     sys.addaudithook(note)
     pools: list[Any] = []
+    made = Pool.__init__
 
-    class Pool(command.Pool):
-        def __init__(self) -> None:
-            super().__init__()
-            pools.append(self)
+    def noted(self: Any) -> None:
+        made(self)
+        pools.append(self)
 
-    command.Pool = Pool  # type: ignore[misc]
+    setattr(Pool, "__init__", noted)
 
     def fail(*_: object) -> None:
         def breaks(*_args: object) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -157,6 +158,23 @@ def test_two_models_asked_at_once_answer_each_as_its_engine_alone(
         assert [it.result() for it in many] == [text for text in texts[:3] for _ in range(3)]
 
 
+def test_the_client_in_the_readme_prints_what_stands_there(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = re.search(
+        r"<!-- client -->\n```python\n(.*?)```\n<!-- /client -->\n\n```\n(.*?)```",
+        (CACHE.parent / "README.md").read_text(),
+        re.DOTALL,
+    )
+    assert found is not None
+    # A port that is free, and this server's key.
+    program = (
+        found[1].replace("http://127.0.0.1:30000", server.address).replace('"none"', f"{KEY!r}")
+    )
+    exec(program, {})
+    assert capsys.readouterr().out == found[2]
+
+
 def test_the_other_routes_of_sglang_answer_by_model(server: Server) -> None:
     def post(path: str, **body: Any) -> Any:
         made = httpx.post(
@@ -191,7 +209,7 @@ def test_what_is_refused_says_why(server: Server) -> None:
         client.models.retrieve("chatt")
     for key in ("another", KEY[:-1], "kéy"):
         sent = httpx.get(
-            f"{server.address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()}
+            f"{server.address}/v1/models", headers={b"Authorization": f"Bearer {key}".encode()}
         )
         assert (sent.status_code, sent.json()["error"]["code"]) == (401, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError, match="send the server's key"):
