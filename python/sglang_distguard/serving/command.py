@@ -63,6 +63,7 @@ def run(options: Options) -> int:
     except OSError as error:
         print(f"error: cannot bind to {options.host}:{options.port}: {error}", file=sys.stderr)
         return 2
+    _warn_of_memory(options)
     with bound:
         install()
         try:
@@ -91,6 +92,22 @@ def _bound(host: str, port: int) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _warn_of_memory(options: Options) -> None:
+    """SGLang gives the caches of an engine most of the memory that it finds free (0.5.23)."""
+    limits = ("max_total_tokens", "mem_fraction_static")
+    without = [
+        name
+        for name in options.models
+        if all(options.settings.get(name, {}).get(limit) is None for limit in limits)
+    ]
+    if without and len(options.models) > 1:
+        print(
+            f"warning: {', '.join(without)}: no limit of memory, so that the first engine may take "
+            "what the others need; use --set NAME.max_total_tokens=NUMBER",
+            file=sys.stderr,
+        )
 
 
 async def _serve(options: Options, pool: Pool, app: FastAPI, bound: socket.socket) -> int:
