@@ -25,7 +25,7 @@ from serving_programs import DOOMED, LEFT, OUTPUT, PLANTED, PROCESS, TEXTS
 
 KEY, ADMIN = "the-key", "the-administrators-key"
 #: Seconds; nothing here takes more than a fraction of it.
-MANY = 120.0
+MANY = 300.0
 MODELS = CACHE / "models"
 WISHES: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 #: Runs long enough for something to happen meanwhile.
@@ -44,6 +44,7 @@ class Server:
             has=Has.SGLANG,
         )
         self.status: Optional[int] = None
+        self._is_told = False  # a second signal while the interpreter ends would kill it
         self.address = self._started()
 
     def _started(self) -> str:
@@ -56,13 +57,15 @@ class Server:
         raise AssertionError(self.end())
 
     def signal(self, number: int) -> None:
+        self._is_told |= number == signal.SIGTERM
         os.kill(int((self.folder / PROCESS).read_text()), number)
 
     def end(self) -> str:
         """End it, once; return what it wrote to its standard error."""
         if self.status is None:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                self.signal(signal.SIGTERM)
+            if not self._is_told:
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    self.signal(signal.SIGTERM)
             ended = self._program.wait(MANY)
             self.status = ended.returncode
             return ended.stderr
