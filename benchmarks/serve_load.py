@@ -20,7 +20,7 @@ SCRIPT = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 local asked = {
-  {"/v1/completions", '{"model":"chat","prompt":"Hello","max_tokens":8,"temperature":0}'},
+  {"/v1/completions", '{"model":"chat","prompt":"Hello","max_tokens":8,"temperature":0,"ignore_eos":true}'},
   {"/v1/embeddings", '{"model":"embed","input":"Hello"}'},
 }
 local number = 0

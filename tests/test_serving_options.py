@@ -77,7 +77,10 @@ def test_the_command_refuses_before_it_loads(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for given, said in (
+            ([], "error: there is nothing to serve: give --model"),
             (["--model", "chat"], "error: --model takes NAME=PATH"),
+            (["--model", "chat=x", "--drain", "-1"], "error: --drain must be 0 or more"),
+            (["--model", "chat=x", "--port", "99999"], "error: cannot bind to 127.0.0.1:99999"),
             (["--model", "chat=x", "--set", "chat.dtyp=1"], "error: SGLang's ServerArgs has no"),
             (["--model", "chat=x", "--port", port], f"error: cannot bind to 127.0.0.1:{port}"),
         ):

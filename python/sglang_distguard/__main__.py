@@ -159,6 +159,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from sglang_distguard.serving import arguments as given
     from sglang_distguard.testing import prepare_environment, recipe
 
+    if not (arguments.model or arguments.tiny or arguments.admin_key):
+        print(
+            "error: there is nothing to serve: give --model NAME=PATH, --tiny, or an --admin-key to "
+            "load models later",
+            file=sys.stderr,
+        )
+        return 2
     small: dict[str, Any] = {}
     if not torch.cuda.is_available():
         prepare_environment()  # SGLang's CPU engine, and its own stub of sgl_kernel

@@ -85,7 +85,7 @@ class Changes:
 
     async def make(self, change: Coroutine[Any, Any, Any]) -> Optional[Response]:
         """Make a change; return the refusal if it fails."""
-        task = asyncio.ensure_future(change)
+        task = asyncio.ensure_future(_without_exit(change))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
@@ -100,6 +100,14 @@ class Changes:
         if running:
             await asyncio.wait(running, timeout=seconds)
         return all(it.done() for it in running)
+
+
+async def _without_exit(change: Coroutine[Any, Any, Any]) -> None:
+    """SGLang ends a process whose settings it refuses; here that would end the server's loop."""
+    try:
+        await change
+    except SystemExit as error:
+        raise RuntimeError(f"SGLang has ended the load with exit status {error.code}") from error
 
 
 def _facts(pool: Pool, name: str) -> dict[str, Any]:

@@ -58,9 +58,12 @@ def run(options: Options) -> int:
 
     0 after a signal, 1 when a model cannot be loaded, 2 when an option cannot be used.
     """
+    if options.drain < 0:
+        print(f"error: --drain must be 0 or more seconds, not {options.drain}", file=sys.stderr)
+        return 2
     try:
         bound = _bound(options.host, options.port)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         print(f"error: cannot bind to {options.host}:{options.port}: {error}", file=sys.stderr)
         return 2
     _warn_of_memory(options)
@@ -161,7 +164,7 @@ async def _loaded(pool: Pool, name: str, path: str, options: Options) -> bool:
     try:
         fields = arguments.fields_of(name, path, options.settings.get(name, {}))
         await pool.aload(name, start_timeout=options.start_timeout, **fields)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SGLang ends a process whose settings it refuses
         print(f"error: {name}: {path}: {type(error).__name__}: {error}", file=sys.stderr)
         return False
     _say(f"{name}: loaded {path} in {time.perf_counter() - start:.1f} s")
