@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -41,6 +41,12 @@ setup: .venv/.native ## make .venv: sglang, tools and the native module (10 GB, 
 
 demo: setup ## 8 runners of 5 architectures from 8 threads, then the same without the guard
 	@$(BIN)/python -m sglang_distguard demo
+
+serve: setup ## two small models behind OpenAI's routes, in one process, on 127.0.0.1:30000
+	@$(BIN)/python -m sglang_distguard serve --tiny
+
+load: setup ## wrk asks both models of such a server at once (a minute); needs wrk
+	@$(BIN)/python benchmarks/serve_load.py
 
 test: test-rust test-python ## the tests of Rust and Python, with real SGLang
 

@@ -44,6 +44,9 @@ class _Child:
 def main(third_party: str, sglang: str, session: str) -> None:
     """Import, fork the second process, and serve; in a child, run the program."""
     inherited = set(os.environ)
+    # huggingface_hub reads it when it is imported. Without a network it would try for a minute to
+    # ask about each tokenizer (transformers 5.19).
+    os.environ["HF_HUB_OFFLINE"] = "1"
     session_ended = os.pidfd_open(int(session))
     mine, other = (socket.socket(fileno=int(number)) for number in (third_party, sglang))
     for name in THIRD_PARTY:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from interpreters import Has, facts_of, run_well
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,3 +49,26 @@ def test_the_program_in_the_readme_runs_as_it_stands_and_prints_what_stands_ther
     )
     assert ran.returncode == 0, ran.stderr[-5000:]
     assert ran.stdout == found[2]
+
+
+def test_an_application_of_ones_own_with_a_pool_in_it() -> None:
+    facts = facts_of("example_programs.embedded_pool()")
+    assert facts["models"] == ["chat", "embed"]
+    assert facts["nearest"]["sentence"] in ("Where is it?", "Then.")
+    assert facts["text"].startswith(" word399")
+
+
+def test_the_walk_through_engines_runs_from_cell_to_cell() -> None:
+    printed = run_well(
+        "import example_programs\nexample_programs.engines_walkthrough()", has=Has.SGLANG
+    ).splitlines()
+    assert printed[:2] == ["chat serving 0", "embed serving 0"]
+    assert printed[2].startswith(" word399")
+    assert printed[3] == "64 numbers"
+    assert all(printed[2].startswith(text) for text in printed[4:7])
+    assert printed[7:] == [
+        "6 tokens, 64 numbers",
+        "answered meanwhile: True",
+        "embed 9 tokens of prompts",
+        "[]",
+    ]

@@ -1,4 +1,4 @@
-"""``python -m sglang_distguard``: demo, audit, status, version."""
+"""``python -m sglang_distguard``: serve, demo, audit, status, version."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-#: Modules that ``demo`` and ``audit`` need, and on which this package does not depend.
-_BROUGHT_BY_SGLANG = frozenset({"sglang", "torch", "transformers", "safetensors", "tqdm"})
+#: Modules that ``serve``, ``demo`` and ``audit`` need, and on which this package does not depend.
+_BROUGHT_BY_SGLANG = frozenset(
+    {"sglang", "torch", "transformers", "safetensors", "tqdm", "fastapi", "uvicorn", "pydantic"}
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -30,6 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         help="folder for the small models and reference results (default: %(default)s)",
     )
     demo.add_argument("--unguarded", action="store_true", help=argparse.SUPPRESS)
+    _add_serve(commands)
     _add_audit(commands)
     status = commands.add_parser(
         "status", help="show whether this environment is supported, and the settings in force"
@@ -61,6 +64,8 @@ def _run(arguments: argparse.Namespace) -> int:
             if arguments.unguarded
             else program.run(arguments.cache)
         )
+    if arguments.command == "serve":
+        return _serve(arguments)
     if arguments.command == "audit":
         from sglang_distguard.audit import program
 
@@ -76,6 +81,121 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "status":
         return _status(as_json=arguments.json)
     return _version()
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve several models from this process, over OpenAI's routes (docs/serving.md)",
+        description="Loads models into one process and serves them over HTTP with SGLang's own "
+        "OpenAI routes. A request names its model. SIGTERM and SIGINT end it when pending requests "
+        "have been answered.",
+        epilog="examples:\n"
+        "  python -m sglang_distguard serve --tiny\n"
+        "  python -m sglang_distguard serve --model chat=PATH --model embed=PATH "
+        "--set embed.is_embedding=true\n"
+        "  python -m sglang_distguard serve --model chat=PATH --set mem_fraction_static=0.4 "
+        "--api-key KEY --port 8000\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a checkpoint, and the name under which clients ask for it; may be repeated",
+    )
+    serve.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[NAME.]FIELD=VALUE",
+        help="a field of SGLang's ServerArgs, as JSON or text, for one model or for all; may be "
+        "repeated",
+    )
+    serve.add_argument(
+        "--tiny",
+        action="store_true",
+        help="also serve two small models with random weights, chat and embed, which are made here "
+        "without a network",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    serve.add_argument(
+        "--port", type=int, default=30000, help="TCP port; 0: a free one (default: %(default)s)"
+    )
+    serve.add_argument("--api-key", metavar="KEY", help="clients must send this bearer token")
+    serve.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help="bearer token of the routes that load, replace and unload models; without it they are "
+        "off",
+    )
+    serve.add_argument(
+        "--drain",
+        type=int,
+        default=30,
+        metavar="SECONDS",
+        help="how long pending requests may take after SIGTERM (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long one model may take to load (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(".cache"),
+        help="folder for the small models (default: %(default)s)",
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Serve until a signal; exit status 1 when a model cannot be loaded, 2 for a wrong option."""
+    import torch
+
+    from sglang_distguard.serving import arguments as given
+    from sglang_distguard.testing import prepare_environment, recipe
+
+    if not (arguments.model or arguments.tiny or arguments.admin_key):
+        print(
+            "error: there is nothing to serve: give --model NAME=PATH, --tiny, or an --admin-key to "
+            "load models later",
+            file=sys.stderr,
+        )
+        return 2
+    small: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        prepare_environment()  # SGLang's CPU engine, and its own stub of sgl_kernel
+    try:
+        models = given.models(arguments.model)
+        if arguments.tiny:
+            from sglang_distguard.testing.talking import create_talking_models
+
+            made = create_talking_models(arguments.cache / "models")
+            models = {**{name: str(folder) for name, folder in made.items()}, **models}
+            small = {**recipe.settings(), "skip_tokenizer_init": False}
+        settings = given.settings(arguments.set, models)
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    settings = {name: {**small, **fields} for name, fields in settings.items()}
+    from sglang_distguard.serving import command
+
+    return command.run(
+        command.Options(
+            models=models,
+            settings=settings,
+            host=arguments.host,
+            port=arguments.port,
+            api_key=arguments.api_key,
+            admin_key=arguments.admin_key,
+            drain=arguments.drain,
+            start_timeout=arguments.start_timeout,
+        )
+    )
 
 
 def _add_audit(commands: Any) -> None:

@@ -100,12 +100,21 @@ def server_args(model_path: str | Path, *, dtype: str = "float32", **overrides: 
     Raises:
         TypeError: an override is not a field of ``ServerArgs``.
     """
-    import torch
     from sglang.srt.server_args import ServerArgs
 
+    return ServerArgs(**{"model_path": str(model_path), **settings(dtype), **overrides})
+
+
+def settings(dtype: str = "float32") -> dict[str, Any]:
+    """The fields of ``ServerArgs`` of one small runner.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+    """
+    import torch
+
     on_gpu = torch.cuda.is_available()
-    settings: dict[str, Any] = {
-        "model_path": str(model_path),
+    return {
         "device": "cuda" if on_gpu else "cpu",
         "dtype": dtype,
         "skip_tokenizer_init": True,
@@ -122,7 +131,6 @@ def server_args(model_path: str | Path, *, dtype: str = "float32", **overrides: 
         "random_seed": 0,
         "log_level": "error",
     }
-    return ServerArgs(**{**settings, **overrides})
 
 
 def free_port() -> int:
