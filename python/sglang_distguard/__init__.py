@@ -24,6 +24,7 @@ from sglang_distguard.api.weights import detach_weights, memory
 from sglang_distguard.config.settings import runner_scope
 from sglang_distguard.engines.engine import Engine
 from sglang_distguard.engines.pool import EngineInfo, Pool
+from sglang_distguard.engines.replicas import Replicas
 from sglang_distguard.errors import (
     AcquireTimeout,
     AgreementTimeout,
@@ -68,6 +69,7 @@ __all__ = [
     "Pool",
     "RankFailed",
     "RanksDisagree",
+    "Replicas",
     "Snapshot",
     "SpecMismatch",
     "StateInUse",

@@ -213,6 +213,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         with step_of(self):
             weights.refuse_if_shared(self, "load_model")
+            weights.check_source(self)
             result = original(self, *args, **kwargs)
             weights.share(self)
         return result

@@ -72,10 +72,10 @@ def storages_of(runners: Iterable[Any]) -> Storages:
         places = storages_of_model(model) if model is not None else {}
         names = weights.others(runner)
         sharing = weights.sharing_of(runner) if names else None
-        shared = {} if sharing is None else {it: places[it] for it in sharing.places & places.keys()}
-        found = found.joined(
-            Storages(places, shared, frozenset(names), storages_of_pools(runner))
+        shared = (
+            {} if sharing is None else {it: places[it] for it in sharing.places & places.keys()}
         )
+        found = found.joined(Storages(places, shared, frozenset(names), storages_of_pools(runner)))
     return found
 
 

@@ -17,7 +17,12 @@ Place = tuple[str, int]
 #: Entries of a module's ``__dict__`` that hold its registries.
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 #: Attributes of a runner that hold its pools (SGLang 0.5.23).
-_POOLS = ("token_to_kv_pool", "req_to_token_pool", "mtp_draft_device_pools", "mtp_draft_mamba_pools")
+_POOLS = (
+    "token_to_kv_pool",
+    "req_to_token_pool",
+    "mtp_draft_device_pools",
+    "mtp_draft_mamba_pools",
+)
 _POOL_MODULES = "sglang.srt.mem_cache"
 
 

@@ -135,25 +135,41 @@ def refuse_if_shared(runner: Any, change: str) -> None:
     )
 
 
+def check_source(runner: Any) -> None:
+    """Refuse to load a model for ``runner`` that could not share its source's weights.
+
+    Does nothing outside of ``sharing_with``, and for a draft runner.
+
+    Raises:
+        SpecMismatch: the two differ in a setting.
+        NotSupported: settings of one of the two move or replace weights; several ranks.
+        DistGuardError: the source is closed.
+    """
+    found = _source_of(runner)
+    if found is None:
+        return
+    source, owner = found
+    owner.check()
+    _check_settings(runner, source, owner.name)
+
+
 def share(runner: Any) -> None:
     """Give ``runner``, which has just loaded its model, the storages of its source's parameters.
 
     Does nothing outside of ``sharing_with``, and for a draft runner.
 
     Raises:
-        SpecMismatch: the two differ in a setting, or in a parameter's name, shape, type or bits.
-        NotSupported: settings of one of the two move or replace weights; several ranks.
+        SpecMismatch: the two differ in a parameter's name, shape, type or bits.
         DistGuardError: the source is closed.
+        StateInUse: it was detached meanwhile.
         AcquireTimeout, DeadlockError: see ``in_phase``.
     """
-    reference = _source.get()
-    if reference is None or runner.is_draft_worker:
+    found = _source_of(runner)
+    if found is None:
         return
-    source, handle = reference(), find_handle(runner)
-    owner = find_handle(source)
-    if source is None or owner is None or handle is None:
-        raise StateInUse("the runner whose weights were to be shared is gone; build without it")
-    _check_settings(runner, source, owner.name)
+    source, owner = found
+    handle = find_handle(runner)
+    assert handle is not None
     with in_phase("load", owner):
         owner.check()
         sharing = sharing_of(source) or _begin(source, owner)
@@ -199,6 +215,17 @@ def detach(runner: Any, *, timeout: Optional[float] = None) -> bool:
         return is_shared
 
 
+def _source_of(runner: Any) -> Optional[tuple[Any, _core.RunnerHandle]]:
+    reference = _source.get()
+    if reference is None or runner.is_draft_worker:
+        return None
+    source = reference()
+    owner = find_handle(source)
+    if owner is None:
+        raise StateInUse("the runner whose weights were to be shared is gone; build without it")
+    return source, owner
+
+
 def _begin(source: Any, owner: _core.RunnerHandle) -> Sharing:
     """Record that the weights of ``source`` may be shared; the caller is in its load phase."""
     key = f"weights:{next(_numbers)}"
@@ -240,7 +267,6 @@ def _spec(runner: Any) -> dict[str, str]:
     config = runner.model_config
     return {
         "architectures": str(getattr(config.hf_config, "architectures", None)),
-        "model": type(runner.model).__name__,
         "dtype": str(config.dtype),
         "quantization": str(config.quantization),
         "device": str(runner.device),
