@@ -21,6 +21,7 @@ from sglang_distguard import (
     StateInUse,
     snapshot,
 )
+from sglang_distguard.runner import weights
 from sglang_distguard.testing import server_args, solo
 from sglang_distguard.testing.steps import PROMPTS
 from test_engines import GREEDY, LONG, MANY, asked
@@ -138,7 +139,7 @@ def test_a_replica_that_fails_is_left_out_and_the_last_one_may_be_updated(
 
 
 def test_replicas_are_closed_and_replaced_as_a_whole(
-    pool: Pool, chat: Replicas, model: Model
+    pool: Pool, chat: Replicas, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending = [asks_long(it) for it in chat.engines]
     one, two = chat.engines
@@ -156,9 +157,14 @@ def test_replicas_are_closed_and_replaced_as_a_whole(
         pool.load("other", replicas=0, **arguments(model))
     pool.close("chat", drain=0)
     assert len(pool) == 0
+
+    def fails(*_args: Any) -> None:
+        raise MemoryError("planted")
+
     # A replica that does not start takes the others with it.
-    with pytest.raises(NotSupported, match="enable_memory_saver=True, with which"):
-        pool.load("other", replicas=2, **arguments(model, enable_memory_saver=True))
+    monkeypatch.setattr(weights, "_take", fails)
+    with pytest.raises(MemoryError, match="planted"):
+        pool.load("other", replicas=2, **arguments(model))
     assert pool.list() == []
     assert [it["key"] for it in snapshot()["slots"] if "weights" in it["key"]] == []
 
@@ -193,8 +199,8 @@ def test_an_engine_detaches_before_its_weights_change_and_the_other_keeps_its_ow
             assert two.detach_weights() is False
             assert two.memory().shared_with == one.memory().shared_with == ()
             assert two.begin_weight_update()[0]
-            weights = list(load_file(new / "model.safetensors").items())
-            assert two.update_weights_from_tensor(weights)[0]
+            tensors = list(load_file(new / "model.safetensors").items())
+            assert two.update_weights_from_tensor(tensors)[0]
             assert two.end_weight_update()[0]
             assert asked(two) == alone(model, seed=1)
             assert asked(one) == alone(model)
