@@ -96,7 +96,9 @@ mod tests {
 
     #[test]
     fn text_that_no_key_prints_is_refused() {
-        for text in ["", "World", "world:", "world:x", "groups:", "weights", ":x", "tp"] {
+        for text in [
+            "", "World", "world:", "world:x", "groups:", "weights", ":x", "tp",
+        ] {
             let error = text.parse::<Key>().unwrap_err();
             assert!(error.contains(text));
         }
