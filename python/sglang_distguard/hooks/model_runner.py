@@ -13,7 +13,7 @@ from sglang_distguard.context import generation
 from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
-from sglang_distguard.patching import Around, WithinMethods
+from sglang_distguard.patching import Around, AroundMethods, WithinMethods
 from sglang_distguard.runner import weights
 from sglang_distguard.runner.collective_steps import agree_on_one_more, step_among_ranks
 from sglang_distguard.runner.handle import (
@@ -236,14 +236,12 @@ def _check_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 #: Methods that have a hook of their own.
-_OWN_HOOKS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "alloc_memory_pool": _alloc_memory_pool,
-    "load_model": _load_model,
-    "check_weights": _check_weights,
-}
+_OWN_HOOKS = frozenset({"alloc_memory_pool", "load_model", "check_weights"})
 CHANGES = (
     Around(MODULE, "ModelRunner.__init__", _init),
-    *(Around(MODULE, f"ModelRunner.{name}", hook) for name, hook in _OWN_HOOKS.items()),
+    Around(MODULE, "ModelRunner.alloc_memory_pool", _alloc_memory_pool),
+    Around(MODULE, "ModelRunner.load_model", _load_model),
+    AroundMethods(MODULE, "ModelRunner", _check_weights, only=frozenset({"check_weights"})),
     WithinMethods(
         MODULE,
         "ModelRunner",

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional
 
-from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.errors import StateInUse
 from sglang_distguard.hooks.model_runner import phase_of
-from sglang_distguard.patching import Around, WithinMethods
+from sglang_distguard.patching import Around, AroundMethods, WithinMethods
 from sglang_distguard.runner import weights
 from sglang_distguard.runner.collective_steps import collective_step_of, step_among_ranks
 from sglang_distguard.runner.handle import find_handle
@@ -35,12 +35,14 @@ _RECAPTURE = "recapture_cuda_graph"
 
 
 #: Methods that write to the weights, or may.
-_CHANGING = (
-    "update_weights_from_tensor",
-    "load_weights_from_distributed",
-    "update_weights_from_ipc",
-    "begin_weight_update",
-    "end_weight_update",
+_CHANGING = frozenset(
+    [
+        "update_weights_from_tensor",
+        "load_weights_from_distributed",
+        "update_weights_from_ipc",
+        "begin_weight_update",
+        "end_weight_update",
+    ]
 )
 _SCHEDULERS = "sglang.srt.managers.scheduler_components.weight_updater"
 #: Methods of the Scheduler's part -> the class of their answer (0.5.23).
@@ -54,15 +56,21 @@ _ANSWERS = {
 }
 
 
-def _step_of(name: str) -> Optional[_core.StepOf]:
-    if name == "update_weights_from_disk" or name in _CHANGING:
+def _step_of(name: str) -> Optional[Callable[[Any], AbstractContextManager[Any]]]:
+    if name == "update_weights_from_disk":
         return None
-    return _step(name)
-
-
-def _step(name: str) -> _core.StepOf:
     phase: Phase = "forward" if name in _BESIDE_FORWARDS else "load"
-    return collective_step_of(name, phase, "get_model_runner")
+    step_of = collective_step_of(name, phase, "get_model_runner")
+    if name not in _CHANGING:
+        return step_of
+
+    @contextmanager
+    def alone(updater: Any) -> Iterator[None]:
+        with step_of(updater):
+            weights.refuse_if_shared(updater.get_model_runner(), name)
+            yield
+
+    return alone
 
 
 def _from_disk(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,19 +94,6 @@ def _from_disk(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_weights_from_disk
 
 
-def _changing(original: Callable[..., Any]) -> Callable[..., Any]:
-    name = original.__name__
-    step_of = _step(name)
-
-    @functools.wraps(original)
-    def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with step_of(self):
-            weights.refuse_if_shared(self.get_model_runner(), name)
-            return original(self, *args, **kwargs)
-
-    return changing
-
-
 def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
     name = original.__name__
     namespace = original.__globals__
@@ -117,12 +112,8 @@ def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
 
 CHANGES = (
     Around(MODULE, "WeightUpdater.update_weights_from_disk", _from_disk),
-    *(Around(MODULE, f"WeightUpdater.{name}", _changing) for name in _CHANGING),
     WithinMethods(MODULE, "WeightUpdater", _step_of),
-    *(
-        Around(
-            _SCHEDULERS, f"SchedulerWeightUpdaterManager.{name}", _answering, uses=(_ANSWERS[name],)
-        )
-        for name in _ANSWERS
+    AroundMethods(
+        _SCHEDULERS, "SchedulerWeightUpdaterManager", _answering, only=frozenset(_ANSWERS)
     ),
 )

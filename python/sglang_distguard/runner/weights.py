@@ -41,7 +41,7 @@ from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.distributed import world
 from sglang_distguard.errors import NotSupported, SpecMismatch, StateInUse
 from sglang_distguard.runner.handle import find_handle
-from sglang_distguard.runner.tensors import Place, Slot, place_of, slots
+from sglang_distguard.runner.tensors import Place, Slot, place_of, slots, storages_of_model
 from sglang_distguard.sync.phases import in_phase
 
 if TYPE_CHECKING:
@@ -319,7 +319,8 @@ def _check_equal(
 
 def _described(tensor: torch.Tensor) -> str:
     shape = "x".join(map(str, tensor.shape)) or "scalar"
-    place = "" if tensor.layout.__repr__() != "torch.strided" else f", strides {tensor.stride()}"
+    strided = str(tensor.layout) == "torch.strided"
+    place = f", strides {tensor.stride()}" if strided else f", {tensor.layout}"
     return f"{shape} {tensor.dtype} on {tensor.device}{place}"
 
 
@@ -327,10 +328,10 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of equal shape, type and layout have the same bits, also those of NaN."""
     import torch
 
-    if one.is_meta or other.is_meta or place_of(one) == place_of(other):
+    if one.layout != torch.strided or other.layout != torch.strided or one.is_quantized:
+        return False  # nothing is known about its memory
+    if one.is_meta or other.is_meta or not one.numel():
         return one.is_meta == other.is_meta
-    if one.layout != torch.strided or one.is_quantized:
-        return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size())
     with torch.inference_mode():
         if bits is None:
@@ -342,6 +343,9 @@ def _take(model: Any, given: Mapping[str, torch.Tensor]) -> None:
     """Let the parameters of ``model`` lie in the storages of ``given``, which has equal bits.
 
     Attributes that are views of a parameter follow it, so that its old storage is freed.
+
+    Raises:
+        NotSupported: a view is kept elsewhere. Then ``model`` is not usable.
     """
     moved: dict[Place, tuple[torch.Tensor, int]] = {}
     for name, own in model.named_parameters(remove_duplicate=False):
@@ -357,6 +361,15 @@ def _take(model: Any, given: Mapping[str, torch.Tensor]) -> None:
             view = _view(slot.tensor, theirs.untyped_storage(), further)
             if view is not None and _same_bits(slot.tensor, view):
                 slot.holder[slot.name] = view
+    # A later update would write to the parameter and miss what still lies in its old memory. What
+    # this refuses for a replica is not in its source either, which is of the same class.
+    left = storages_of_model(model).keys() & moved.keys()
+    if left:
+        raise NotSupported(
+            f"{type(model).__name__} keeps {len(left)} views of parameters that cannot follow them "
+            "to shared memory. Build without share_weights_with",
+            model=type(model).__name__,
+        )
 
 
 def _moved(
