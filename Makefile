@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -129,6 +129,9 @@ architectures: setup ## every architecture that runs on CPU, alone, guarded and 
 
 same-key: setup ## runners of one path and other content, every architecture; writes docs/ (a quarter of an hour)
 	@$(BIN)/python verify/same_key.py --jobs 2
+
+shared-weights: setup ## two runners that share weights, every architecture; writes docs/ (half an hour)
+	@$(BIN)/python verify/shared_weights.py --jobs 2
 
 gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released (20 minutes)
 	@$(BIN)/python verify/gpu.py .cache/models

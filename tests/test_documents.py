@@ -36,7 +36,7 @@ def test_the_page_of_engines_has_every_method_of_the_installed_engine(sglang: No
 
 def test_the_tests_of_engines_call_every_method(sglang: None) -> None:
     from sglang_distguard.engines import methods
-    from sglang_distguard.engines.engine import REFUSED, REFUSED_ON_CPU
+    from sglang_distguard.engines.refusals import REFUSED, REFUSED_ON_CPU
 
     files = [*(ROOT / "tests").glob("test_engines*.py"), ROOT / "tests" / "engine_calls.py"]
     text = "".join(file.read_text() for file in files)

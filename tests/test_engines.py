@@ -34,7 +34,7 @@ def opened(model: Model, architecture: str, dtype: str = "float32", **settings: 
     return Engine(server_args=args, name=architecture, start_timeout=MANY)
 
 
-def asked(engine: Engine) -> list[list[int]]:
+def asked(engine: Any) -> list[list[int]]:
     answers = engine.generate(input_ids=[list(it) for it in PROMPTS], sampling_params=GREEDY)
     return [answer["output_ids"] for answer in answers]
 

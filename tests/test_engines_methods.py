@@ -10,7 +10,7 @@ import pytest
 from conftest import guarded
 from engine_calls import alone, at_once, checkpoint, opened
 from sglang_distguard import Engine, NotSupported
-from sglang_distguard.engines.engine import REFUSED, REFUSED_ON_CPU
+from sglang_distguard.engines.refusals import REFUSED, REFUSED_ON_CPU
 
 KINDS = ("llama", "qwen3_moe")
 SUBJECTS = ("scored", "sessions", "saved", "updated", "without_lora")

@@ -20,9 +20,11 @@ from sglang_distguard.api.closing import close, closing
 from sglang_distguard.api.metrics import metrics
 from sglang_distguard.api.status import Snapshot, reset, snapshot
 from sglang_distguard.api.teardown import teardown
+from sglang_distguard.api.weights import detach_weights, memory
 from sglang_distguard.config.settings import runner_scope
 from sglang_distguard.engines.engine import Engine
 from sglang_distguard.engines.pool import EngineInfo, Pool
+from sglang_distguard.engines.replicas import Replicas
 from sglang_distguard.errors import (
     AcquireTimeout,
     AgreementTimeout,
@@ -45,6 +47,7 @@ from sglang_distguard.errors import (
 )
 from sglang_distguard.process import fork_and_exit
 from sglang_distguard.process.installation import install, is_installed, uninstall
+from sglang_distguard.runner.memory import Memory
 
 __all__ = [
     "AcquireTimeout",
@@ -60,11 +63,13 @@ __all__ = [
     "EngineInfo",
     "ForkedError",
     "LeaseBroken",
+    "Memory",
     "NotSupported",
     "PoisonedState",
     "Pool",
     "RankFailed",
     "RanksDisagree",
+    "Replicas",
     "Snapshot",
     "SpecMismatch",
     "StateInUse",
@@ -77,8 +82,10 @@ __all__ = [
     "build_runners",
     "close",
     "closing",
+    "detach_weights",
     "install",
     "is_installed",
+    "memory",
     "metrics",
     "reset",
     "runner_scope",

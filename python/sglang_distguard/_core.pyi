@@ -11,6 +11,7 @@ from sglang_distguard._core_registry import (
     Teardown,
     begin_teardown,
     forget,
+    holders,
     is_ready,
     ready_keys,
     reset,
@@ -48,6 +49,7 @@ __all__ = [
     "depth",
     "forget",
     "has_joined",
+    "holders",
     "in_scope",
     "in_turn",
     "inherit",
@@ -338,6 +340,9 @@ class RunnerHandle:
     def closed(self) -> bool: ...
     def hold(self, key: str) -> None:
         """Hold one more lease, on ``key``."""
+
+    def let_go(self, key: str) -> bool:
+        """Release the leases on ``key`` alone; False if there are none."""
 
     def check(self) -> None:
         """Raise DistGuardError if closed, ForkedError in a forked child, or LeaseBroken."""

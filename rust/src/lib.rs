@@ -54,7 +54,7 @@ mod _core {
     use crate::publishing::{resuming, Publishing, Vacancy};
     #[pymodule_export]
     use crate::registry::{
-        begin_teardown, forget, inherit, is_ready, ready_keys, reset, resource, snapshot,
+        begin_teardown, forget, holders, inherit, is_ready, ready_keys, reset, resource, snapshot,
         start_afresh, take_events, Claim, Request, Teardown,
     };
     #[pymodule_export]

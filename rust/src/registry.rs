@@ -241,6 +241,12 @@ pub fn resource(py: Python<'_>, key: &str) -> PyResult<Option<Py<PyAny>>> {
     Ok(process::resource(py, &convert::key(key)?))
 }
 
+/// The names of the holders of `key`, oldest first.
+#[pyfunction]
+pub fn holders(key: &str) -> PyResult<Vec<String>> {
+    Ok(registry().holders(&convert::key(key)?))
+}
+
 /// Every key whose state can be joined now.
 #[pyfunction]
 pub fn ready_keys() -> Vec<String> {

@@ -18,7 +18,7 @@ use crate::attached::Attached;
 use crate::convert;
 use crate::errors::{make, to_python};
 use crate::exit::wait_detached;
-use crate::process::{calls, communicators, forks, registry, scopes};
+use crate::process::{calls, communicators, forks, registry, scopes, set_resource};
 use crate::scope::Scope;
 use crate::sync::lock;
 
@@ -155,8 +155,8 @@ impl RunnerHandle {
 
     fn release_leases(&self) {
         let leases = std::mem::take(&mut *self.leases());
-        for (_, lease) in leases {
-            registry().release(lease);
+        for (key, lease) in leases {
+            give_back(&key, lease);
         }
     }
 
@@ -174,6 +174,14 @@ impl RunnerHandle {
             scopes().with(|ledger| ledger.unbind(self.scope_id, self.id));
         }
         true
+    }
+}
+
+/// Releases `lease`. Shared weights are forgotten with their last holder: no runner asks for them again.
+fn give_back(key: &Key, lease: LeaseId) {
+    registry().release(lease);
+    if matches!(key, Key::Weights(_)) && registry().remove(key) {
+        set_resource(key, None);
     }
 }
 
@@ -285,6 +293,21 @@ impl RunnerHandle {
             self.release_leases();
         }
         Ok(())
+    }
+
+    /// Releases its leases on `key` alone; false if it has none.
+    fn let_go(&self, key: &str) -> PyResult<bool> {
+        let key = convert::key(key)?;
+        let mut leases = self.leases();
+        let before = leases.len();
+        leases.retain(|(held, lease)| {
+            let goes = *held == key;
+            if goes {
+                give_back(&key, *lease);
+            }
+            !goes
+        });
+        Ok(leases.len() < before)
     }
 
     /// Raises if the runner was closed, belongs to another process, or has a broken lease.

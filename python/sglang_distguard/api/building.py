@@ -20,6 +20,7 @@ from sglang_distguard.distributed.owned_groups import destroy_of
 from sglang_distguard.distributed.ranks.agreement import building, built
 from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.process.installation import is_installed
+from sglang_distguard.runner import weights
 from sglang_distguard.runner.handle import find_handle, release
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class BuildRequest:
         name: default: from the model's path, with the index of the request.
         gpu_id: index of the device.
         target: build a draft runner for this runner.
+        share_weights_with: a runner of the same checkpoint.
         options: arguments of ``ModelRunner``, the ``**options`` of ``build_runner``.
         timeout: seconds that one wait of this build may take.
     """
@@ -46,6 +48,7 @@ class BuildRequest:
     name: Optional[str] = None
     gpu_id: int = 0
     target: Optional[ModelRunner] = None
+    share_weights_with: Optional[ModelRunner] = None
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout: Optional[float] = None
 
@@ -81,6 +84,7 @@ def build_runner(
     gpu_id: int = 0,
     nccl_port: Optional[int] = None,
     target: Optional[ModelRunner] = None,
+    share_weights_with: Optional[ModelRunner] = None,
     timeout: Optional[float] = None,
     **options: Any,
 ) -> ModelRunner:
@@ -98,6 +102,9 @@ def build_runner(
             port.
         target: build a draft runner (``is_draft_worker=True``) for this runner. Nothing is
             initialised, and the draft runner uses the target's scope.
+        share_weights_with: a runner of the same checkpoint and settings. The new one loads as
+            usual; then its parameters are compared with that runner's, bit for bit, and both use
+            one copy. Weights that others share are not changed: see ``detach_weights``.
         timeout: seconds that one wait of this build may take; None keeps the setting in force.
         **options: passed to ``ModelRunner``.
 
@@ -109,7 +116,10 @@ def build_runner(
             an option is not a parameter of ``ModelRunner``.
         ValueError: an argument, or a size in ``server_args``, is out of range.
         NotSupported: ``server_args`` asks for several ranks (``tp_size`` times ``pp_size``), and
-            torch.distributed is not initialised with that many ranks.
+            torch.distributed is not initialised with that many ranks. Or weights were to be shared
+            with settings that move them later (LoRA, offloading, EPLB, torch_memory_saver …), with
+            several ranks, or by a draft runner.
+        SpecMismatch: the weights that were to be shared differ, or existing state does.
         DistGuardError: ``install()`` was not called, or ``target`` is closed; or a subclass for
             another reason (see ``errors``).
         Exceptions of SGLang for settings or files that it cannot use. No runner, scope or lease
@@ -121,6 +131,7 @@ def build_runner(
         gpu_id=gpu_id,
         nccl_port=nccl_port,
         target=target,
+        share_weights_with=share_weights_with,
         timeout=timeout,
         options=options,
     )
@@ -130,7 +141,8 @@ def build_runner(
     chosen = settings.current()
     named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
     # The caller's own execution stays as it is: values published here belong to the runner.
-    with named, _core.run_as(_core.current_execution()), _core.owning_environment():
+    sharing = weights.sharing_with(share_weights_with)
+    with named, sharing, _core.run_as(_core.current_execution()), _core.owning_environment():
         try:
             if target is not None:
                 with activate(target), building(asks=True):
@@ -199,6 +211,7 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             name=name,
             gpu_id=request.gpu_id,
             target=request.target,
+            share_weights_with=request.share_weights_with,
             timeout=request.timeout,
             **request.options,
         )
@@ -224,6 +237,7 @@ def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[Bui
                 gpu_id=request.gpu_id,
                 nccl_port=None,
                 target=request.target,
+                share_weights_with=request.share_weights_with,
                 timeout=request.timeout,
                 options=request.options,
             )

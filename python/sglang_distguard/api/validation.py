@@ -45,6 +45,7 @@ def check(
     gpu_id: object,
     nccl_port: object,
     target: object,
+    share_weights_with: object,
     timeout: object,
     options: Mapping[Any, Any],
 ) -> None:
@@ -59,6 +60,13 @@ def check(
     _check_server_args(server_args)
     if target is not None:
         handle_of(target, "target").check()
+    if share_weights_with is not None:
+        handle_of(share_weights_with, "share_weights_with").check()
+        if target is not None:
+            raise NotSupported(
+                "a draft runner does not share weights with another runner: drafts are built with "
+                "parts of their own target. Leave out share_weights_with, or target"
+            )
     if options:
         _check_options(options, draft=target is not None)
 

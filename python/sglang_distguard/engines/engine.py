@@ -44,13 +44,14 @@ from sglang_distguard.context import metrics
 from sglang_distguard.engines import launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part
+from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
 from sglang_distguard.engines.requests import Bridge, Request
+from sglang_distguard.engines.weights import HasWeights, refuse_if_shared, source_of
 from sglang_distguard.errors import (
     DistGuardError,
     EngineClosed,
     EngineFailed,
     ForkedError,
-    NotSupported,
 )
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner.handle import find_handle
@@ -58,35 +59,13 @@ from sglang_distguard.runner.handle import find_handle
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-#: Methods of sgl.Engine that have no meaning here, and why (0.5.23).
-REFUSED = {
-    "get_all_child_pids": "an engine in this process has no child processes",
-    "attach_tokenizer_worker": "an engine in this process has one tokenizer, in this process",
-    "freeze_gc": "it would keep every object of this process, of other engines, too",
-    **dict.fromkeys(
-        (
-            "init_tokenizer_manager_func",
-            "run_detokenizer_process_func",
-            "run_scheduler_process_func",
-        ),
-        "an engine in this process starts its parts itself",
-    ),
-}
-#: Methods that an engine on a CPU does not have, and why (0.5.23).
-REFUSED_ON_CPU = dict.fromkeys(
-    ("release_memory_occupation", "resume_memory_occupation"),
-    "memory is released by torch_memory_saver, which is for GPUs; SGLang's scheduler ends with an "
-    "error of CUDA there (0.5.23, `managers/scheduler_components/weight_updater.py:379`)",
-)
-#: Methods that use one socket, and so run one after another.
-ONE_BY_ONE = frozenset(["collective_rpc", "save_remote_model", "save_sharded_model"])
 #: How long the parts may take to end once they are asked to, in seconds.
 _ENDING = 60.0
 _GIVING_UP = 5.0
 _NO_MORE = object()
 
 
-class Engine:
+class Engine(HasWeights):
     """SGLang's engine as threads of this process; see ``sgl.Engine`` for its arguments and methods.
 
     Every public method of the installed ``sgl.Engine`` is there (docs/engines.md has the table).
@@ -95,20 +74,29 @@ class Engine:
     """
 
     def __init__(
-        self, *, name: Optional[str] = None, start_timeout: float = 600.0, **arguments: Any
+        self,
+        *,
+        name: Optional[str] = None,
+        start_timeout: float = 600.0,
+        share_weights_with: Optional[HasWeights] = None,
+        **arguments: Any,
     ) -> None:
         """Start the engine; return when it serves.
 
         Args:
             name: name in errors, logs and ``snapshot()``. Default: from the model's path.
             start_timeout: seconds that starting may take, loading the model included.
+            share_weights_with: an engine of the same checkpoint and settings, with which it shares
+                the memory of weights (of the target alone, where it has a draft model).
             **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
                 sleeps while it is idle, unless the field ``sleep_on_idle=False`` is given, or
                 ``server_args`` that were published before say so.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.
-            NotSupported: the settings need more than one process.
+            NotSupported: the settings need more than one process, or move weights that were to be
+                shared.
+            SpecMismatch: the weights that were to be shared differ.
             DistGuardError: ``install()`` was not called.
             TimeoutError: it did not serve in time.
             Exceptions of SGLang for settings or files that it cannot use. Nothing is left then.
@@ -125,10 +113,12 @@ class Engine:
         self._is_closing = False
         self._is_closed = threading.Event()
         self._pending: set[asyncio.Task[Any]] = set()
+        self._submitted: set[Future[Any]] = set()
         self._begun: list[Part] = []
         self._made: Any = None
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-rpc")
         self._process = os.getpid()
+        self._shares = source_of(share_weights_with)
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
         try:
             self._loop.start()
@@ -144,9 +134,12 @@ class Engine:
             raise
 
     def _launch(self) -> None:
+        shares, self._shares = self._shares, None
         with settings.runner_scope(self.name):
-            made: Any = launch.launch(self.name, self._server_args, self._ended, self._begun.append)
-        made.loop = Bridge(self._loop, self._here)
+            made: Any = launch.launch(
+                self.name, self._server_args, self._ended, self._begun.append, shares
+            )
+        made.loop = Bridge(self._submit)
         self._made = made
 
     @property
@@ -162,7 +155,7 @@ class Engine:
     @property
     def pending(self) -> int:
         """Number of calls that are not answered yet."""
-        return len(self._pending)
+        return len(self._submitted)
 
     def metrics(self) -> str:
         """Return what SGLang measures of this engine, in Prometheus's text format.
@@ -258,7 +251,10 @@ class Engine:
         except BaseException:
             coroutine.close()
             raise
-        return self._loop.submit(self._here(coroutine))
+        future = self._loop.submit(self._here(coroutine))
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        return future
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop.is_here():
@@ -356,12 +352,7 @@ class Engine:
         made = self.__dict__.get("_made")
         if name.startswith("_") or made is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name in REFUSED:
-            raise NotSupported(f"Engine.{name} is not supported: {REFUSED[name]}", engine=self.name)
-        if name in REFUSED_ON_CPU and self._server_args.device == "cpu":
-            raise NotSupported(
-                f"Engine.{name} is not supported on a CPU: {REFUSED_ON_CPU[name]}", engine=self.name
-            )
+        refuse(name, engine=self.name, device=self._server_args.device)
         found = getattr(made, name)
         if not callable(found):
             return found
@@ -376,6 +367,8 @@ class Engine:
         @functools.wraps(found)
         def synchronous(*args: Any, **kwargs: Any) -> Any:
             self._check()
+            if name in CHANGING_WEIGHTS:
+                refuse_if_shared(self, name)
             call = functools.partial(self._loop.in_context, found, *args, **kwargs)
             return self._one_by_one.submit(call).result() if name in ONE_BY_ONE else call()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_distguard.api.closing import close
-from sglang_distguard.engines.parts import DetokenizerPart, Part, SchedulerPart, own_copy
+from sglang_distguard.engines.parts import SCHEDULER, DetokenizerPart, Part, SchedulerPart, own_copy
 from sglang_distguard.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def launch(
     server_args: Any,
     ended: Callable[[Part], None],
     begun: Callable[[Part], None],
+    shares: Any = None,
 ) -> sgl.Engine:
     """Start the parts of an engine; return SGLang's Engine, without a loop, when it serves.
 
@@ -111,6 +112,7 @@ def launch(
         server_args: the ``ServerArgs`` from ``resolved``.
         ended: called in each part's thread when it ends.
         begun: called with each part before it is started, so that the caller can end it.
+        shares: the runner with which the engine's own one shares weights, if any.
 
     Raises:
         The error of the part that failed to start.
@@ -130,7 +132,8 @@ def launch(
     resolve_auto_parsers(server_args)
     ports = PortArgs.init_new(server_args)
     # Each part has a copy of its own: published settings refuse what their own part still resolves.
-    scheduler = SchedulerPart(f"{name}-scheduler", ended, server_args, ports)
+    scheduler = SchedulerPart(f"{name}{SCHEDULER}", ended, server_args, ports)
+    scheduler.shares = shares
     begun(scheduler)
     detokenizer = None
     if not server_args.skip_tokenizer_init:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_distguard.engines.engine import ONE_BY_ONE, REFUSED, REFUSED_ON_CPU, Engine
+from sglang_distguard.engines.engine import Engine
+from sglang_distguard.engines.refusals import ONE_BY_ONE, REFUSED, REFUSED_ON_CPU
+from sglang_distguard.engines.weights import HasWeights
 
 _DIFFERENT = {
     "generate": "requests of any number of threads at a time",
@@ -93,7 +95,7 @@ def markdown() -> str:
     lines += [
         f"| `{signature}` | {how} | {LIMITS.get(name, 'yes')} |" for name, signature, how in found
     ]
-    added = {name for name in vars(Engine) if not name.startswith("_")}
+    added = {name for name in {**vars(HasWeights), **vars(Engine)} if not name.startswith("_")}
     added -= {name for name, _, _ in found}
     lines += [f"| - | `{name}` | yes |" for name in sorted(added)]
     return "\n".join(lines)

@@ -19,9 +19,14 @@ from sglang_distguard.api.closing import close
 from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.hooks import torch_profiler
+from sglang_distguard.runner import weights
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
+
+
+#: How the name of an engine's scheduler ends; its runner has that name, too.
+SCHEDULER = "-scheduler"
 
 
 class Part:
@@ -103,7 +108,14 @@ class Part:
 
 
 class SchedulerPart(Part):
-    """The thread of the Scheduler; ``ready`` has what SGLang's scheduler process reports."""
+    """The thread of the Scheduler; ``ready`` has what SGLang's scheduler process reports.
+
+    Attributes:
+        shares: the runner with which its own one shares weights; None for none, and once it has
+            been built.
+    """
+
+    shares: Any = None
 
     def _serve(self, server_args: Any) -> None:
         from sglang.srt.managers.scheduler import Scheduler
@@ -111,7 +123,10 @@ class SchedulerPart(Part):
 
         ranks = SpawnRanks(world_rank=0, gpu_id=server_args.base_gpu_id)
         publish(server_args, role="scheduler", ranks=ranks)
-        self.manager = Scheduler(server_args, self.ports)
+        source, self.shares = self.shares, None
+        with weights.sharing_with(source):
+            self.manager = Scheduler(server_args, self.ports)
+        del source
         if not self._is_told:
             self.ready.set_result(self.manager.get_init_info())
             try:

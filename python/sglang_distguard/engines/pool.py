@@ -1,5 +1,7 @@
 """``Pool``: engines by name, opened, replaced and closed while others serve.
 
+A name may have several engines, which share weights (``Replicas``); it is changed as a whole.
+
 A name is free, held by an engine that starts (`loading`), by one that serves, or by one that is being
 closed. One thread at a time changes a name: a second `load`, `replace` or `close` of the same name
 is refused, other names are not affected.
@@ -15,14 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
-from sglang_distguard.config.checks import check_name
+from sglang_distguard.config.checks import check_name, check_whole
 from sglang_distguard.engines.engine import Engine
 from sglang_distguard.engines.loops import in_thread
-from sglang_distguard.errors import StateInUse, UnknownEngine
+from sglang_distguard.engines.replicas import Replicas
+from sglang_distguard.engines.weights import memory_of_all
+from sglang_distguard.errors import EngineClosed, StateInUse, UnknownEngine
+from sglang_distguard.runner.memory import Memory
 
 State = Literal["loading", "serving", "failed", "closing"]
+#: What a name has: an engine, or several ones that share weights.
+Served = Union[Engine, Replicas]
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,17 @@ class EngineInfo:
         state: "loading", "serving", "failed" or "closing".
         model: path of the model; empty while the first engine of the name is loading.
         pending: number of requests that are not answered yet.
+        memory: of its tensors; None while the first engine of the name is loading, and when the
+            last one is closed. What several names share is in the memory of each.
+        replicas: one entry for each engine, of a name that has several.
     """
 
     name: str
     state: State
     model: str
     pending: int
+    memory: Optional[Memory] = None
+    replicas: tuple[EngineInfo, ...] = ()
 
 
 class Pool:
@@ -51,28 +63,39 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Served] = {}
         self._changing: dict[str, State] = {}
 
-    def load(self, name: str, **arguments: Any) -> Engine:
+    def load(self, name: str, *, replicas: Optional[int] = None, **arguments: Any) -> Served:
         """Open an engine under a free name; return it when it serves. Others go on serving.
 
         Args:
             name: the name.
+            replicas: open so many engines, at least 1, which share weights; see ``Replicas``.
+                None opens one ``Engine``.
             **arguments: of ``Engine``.
 
         Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range.
             StateInUse: the name is taken.
             Everything that ``Engine`` raises; the name is free again then.
         """
         check_name(name)
+        _check_replicas(replicas)
         with self._change(name, "loading", must_exist=False):
-            engine = Engine(name=name, **arguments)
+            engine = _opened(name, replicas, arguments)
             with self._lock:
                 self._engines[name] = engine
             return engine
 
-    def replace(self, name: str, *, drain: float = 30.0, **arguments: Any) -> Engine:
+    def replace(
+        self,
+        name: str,
+        *,
+        drain: float = 30.0,
+        replicas: Optional[int] = None,
+        **arguments: Any,
+    ) -> Served:
         """Open another engine and give it the name; the one that had it serves until then.
 
         Both are in memory meanwhile. If the other one does not start, the old one keeps the name.
@@ -80,6 +103,7 @@ class Pool:
         Args:
             name: of an engine of this pool.
             drain: seconds to wait for requests that the old engine has accepted.
+            replicas: as in ``load``. The new engine has as many as is said here, not as the old.
             **arguments: of ``Engine``.
 
         Raises:
@@ -87,8 +111,9 @@ class Pool:
             StateInUse: another thread is changing it.
             Everything that ``Engine`` raises.
         """
+        _check_replicas(replicas)
         with self._change(name, "loading", must_exist=True):
-            made = Engine(name=name, **arguments)
+            made = _opened(name, replicas, arguments)
             with self._lock:
                 old, self._engines[name] = self._engines[name], made
             old.close(drain)
@@ -122,11 +147,11 @@ class Pool:
         for it in done:
             it.result()
 
-    async def aload(self, name: str, **arguments: Any) -> Engine:
+    async def aload(self, name: str, **arguments: Any) -> Served:
         """As ``load``, without blocking the caller's loop."""
         return await in_thread(self.load, name, **arguments)
 
-    async def areplace(self, name: str, *, drain: float = 30.0, **arguments: Any) -> Engine:
+    async def areplace(self, name: str, *, drain: float = 30.0, **arguments: Any) -> Served:
         """As ``replace``, without blocking the caller's loop."""
         return await in_thread(self.replace, name, drain=drain, **arguments)
 
@@ -134,8 +159,8 @@ class Pool:
         """As ``close``, without blocking the caller's loop."""
         await in_thread(self.close, name, drain=drain)
 
-    def __getitem__(self, name: str) -> Engine:
-        """The engine of this name.
+    def __getitem__(self, name: str) -> Served:
+        """The engine of this name, or its replicas, which have the same methods for requests.
 
         Raises:
             UnknownEngine: no engine has the name, or it is still loading.
@@ -164,7 +189,7 @@ class Pool:
         return name in self._engines
 
     def list(self) -> list[EngineInfo]:
-        """The state of every name, sorted by name."""
+        """The state and the memory of every name, sorted by name."""
         with self._lock:
             engines, changing = dict(self._engines), dict(self._changing)
         found = []
@@ -173,10 +198,15 @@ class Pool:
             if engine is None:
                 found.append(EngineInfo(name, changing[name], "", 0))
             else:
-                own: State = "failed" if engine.failure is not None else "serving"
-                state = "closing" if changing.get(name) == "closing" else own
-                found.append(EngineInfo(name, state, engine.model_path, engine.pending))
+                found.append(_info(name, engine, is_closing=changing.get(name) == "closing"))
         return found
+
+    def memory(self) -> Memory:
+        """Memory of all engines; weights that several of them share count once."""
+        with self._lock:
+            served = list(self._engines.values())
+        engines = [it.engines if isinstance(it, Replicas) else (it,) for it in served]
+        return memory_of_all(engine for group in engines for engine in group)
 
     @contextmanager
     def _change(self, name: str, state: State, *, must_exist: bool) -> Iterator[None]:
@@ -231,3 +261,31 @@ class Pool:
         trace: Optional[TracebackType],
     ) -> None:
         await in_thread(self.close_all)
+
+
+def _check_replicas(replicas: Optional[int]) -> None:
+    if replicas is not None:
+        check_whole("replicas", replicas, least=1)
+
+
+def _opened(name: str, replicas: Optional[int], arguments: dict[str, Any]) -> Served:
+    if replicas is None:
+        return Engine(name=name, **arguments)
+    return Replicas.open(name, replicas, arguments)
+
+
+def _info(name: str, engine: Served, *, is_closing: bool) -> EngineInfo:
+    state: State = "failed" if engine.failure is not None else "serving"
+    try:
+        memory = engine.memory()
+    except EngineClosed:
+        memory = None
+    group = engine.engines if isinstance(engine, Replicas) else ()
+    return EngineInfo(
+        name,
+        "closing" if is_closing else state,
+        engine.model_path,
+        engine.pending,
+        memory,
+        tuple(_info(it.name, it, is_closing=is_closing) for it in group),
+    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any
-
-from sglang_distguard.engines.loops import LoopThread
 
 
 class Request:
@@ -46,9 +45,8 @@ class Request:
 class Bridge:
     """In the place of ``sgl.Engine.loop``: its synchronous methods run coroutines by it."""
 
-    def __init__(self, loop: LoopThread, here: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
-        self._loop = loop
-        self._here = here
+    def __init__(self, submit: Callable[[Any], Future[Any]]) -> None:
+        self._submit = submit
 
     def run_until_complete(self, awaitable: Any) -> Any:
         """Run ``awaitable`` in the engine's loop and wait for it."""
@@ -56,7 +54,7 @@ class Bridge:
         async def run() -> Any:
             return await awaitable
 
-        future = self._loop.submit(self._here(run()))
+        future = self._submit(run())
         try:
             return future.result()
         except BaseException:

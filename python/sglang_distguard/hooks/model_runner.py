@@ -13,7 +13,8 @@ from sglang_distguard.context import generation
 from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
-from sglang_distguard.patching import Around, WithinMethods
+from sglang_distguard.patching import Around, AroundMethods, WithinMethods
+from sglang_distguard.runner import weights
 from sglang_distguard.runner.collective_steps import agree_on_one_more, step_among_ranks
 from sglang_distguard.runner.handle import (
     bind,
@@ -113,6 +114,8 @@ _COLLECTIVE = frozenset(
 _PLAIN = frozenset(name for steps in TABLE if steps.is_plain for name in steps.names.split())
 #: One thread at a time: attention metadata and static buffers hold one batch (0.5.23).
 _EXCLUSIVE = "forward"
+#: The action of `check_weights` that fills the weights with random numbers.
+_RESETS = "reset_tensors"
 _PHASES: dict[str, Phase] = {
     name: steps.phase for steps in TABLE if steps.phase is not None for name in steps.names.split()
 }
@@ -203,12 +206,47 @@ def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
     return alloc_memory_pool
 
 
+def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A runner that is built to share weights does so before its memory pool is sized."""
+    step_of = _step_of("load_model")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with step_of(self):
+            weights.refuse_if_shared(self, "load_model")
+            weights.check_source(self)
+            result = original(self, *args, **kwargs)
+            weights.share(self)
+        return result
+
+    return load_model
+
+
+def _check_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    step_of = _step_of("check_weights")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def check_weights(self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
+        with step_of(self):
+            if action == _RESETS:
+                weights.refuse_if_shared(self, "check_weights")
+            return original(self, action, *args, **kwargs)
+
+    return check_weights
+
+
+#: Methods that have a hook of their own.
+_OWN_HOOKS = frozenset({"alloc_memory_pool", "load_model", "check_weights"})
 CHANGES = (
     Around(MODULE, "ModelRunner.__init__", _init),
     Around(MODULE, "ModelRunner.alloc_memory_pool", _alloc_memory_pool),
+    Around(MODULE, "ModelRunner.load_model", _load_model),
+    AroundMethods(MODULE, "ModelRunner", _check_weights, only=frozenset({"check_weights"})),
     WithinMethods(
         MODULE,
         "ModelRunner",
-        lambda name: None if name == "alloc_memory_pool" else _step_of(name),
+        lambda name: None if name in _OWN_HOOKS else _step_of(name),
     ),
 )

@@ -103,17 +103,20 @@ class Replace:
 class AroundMethods:
     """``Around`` for every public method and property of a class.
 
-    ``make_init``, if given, makes the hook of its constructor.
+    ``make_init``, if given, makes the hook of its constructor. With ``only``, those of these names
+    that the class has: not every release has all of them.
     """
 
     module: str
     classname: str
     make: MakeHook
     make_init: Optional[MakeHook] = None
+    only: Optional[frozenset[str]] = None
 
     def expand(self, found: Outline) -> list[Around]:
         """One ``Around`` per method that is public, or the constructor."""
-        makers = dict.fromkeys(_public(found, self.classname), self.make)
+        names = _public(found, self.classname)
+        makers = {name: self.make for name in names if self.only is None or name in self.only}
         if self.make_init is not None:
             makers["__init__"] = self.make_init
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import asdict
 from typing import Any, Optional
 
 from fastapi import APIRouter, Query, Response
@@ -23,7 +24,7 @@ class Wanted(BaseModel):
 
     Attributes:
         model_path: path of the checkpoint.
-        set: further fields of ``ServerArgs``.
+        set: further fields of ``ServerArgs``, and ``replicas``, which is ``Pool.load``'s.
         drain: seconds to wait for requests of the engine that is replaced.
     """
 
@@ -113,5 +114,10 @@ async def _without_exit(change: Coroutine[Any, Any, Any]) -> None:
 def _facts(pool: Pool, name: str) -> dict[str, Any]:
     for it in pool.list():
         if it.name == name:
-            return {"name": it.name, "state": it.state, "model": it.model, "pending": it.pending}
+            facts = {"name": it.name, "state": it.state, "model": it.model, "pending": it.pending}
+            if it.memory is not None:
+                facts["memory"] = asdict(it.memory)
+            if it.replicas:
+                facts["replicas"] = [{"name": one.name, "state": one.state} for one in it.replicas]
+            return facts
     return {"name": name, "state": "closed"}

@@ -14,12 +14,11 @@ from sglang.srt.entrypoints.openai.protocol import ModelCard, ModelList
 from starlette.exceptions import HTTPException
 
 from sglang_distguard.context import metrics
-from sglang_distguard.engines.engine import Engine
-from sglang_distguard.engines.pool import Pool
+from sglang_distguard.engines.pool import Pool, Served
 from sglang_distguard.errors import DistGuardError, EngineClosed, UnknownEngine
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.serving import administration, refusals
-from sglang_distguard.serving.dispatch import Dispatch
+from sglang_distguard.serving.dispatch import Dispatch, one_of
 from sglang_distguard.serving.handlers import KINDS, Kind
 from sglang_distguard.serving.keys import Keys, check_key
 
@@ -78,12 +77,12 @@ def _add_models(app: FastAPI, pool: Pool, dispatch: Dispatch) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelCard:
-        return _card(dispatch.engine(model))
+        return _card(dispatch.named(model))
 
 
-def _card(engine: Engine) -> ModelCard:
-    length = engine.tokenizer_manager.model_config.context_len
-    return ModelCard(id=engine.name, root=engine.name, max_model_len=length)
+def _card(found: Served) -> ModelCard:
+    length = one_of(found).tokenizer_manager.model_config.context_len
+    return ModelCard(id=found.name, root=found.name, max_model_len=length)
 
 
 def _add_health(app: FastAPI, pool: Pool) -> None:

@@ -131,7 +131,7 @@ def typed(field: str, value: Any) -> Any:
 def _hints() -> dict[str, Any]:
     from sglang.srt.server_args import ServerArgs
 
-    return typing.get_type_hints(ServerArgs)
+    return {**typing.get_type_hints(ServerArgs), "replicas": int}  # that one is Pool.load's
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,8 @@ from sglang.srt.utils.json_response import model_json_response
 
 from sglang_distguard.engines import frontend
 from sglang_distguard.engines.engine import Engine
-from sglang_distguard.engines.pool import Pool
+from sglang_distguard.engines.pool import Pool, Served
+from sglang_distguard.engines.replicas import Replicas
 from sglang_distguard.errors import EngineClosed, UnknownEngine
 from sglang_distguard.serving import refusals
 from sglang_distguard.serving.handlers import Kind
@@ -32,8 +33,8 @@ class Dispatch:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    def engine(self, model: str) -> Engine:
-        """The engine of this name; ``NAME:ADAPTER`` is a LoRA adapter of NAME, as in SGLang.
+    def named(self, model: str) -> Served:
+        """What has this name; ``NAME:ADAPTER`` is a LoRA adapter of NAME, as in SGLang.
 
         Raises:
             UnknownEngine: there is none; its details say whether it is loading.
@@ -64,17 +65,23 @@ class Dispatch:
             UnknownEngine: no engine has the name.
             EngineFailed, EngineClosed: the engine has failed or is closed.
         """
-        engine = self.engine(getattr(asked, "model", ""))
+        found = self.named(getattr(asked, "model", ""))
         while True:
+            engine = one_of(found)
             work = functools.partial(_ask, kind, asked, _Client(request))
             try:
                 return await _answered(frontend.items(engine, work), request)
             except EngineClosed:
                 # It was replaced since: what has not been answered is for the new one.
-                later = self.engine(engine.name)
-                if later is engine:
+                later = self.named(found.name)
+                if later is found:
                     raise
-                engine = later
+                found = later
+
+
+def one_of(found: Served) -> Engine:
+    """The engine that gets the next request."""
+    return found.serving() if isinstance(found, Replicas) else found
 
 
 class _Client(Request):

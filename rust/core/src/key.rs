@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// State that is initialised once: the world, settings of the whole process, a patch of torch,
-/// its profiler, model-parallel groups, expert-location metadata.
+/// its profiler, model-parallel groups, expert-location metadata, weights.
 ///
 /// The string is a scope's label; the empty label is the process's default scope.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +21,8 @@ pub enum Key {
     Groups(String),
     /// A scope's expert-location metadata.
     Experts(String),
+    /// Weights that several runners share; the string is the number of the sharing.
+    Weights(String),
 }
 
 impl fmt::Display for Key {
@@ -32,6 +34,7 @@ impl fmt::Display for Key {
             Self::Profiler => ("profiler", ""),
             Self::Groups(label) => ("groups", label.as_str()),
             Self::Experts(label) => ("experts", label.as_str()),
+            Self::Weights(number) => ("weights", number.as_str()),
         };
         f.write_str(name)?;
         if !label.is_empty() {
@@ -55,12 +58,13 @@ impl FromStr for Key {
             ("profiler", "") => Some(Self::Profiler),
             ("groups", label) => Some(Self::Groups(label.into())),
             ("experts", label) => Some(Self::Experts(label.into())),
+            ("weights", number) if !number.is_empty() => Some(Self::Weights(number.into())),
             _ => None,
         }
         .ok_or_else(|| {
             format!(
                 "unknown key {text:?}; known: world, process, reductions, profiler, groups, \
-                 groups:NAME, experts, experts:NAME"
+                 groups:NAME, experts, experts:NAME, weights:NUMBER"
             )
         })
     }
@@ -82,6 +86,7 @@ mod tests {
             (Key::Groups("a:b".into()), "groups:a:b"),
             (Key::Experts(String::new()), "experts"),
             (Key::Experts("moe".into()), "experts:moe"),
+            (Key::Weights("1".into()), "weights:1"),
         ];
         for (key, text) in keys {
             assert_eq!(key.to_string(), text);
@@ -91,7 +96,9 @@ mod tests {
 
     #[test]
     fn text_that_no_key_prints_is_refused() {
-        for text in ["", "World", "world:", "world:x", "groups:", ":x", "tp"] {
+        for text in [
+            "", "World", "world:", "world:x", "groups:", "weights", ":x", "tp",
+        ] {
             let error = text.parse::<Key>().unwrap_err();
             assert!(error.contains(text));
         }

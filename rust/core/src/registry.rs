@@ -197,6 +197,13 @@ impl Registry {
             .collect()
     }
 
+    /// The names of the holders of `key`, oldest first.
+    pub fn holders(&self, key: &Key) -> Vec<String> {
+        let inner = self.lock();
+        let held = inner.slot(key).map(Slot::holders).unwrap_or_default();
+        held.into_iter().map(|it| it.name).collect()
+    }
+
     /// The registry as plain data.
     pub fn snapshot(&self) -> Snapshot {
         let inner = self.lock();
