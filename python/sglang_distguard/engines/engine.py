@@ -10,6 +10,7 @@ States::
     serving   close()                 closing: later calls raise `EngineClosed`; pending ones go on
     closing   drained, or deadline    closed: what still runs is aborted
     failed    close()                 closed
+    any       interpreter's exit      closed, without draining (``engines.at_exit``)
 
 Invariants:
 - A request ends: with its result, its own error, `EngineFailed`, `EngineClosed` or the caller's
@@ -41,7 +42,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
-from sglang_distguard.engines import launch
+from sglang_distguard.engines import at_exit, launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part
 from sglang_distguard.engines.requests import Bridge, Request
@@ -130,6 +131,7 @@ class Engine:
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-rpc")
         self._process = os.getpid()
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
+        at_exit.note(self)
         try:
             self._loop.start()
             self._loop.started.result(start_timeout)
@@ -400,6 +402,8 @@ class Engine:
             raise RuntimeError(f"engine {self.name!r} cannot be closed in its own loop; use aclose")
         if self._process != os.getpid():
             return  # its threads, sockets and files are the parent's
+        if not self._loop.started.done():  # at the interpreter's exit only
+            return self._give_up()
         with self._lock:
             is_second, self._is_closing = self._is_closing, True
         if is_second:
