@@ -38,7 +38,7 @@ def note(engine: _Engine) -> None:
 def _watch() -> None:
     # Such functions run in reverse order. `concurrent.futures` has registered its own at its
     # import; afterwards no executor takes work, which closing an engine may need (3.11).
-    getattr(threading, "_register_atexit")(_close_all)
+    threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 
 
 def _close_all() -> None:

@@ -403,7 +403,8 @@ class Engine:
         if self._process != os.getpid():
             return  # its threads, sockets and files are the parent's
         if not self._loop.started.done():  # at the interpreter's exit only
-            return self._give_up()
+            self._give_up()
+            return
         with self._lock:
             is_second, self._is_closing = self._is_closing, True
         if is_second:

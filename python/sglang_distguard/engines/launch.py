@@ -86,13 +86,13 @@ def remove_files(ports: PortArgs) -> None:
 
     The file in which its scheduler tells its load ends with that (``hooks.host``), unless it hangs.
     """
-    from sglang.srt.managers import load_snapshot
-
     for text in vars(ports).values():
         if isinstance(text, str) and text.startswith("ipc://"):
             Path(text.removeprefix("ipc://")).unlink(missing_ok=True)
     instance = getattr(ports, "instance_id", None)
     if instance is not None:
+        from sglang.srt.managers import load_snapshot
+
         Path(load_snapshot.shm_path_for(instance)).unlink(missing_ok=True)
 
 
