@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel verify clean
+.PHONY: help always setup demo test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key gpu wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -130,6 +130,9 @@ gpu: setup ## runners with CUDA graphs at once on one GPU, with a treatment and 
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py
+
+engines-load: setup ## mixed load on engines: opens, closes, cancels, failures; output for docs/ENGINES_LOAD.md (MINUTES=60)
+	@$(BIN)/python verify/engines_load.py --minutes $(or $(MINUTES),60)
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
