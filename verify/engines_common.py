@@ -12,10 +12,12 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -59,7 +61,14 @@ class Kind:
 
     def args(self, seed: int) -> Any:
         """Its ``ServerArgs``."""
-        settings = {"sleep_on_idle": True, "weight_loader_disable_mmap": True, **self.settings}
+        settings = {
+            "sleep_on_idle": True,
+            # safetensors 0.8.0 leaks two small objects per tensor that it maps.
+            "weight_loader_disable_mmap": True,
+            # SGLang takes what other processes of the machine use for this model's weights.
+            "mem_fraction_static": 0.95,
+            **self.settings,
+        }
         return server_args(self.folder(seed), dtype=self.dtype, **settings)
 
 
@@ -171,6 +180,15 @@ def begin() -> None:
     import_sglang()
 
 
+def _name(thread: threading.Thread) -> str:
+    """Its name without the number that Python gives to threads without one."""
+    return re.sub(r"^Thread-\d+", "Thread", thread.name)
+
+
+def _watchdogs() -> int:
+    return sum("_watchdog_thread" in it.name for it in threading.enumerate())
+
+
 @dataclass(frozen=True)
 class Left:
     """What this process holds between two rounds."""
@@ -185,14 +203,14 @@ class Left:
     rss: float  # MiB
 
     @staticmethod
-    def now() -> Left:
-        """Look, after everything that can be freed is freed."""
+    def now(engines: int = 0) -> Left:
+        """Look, after everything that can be freed is freed; ``engines``: how many are open."""
         import torch
         from sglang_distguard import _core
 
-        for thread in threading.enumerate():
-            if "_watchdog_thread" in thread.name:  # told to end, and not waited for
-                thread.join(MANY)
+        until = time.monotonic() + MANY  # watchdogs are told to end, and not waited for
+        while _watchdogs() > engines and time.monotonic() < until:
+            time.sleep(0.01)
         for _ in range(2):
             gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -207,7 +225,7 @@ class Left:
                     storages[storage.data_ptr()] = storage.nbytes()
         sockets = sorted(it.name for it in Path(tempfile.gettempdir()).glob("tmp*"))
         return Left(
-            threads=tuple(sorted(it.name for it in threading.enumerate())),
+            threads=tuple(sorted(map(_name, threading.enumerate()))),
             descriptors=len(os.listdir("/proc/self/fd")),
             files=(*sockets, *(it for it in sorted(_shared) if os.path.exists(it))),
             scopes=len(_core.live_scopes()),

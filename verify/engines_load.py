@@ -230,13 +230,11 @@ class Load:
     def abort(self, chosen: random.Random, served: Served) -> None:
         number, rid = len(ALL) - 1, uuid.uuid4().hex
         with self.request("aborted stream", served) as asked:
-            last: dict[str, Any] = {}
-            for count, last in enumerate(
-                served.engine.generate(**LONG.given(), stream=True, rid=rid), 1
-            ):
-                self.note_begun(asked)
-                if count == 1:
-                    served.engine.abort(rid)
+            chunks = served.engine.generate(**LONG.given(), stream=True, rid=rid)
+            last = next(chunks)
+            self.note_begun(asked)
+            served.engine.abort(rid)
+            *_, last = [last, *chunks]
             self.settle(asked, number, last, aborts=True)
 
     # Clients in one asyncio loop
@@ -381,12 +379,8 @@ class Load:
         with self.lock:
             served.is_reserved = True
         try:
-            until = time.monotonic() + MANY
-            while served.users:
-                if time.monotonic() > until:
-                    raise TimeoutError(f"{served.users} requests of {name} did not end")
-                time.sleep(0.01)
             for seed in (1 - served.seed, served.seed):
+                self.rest(served)  # also after an answer: a scheduler that overlaps runs a step more
                 told = served.engine.update_weights_from_disk(str(served.kind.folder(seed)))
                 expected = self.alone[KINDS.index(served.kind), seed]
                 found = [served.engine.generate(**it.given())["output_ids"] for it in QUESTIONS[:4]]
@@ -396,6 +390,14 @@ class Load:
         finally:
             with self.lock:
                 served.is_reserved = False
+
+    def rest(self, served: Served) -> None:
+        """Wait until the engine does nothing; a request that was aborted runs for some steps."""
+        until = time.monotonic() + MANY
+        while served.users or not served.engine.flush_cache().success:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{served.engine!r} does not rest: {served.users} requests")
+            time.sleep(0.01)
 
     # Rounds
 
@@ -452,6 +454,14 @@ class Load:
     def open_steady(self) -> None:
         engine = self.pool.load(STEADY, server_args=KINDS[1].args(0), start_timeout=MANY)
         self.live[STEADY] = Served(engine, KINDS[1], 0, self.alone[1, 0])
+
+    def look(self) -> Left:
+        """What is left when only the steady engine is open, and its last batch is always the same."""
+        served = self.live[STEADY]
+        self.rest(served)
+        served.engine.generate(**QUESTIONS[0].given())
+        self.rest(served)
+        return Left.now(1)
 
     def close_steady(self) -> None:
         self.live.pop(STEADY).ending = "drained"
@@ -510,16 +520,17 @@ def main() -> int:
     dg.install()
     load = Load(given.seed, alone)
     threading.Thread(target=load.watch, name="watch", daemon=True).start()
+    tqdm(disable=True).close()  # starts tqdm's own thread, which stays
     load.warm_up()
     empty = Left.now()
     load.open_steady()
-    before = Left.now()
-    begun, rows, number = time.monotonic(), [], 0
     rounds = max(1, round(given.minutes / given.round))
     with tqdm(total=rounds, unit="round", disable=None) as bar:
+        before = load.look()
+        begun, rows, number = time.monotonic(), [], 0
         while number < rounds and not load.errors:
             load.round(number, given.minutes * 60 / rounds)
-            left = Left.now()
+            left = load.look()
             more = left.more_than(before)
             if more:
                 load.wrong(f"left after round {number}: {'; '.join(more)}")

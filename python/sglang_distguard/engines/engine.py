@@ -240,6 +240,8 @@ class Engine:
         try:
             return await task
         except asyncio.CancelledError:
+            if not self._loop.is_ending and asyncio.current_task().cancelling():  # type: ignore
+                raise  # by the caller, whom no other error would reach
             if self._failure is not None:
                 raise self._failed() from self._failure
             if self._is_closing and task.cancelled():
