@@ -537,6 +537,8 @@ def main() -> int:
             opened, requests = load.acts["engines opened"], load.outcomes.total()
             rows.append((time.monotonic() - begun, requests, opened, left))
             number += 1
+            if given.output is not None:
+                given.output.write_text(report(load, rows, f"{head} (round {number}/{rounds})"))
             bar.update()
             bar.set_postfix(requests=requests, opened=opened, rss=f"{left.rss:.0f}")
             print(f"round {number}/{rounds}: {requests} requests, {left}", flush=True)
