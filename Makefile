@@ -134,6 +134,9 @@ wheel: setup ## the wheel for each Python of this machine, each tested in a clea
 engines-load: setup ## mixed load on engines: opens, closes, cancels, failures; output for docs/ENGINES_LOAD.md (MINUTES=60)
 	@$(BIN)/python verify/engines_load.py --minutes $(or $(MINUTES),60)
 
+engines-cycles: setup ## 200 times an engine opened, asked and closed: nothing is left; output in docs/engine-numbers.md
+	@$(BIN)/python verify/engine_cycles.py
+
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py
 

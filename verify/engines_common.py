@@ -200,6 +200,7 @@ class Left:
     runners: int
     tensors: int
     tensor_bytes: int
+    blocks: int  # of CPython's allocator
     rss: float  # MiB
 
     @staticmethod
@@ -232,11 +233,12 @@ class Left:
             runners=sum(_core.live_runners(scope) for scope in [None, *_core.live_scopes()]),
             tensors=tensors,
             tensor_bytes=sum(storages.values()),
+            blocks=sys.getallocatedblocks(),
             rss=pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         )
 
     def more_than(self, before: Left) -> list[str]:
-        """What is here that was not there ``before``, apart from resident memory."""
+        """What is here that was not there ``before``, apart from memory that CPython's or C's allocator may keep."""
         found = []
         threads = Counter(self.threads) - Counter(before.threads)
         if threads:

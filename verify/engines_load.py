@@ -380,7 +380,9 @@ class Load:
             served.is_reserved = True
         try:
             for seed in (1 - served.seed, served.seed):
-                self.rest(served)  # also after an answer: a scheduler that overlaps runs a step more
+                self.rest(
+                    served
+                )  # also after an answer: a scheduler that overlaps runs a step more
                 told = served.engine.update_weights_from_disk(str(served.kind.folder(seed)))
                 expected = self.alone[KINDS.index(served.kind), seed]
                 found = [served.engine.generate(**it.given())["output_ids"] for it in QUESTIONS[:4]]
