@@ -162,12 +162,20 @@ class Side:
             ]
         self._answers()
         self.seconds = time.perf_counter() - begun
+        self.start_cpu = self.cpu()
         self.count = count
 
     def _answers(self) -> list[dict[str, Any]]:
+        # Programs that are late are killed, which ends the reading below.
+        late = threading.Timer(START, lambda: [it.kill() for it in self.programs])
+        late.daemon = True
+        late.start()
         lines = [it.stdout.readline() for it in self.programs if it.stdout is not None]
+        late.cancel()
         if not all(lines):
-            raise SystemExit("a program has ended; see target/engines.log")
+            raise SystemExit(
+                f"a program has ended, or not answered in {START:g} s; see target/engines.log"
+            )
         return [json.loads(line) for line in lines]
 
     def ask(self, what: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -226,6 +234,7 @@ def compare(count: int, width: int, given: argparse.Namespace) -> None:
     print(f"\n### {count} engines, {width} wide\n")
     print("| | one process | `sgl.Engine` | ratio | aim |\n|---|---|---|---|---|")
     print(row("interpreter's start to all ready, s", here.seconds, plain.seconds, "0.25"))
+    print(row("CPU seconds of that", here.start_cpu, plain.start_cpu, ""))
     print(row("memory (USS), MiB", here.memory(), plain.memory(), "0.3"))
     print(row("CPU ms per token", *rates[1], "1.0"))
     print(row("tokens per second", *rates[0], ""))
