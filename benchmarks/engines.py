@@ -228,16 +228,17 @@ def compare(count: int, width: int, given: argparse.Namespace) -> None:
     for side in (here, plain):
         side.serve(1)
     turns = [(here.serve(given.batches), plain.serve(given.batches)) for _ in range(given.rounds)]
-    rates = [
-        [statistics.median(it[side][what] for it in turns) for side in (0, 1)] for what in (0, 1)
-    ]
+
+    def median(side: int, what: int) -> float:
+        return statistics.median(it[side][what] for it in turns)
+
     print(f"\n### {count} engines, {width} wide\n")
     print("| | one process | `sgl.Engine` | ratio | aim |\n|---|---|---|---|---|")
     print(row("interpreter's start to all ready, s", here.seconds, plain.seconds, "0.25"))
     print(row("CPU seconds of that", here.start_cpu, plain.start_cpu, ""))
     print(row("memory (USS), MiB", here.memory(), plain.memory(), "0.3"))
-    print(row("CPU ms per token", *rates[1], "1.0"))
-    print(row("tokens per second", *rates[0], ""))
+    print(row("CPU ms per token", median(0, 1), median(1, 1), "1.0"))
+    print(row("tokens per second", median(0, 0), median(1, 0), ""))
     idle = here.idle(given.idle), plain.idle(given.idle)
     print(f"| idle, cores per engine | {idle[0]:.4f} | {idle[1]:.4f} | | 0.02 |", flush=True)
     plain.end()

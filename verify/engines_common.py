@@ -151,7 +151,7 @@ def _ask_plain(kind: Kind, seed: int, file: Path) -> None:
     # Its processes are forked from this one, which has SGLang's stub of sgl_kernel.
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_args, **_kwargs: None  # type: ignore[assignment]
-    engine = sgl.Engine(server_args=kind.args(seed))
+    engine: Any = sgl.Engine(server_args=kind.args(seed))
     try:
         found = [engine.generate(**it.given())["output_ids"] for it in ALL]
     finally:

@@ -446,7 +446,7 @@ class Engine:
             if made is not None:
                 try:
                     close_resident(made.tokenizer_manager, timeout=seconds)
-                except DistGuardError:
+                except (DistGuardError, TimeoutError):  # TimeoutError: its loop does not answer
                     left.append(f"{self.name}-frontend")
                     close_resident(made.tokenizer_manager, force=True)
                 last.callback(self._one_by_one.shutdown)
