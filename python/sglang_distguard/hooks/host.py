@@ -211,8 +211,8 @@ def _close_socket(context: Any, socket: Any) -> None:
     _ending.add(context)
     for other in list(context._sockets):
         other.close(linger=0)
-    # In 1 of 300 closes of an engine whose scheduler had failed zmq did not return from here, though
-    # all sockets were closed (pyzmq's Context.term; cause unknown). Others must not wait for that.
+    # Once, after 218 engines with failed schedulers, zmq did not return from `Context.term` (cause
+    # unknown; `make engines-load`). The loop must not wait for that.
     ends = threading.Thread(target=context.term, name="distguard-zmq", daemon=True)
     contextvars.Context().run(ends.start)
     ends.join(_TERM)
