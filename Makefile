@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -140,6 +140,12 @@ gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a tr
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py
+
+engines-load: setup ## mixed load on engines: opens, closes, cancels, failures; output for docs/ENGINES_LOAD.md (MINUTES=60)
+	@$(BIN)/python verify/engines_load.py --minutes $(or $(MINUTES),60)
+
+engines-cycles: setup ## 200 times an engine opened, asked and closed: nothing is left; output in docs/engine-numbers.md
+	@$(BIN)/python verify/engine_cycles.py
 
 verify: setup ## model checkers at full length, planted bugs, 10,000 inputs, 200 cycles (under an hour)
 	@$(BIN)/python verify/verify.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import sys
@@ -264,6 +265,22 @@ def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -
         engine.close(drain=0)
         with pytest.raises(EngineClosed, match="closed before this request was answered"):
             pending.result(MANY)
+
+
+def test_a_stream_that_is_dropped_while_its_engine_closes_reports_nothing(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its caller has cancelled it, so asyncio would report any other error as never retrieved."""
+    stream = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(engine.close, drain=MANY)
+        while not engine._is_closing and not closed.done():
+            pass
+        stream.close()
+        closed.result(MANY)
+    gc.collect()
+    assert [it.message for it in caplog.records if "never retrieved" in it.message] == []
 
 
 #: Files in shared memory that this process has opened; other processes of the tests have theirs.

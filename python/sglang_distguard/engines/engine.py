@@ -10,6 +10,7 @@ States::
     serving   close()                 closing: later calls raise `EngineClosed`; pending ones go on
     closing   drained, or deadline    closed: what still runs is aborted
     failed    close()                 closed
+    any       interpreter's exit      closed, without draining (``engines.at_exit``)
 
 Invariants:
 - A request ends: with its result, its own error, `EngineFailed`, `EngineClosed` or the caller's
@@ -41,7 +42,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
-from sglang_distguard.engines import launch
+from sglang_distguard.engines import at_exit, launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
@@ -120,6 +121,7 @@ class Engine(HasWeights):
         self._process = os.getpid()
         self._shares = source_of(share_weights_with)
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
+        at_exit.note(self)
         try:
             self._loop.start()
             self._loop.started.result(start_timeout)
@@ -231,6 +233,8 @@ class Engine(HasWeights):
         try:
             return await task
         except asyncio.CancelledError:
+            if not self._loop.is_ending and asyncio.current_task().cancelling():  # type: ignore
+                raise  # by the caller, whom no other error would reach
             if self._failure is not None:
                 raise self._failed() from self._failure
             if self._is_closing and task.cancelled():
@@ -393,6 +397,9 @@ class Engine(HasWeights):
             raise RuntimeError(f"engine {self.name!r} cannot be closed in its own loop; use aclose")
         if self._process != os.getpid():
             return  # its threads, sockets and files are the parent's
+        if not self._loop.started.done():  # at the interpreter's exit only
+            self._give_up()
+            return
         with self._lock:
             is_second, self._is_closing = self._is_closing, True
         if is_second:
@@ -432,7 +439,7 @@ class Engine(HasWeights):
             if made is not None:
                 try:
                     close_resident(made.tokenizer_manager, timeout=seconds)
-                except DistGuardError:
+                except (DistGuardError, TimeoutError):  # TimeoutError: its loop does not answer
                     left.append(f"{self.name}-frontend")
                     close_resident(made.tokenizer_manager, force=True)
                 last.callback(self._one_by_one.shutdown)

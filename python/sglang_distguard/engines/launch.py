@@ -87,13 +87,18 @@ def resolved(name: str, given: dict[str, Any]) -> Any:
 
 
 def remove_files(ports: PortArgs) -> None:
-    """Remove the files of the sockets of an engine whose parts have ended; SGLang leaves them.
+    """Remove the files of an engine whose parts have ended: its sockets', which SGLang leaves.
 
-    Other files are those of its managers, and end with them (``hooks.host``).
+    The file in which its scheduler tells its load ends with that (``hooks.host``), unless it hangs.
     """
     for text in vars(ports).values():
         if isinstance(text, str) and text.startswith("ipc://"):
             Path(text.removeprefix("ipc://")).unlink(missing_ok=True)
+    instance = getattr(ports, "instance_id", None)
+    if instance is not None:
+        from sglang.srt.managers import load_snapshot
+
+        Path(load_snapshot.shm_path_for(instance)).unlink(missing_ok=True)
 
 
 def launch(

@@ -30,6 +30,7 @@ class LoopThread:
         """
         self.started: Future[None] = Future()
         self.loop = asyncio.new_event_loop()
+        self.is_ending = False
         self._context = contextvars.Context()
         self._set_up = set_up
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -81,6 +82,7 @@ class LoopThread:
         return not self._thread.is_alive()
 
     async def _cancel_all(self) -> None:
+        self.is_ending = True  # it is not their callers who cancel them
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
