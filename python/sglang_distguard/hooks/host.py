@@ -7,10 +7,12 @@ is raised in the thread that runs the manager. In SGLang's own processes nothing
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +30,10 @@ _COMMON = "sglang.srt.utils.common"
 WATCHDOG = "sglang.srt.utils.watchdog"
 _SNAPSHOT = "sglang.srt.managers.load_snapshot"
 _log = logging.getLogger("sglang_distguard")
+#: Seconds for a zmq context to end, all of whose sockets are closed; it takes milliseconds.
+_TERM = 10.0
+#: Contexts that have been told to end.
+_ending: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _View:
@@ -151,6 +157,8 @@ def _print_exception_wrapper(original: Callable[..., Any]) -> Callable[..., Any]
         try:
             await func()
         except Exception as error:
+            if handle.closed:  # an answer arrived between the manager's end and its loop's
+                return
             _log.exception("%s of %r failed", func.__name__, handle.name)
             _fail_requests(manager, error)
             endings.end(manager, handle)
@@ -199,8 +207,19 @@ def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
 def _close_socket(context: Any, socket: Any) -> None:
     """Close a socket with its context, which would block for ever when it is collected."""
     socket.close(linger=0)
-    if context is not type(context)._instance:  # zmq's global one serves other code, too
-        context.destroy(linger=0)
+    # zmq's global one serves other code, too.
+    if context is type(context)._instance or context.closed or context in _ending:
+        return
+    _ending.add(context)
+    for other in list(context._sockets):
+        other.close(linger=0)
+    # Once, after 218 engines with failed schedulers, zmq did not return from `Context.term` (cause
+    # unknown; `make engines-load`). The loop must not wait for that.
+    ends = threading.Thread(target=context.term, name="distguard-zmq", daemon=True)
+    contextvars.Context().run(ends.start)
+    ends.join(_TERM)
+    if ends.is_alive():
+        _log.warning("a zmq context did not end in %g s; its descriptors are left", _TERM)
 
 
 def _load_snapshot(original: Callable[..., Any]) -> Callable[..., Any]:
