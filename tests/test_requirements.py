@@ -11,7 +11,7 @@ from sglang_distguard.hooks.requirements import REQUIRED
 
 PACKAGE = Path(sglang_distguard.__file__).parent
 #: Parts that use the package as its users do, and build runners and engines with SGLang's own steps.
-ABOVE = {"__main__", "demo", "audit", "testing", "engines"}
+ABOVE = {"__main__", "demo", "audit", "testing", "serving", "engines"}
 NAMES = {(it.module, it.qualname) for it in REQUIRED}
 
 
