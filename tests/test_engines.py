@@ -317,6 +317,26 @@ def left() -> dict[str, Any]:
     }
 
 
+def test_a_closed_engine_has_freed_its_weights_and_caches_without_a_collection(
+    guard: None, model: Model
+) -> None:
+    def left() -> dict[str, int]:
+        names = [type(it).__name__ for it in gc.get_objects()]
+        return {it: names.count(it) for it in ("Parameter", "MHATokenToKVPool", "ModelRunner")}
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = left()
+        with opened(model, "llama") as engine:
+            asked(engine)
+            assert left()["Parameter"] > before["Parameter"]
+        assert left() == before
+        assert not _core.live_scopes()
+    finally:
+        gc.enable()
+
+
 def test_a_cycle_of_open_serve_and_close_leaves_nothing(
     guard: None, talking: Path, own_folder: None
 ) -> None:

@@ -44,7 +44,7 @@ from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
 from sglang_distguard.engines import at_exit, launch
 from sglang_distguard.engines.loops import LoopThread, in_thread
-from sglang_distguard.engines.parts import Part
+from sglang_distguard.engines.parts import Part, forget
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
 from sglang_distguard.engines.requests import Bridge, Request
 from sglang_distguard.engines.weights import HasWeights, refuse_if_shared, source_of
@@ -448,6 +448,8 @@ class Engine(HasWeights):
             left += [part.name for part in parts if not part.end(deadline - time.monotonic())]
             if not self._loop.end(max(0.0, deadline - time.monotonic())):
                 left.append(f"{self.name}-frontend")
+        if made is not None and not left:
+            forget(made.tokenizer_manager)
         if left:
             raise TimeoutError(
                 f"engine {self.name!r}: {', '.join(dict.fromkeys(left))} did not end within "

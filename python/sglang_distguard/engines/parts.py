@@ -7,6 +7,7 @@ They are SGLang's own classes, and run as in the processes that ``sgl.Engine`` s
 from __future__ import annotations
 
 import contextvars
+import itertools
 import pickle
 import threading
 import time
@@ -98,6 +99,7 @@ class Part:
             manager, self.manager, self._args = self.manager, None, None
             if manager is not None:
                 close(manager)
+                forget(manager)
             if not self.ready.done():
                 told = RuntimeError(f"{self.name} was closed while it started")
                 self.ready.set_exception(self.error or told)
@@ -147,6 +149,27 @@ class DetokenizerPart(Part):
         if not self._is_told:
             self.ready.set_result(None)
             self.manager.event_loop()
+
+
+def forget(manager: Any) -> None:
+    """Free what a closed manager of an engine has, its weights and caches, now.
+
+    SGLang's objects refer to each other in circles (0.5.23: a Scheduler and its dispatchers, a
+    ModelRunner and its configurators), which only a full collection of garbage would find.
+
+    Args:
+        manager: closed; no code but the engine's has it.
+    """
+    owners = [manager, getattr(manager, "tree_cache", None)]
+    for name in ("tp_worker", "draft_worker"):
+        worker = getattr(manager, name, None)
+        for it in (worker, getattr(worker, "draft_worker", None)):
+            runners = [getattr(it, name, None) for name in ("_model_runner", "draft_runner")]
+            models = [getattr(runner, "model", None) for runner in runners]
+            modules = [list(model.modules()) for model in models if hasattr(model, "modules")]
+            owners += [it, *runners, *itertools.chain(*modules)]
+    for owner in owners:
+        getattr(owner, "__dict__", {}).clear()
 
 
 def own_copy(server_args: ServerArgs) -> ServerArgs:

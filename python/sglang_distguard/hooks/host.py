@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import gc
 import logging
 import os
 import sys
@@ -189,6 +190,19 @@ def running_manager() -> Optional[_core.RunnerHandle]:
     return handle if handle is not None and handle.manager else None
 
 
+def _collect(*_args: Any) -> int:
+    """Collect garbage before the sizes of a runner's pools are chosen, without stopping others.
+
+    A full collection looks through all modules of SGLang with the interpreter's lock held: half a
+    second, in which no other engine goes on. What loading leaves is young, and engines that were
+    closed leave nothing. On a GPU, where older garbage would make the pools too small, all is
+    collected, as SGLang does (0.5.23).
+    """
+    import torch
+
+    return gc.collect() if torch.cuda.is_available() or not is_host() else gc.collect(1)
+
+
 def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
     """Note the sockets of a manager: its end closes them, and their context."""
 
@@ -261,6 +275,7 @@ CHANGES = (
     Around(_COMMON, "configure_gc_warning", _skipped),
     Around(_COMMON, "configure_gc_logger", _skipped),
     Around(_COMMON, "set_random_seed", _set_random_seed),
+    Replace("sglang.srt.mem_cache.kv_cache_configurator", "gc", seen(collect=_collect)),
     # The world is every engine's; `teardown` destroys it.
     Around("sglang.srt.distributed.parallel_state", "abort_distributed_environment", _skipped),
     Replace(SCHEDULER, "psutil", seen(Process=_process)),
