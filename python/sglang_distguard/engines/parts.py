@@ -7,7 +7,6 @@ They are SGLang's own classes, and run as in the processes that ``sgl.Engine`` s
 from __future__ import annotations
 
 import contextvars
-import itertools
 import pickle
 import threading
 import time
@@ -21,6 +20,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.hooks import torch_profiler
 from sglang_distguard.runner import weights
+from sglang_distguard.runner.handle import clear_closed
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -160,16 +160,21 @@ def forget(manager: Any) -> None:
     Args:
         manager: closed; no code but the engine's has it.
     """
-    owners = [manager, getattr(manager, "tree_cache", None)]
+    owners = [getattr(manager, "tree_cache", None)]
     for name in ("tp_worker", "draft_worker"):
         worker = getattr(manager, name, None)
         for it in (worker, getattr(worker, "draft_worker", None)):
             runners = [getattr(it, name, None) for name in ("_model_runner", "draft_runner")]
-            models = [getattr(runner, "model", None) for runner in runners]
-            modules = [list(model.modules()) for model in models if hasattr(model, "modules")]
-            owners += [it, *runners, *itertools.chain(*modules)]
+            for runner in runners:
+                model: Any = getattr(runner, "model", None)
+                # Modules without weights, such as activations, may be those of other models, too.
+                for module in model.modules() if hasattr(model, "modules") else ():
+                    module._parameters.clear()
+                    module._buffers.clear()
+            owners += [it, *runners]
     for owner in owners:
         getattr(owner, "__dict__", {}).clear()
+    clear_closed(manager)
 
 
 def own_copy(server_args: ServerArgs) -> ServerArgs:

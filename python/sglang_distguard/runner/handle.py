@@ -126,6 +126,14 @@ def release_failed(runner: Any) -> None:
     vars(runner).clear()
 
 
+def clear_closed(resident: Any) -> None:
+    """Clear the attributes of a closed runner or manager, which keep memory; it is still known."""
+    handle = find_handle(resident)
+    fields = vars(resident)
+    fields.clear()
+    fields[_ATTRIBUTE] = handle
+
+
 def mark_as_of(runner: Any, part: Any) -> None:
     """Record on ``part``, which ``runner``'s methods have made, that it belongs to ``runner``.
 
