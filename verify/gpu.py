@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 #: Architectures with one vocabulary, whose kernels do not need flashinfer's compiler.
-MEMBERS = ("gpt2-0", "gpt2-1", "opt-0", "opt-1")
+MEMBERS: tuple[str, ...] = ("gpt2-0", "gpt2-1", "opt-0", "opt-1")
 ROUNDS = 50
 STEPS = 8
 WITHOUT = ("", "GraphSharedOutput._process_shared", "_forward_input_buffer_pool")
@@ -34,6 +34,19 @@ def logits_of(runner: Any, **how: Any) -> Any:
     from sglang_distguard.testing import steps
 
     return steps.generate(runner, steps=STEPS, **how).logits
+
+
+def make_models(parser: argparse.ArgumentParser, models: Path) -> None:
+    """Make the checkpoints of ``MEMBERS``, and print the card; end the program without a GPU."""
+    import torch
+    from sglang_distguard.testing import create_model
+
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
+    for name in MEMBERS:
+        architecture, _, seed = name.rpartition("-")
+        create_model(architecture, models, seed=int(seed))
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__)
 
 
 def alone(models: Path, name: str, output: Path) -> None:
@@ -125,14 +138,8 @@ def main() -> int:
             together(options.models, options.output, options.without)
         return 0
     import torch
-    from sglang_distguard.testing import create_model
 
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
-    for name in MEMBERS:
-        architecture, _, seed = name.rpartition("-")
-        create_model(architecture, options.models, seed=int(seed))
-    print(torch.cuda.get_device_name(0), "torch", torch.__version__)
+    make_models(parser, options.models)
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         for said, arguments in parts(options.models, folder):

@@ -21,10 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu import leave_out_what_torch_lacks
+from gpu import MEMBERS, leave_out_what_torch_lacks, make_models
 
-#: Architectures with one vocabulary, whose kernels do not need flashinfer's compiler.
-MEMBERS: tuple[str, ...] = ("gpt2-0", "gpt2-1", "opt-0", "opt-1")
 ROUNDS = 25
 CYCLES = 20
 STEPS = 16
@@ -194,15 +192,7 @@ def main() -> int:
         else:
             cycles(options.models, options.output, saves=options.cycles == "saver")
         return 0
-    import torch
-    from sglang_distguard.testing import create_model
-
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
-    for name in MEMBERS:
-        architecture, _, seed = name.rpartition("-")
-        create_model(architecture, options.models, seed=int(seed))
-    print(torch.cuda.get_device_name(0), "torch", torch.__version__)
+    make_models(parser, options.models)
     failed = 0
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)

@@ -21,8 +21,8 @@ class _Engine(Protocol):
 
 
 _log = logging.getLogger("sglang_distguard")
-#: Engines of this process; to close one again does nothing. Each act on it is one step for the GIL: a forked child may be made
-#: at any moment, and a lock might be held then.
+#: Engines of this process; to close one again does nothing. Each act on it is one step for the GIL:
+#: a forked child may be made at any moment, and a lock might be held then.
 _open: set[weakref.ref[_Engine]] = set()
 # A forked child has none of the threads of its parent's engines, and the files are the parent's.
 os.register_at_fork(after_in_child=_open.clear)

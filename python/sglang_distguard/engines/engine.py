@@ -34,7 +34,6 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard.api.closing import close as close_resident
@@ -43,6 +42,7 @@ from sglang_distguard.config.checks import check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
 from sglang_distguard.engines import at_exit, launch
+from sglang_distguard.engines.context_manager import Closes
 from sglang_distguard.engines.loops import LoopThread, in_thread
 from sglang_distguard.engines.parts import Part, forget
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
@@ -66,7 +66,7 @@ _GIVING_UP = 5.0
 _NO_MORE = object()
 
 
-class Engine(HasWeights):
+class Engine(Closes, HasWeights):
     """SGLang's engine as threads of this process; see ``sgl.Engine`` for its arguments and methods.
 
     Every public method of the installed ``sgl.Engine`` is there (docs/engines.md has the table).
@@ -466,27 +466,8 @@ class Engine(HasWeights):
         finally:
             self._is_closed.set()
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def _close_at_end(self) -> None:
         self.close()
-
-    async def __aenter__(self) -> Engine:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
-        await self.aclose()
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closing else "failed" if self._failure else "serving"

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, Optional, Union
 
 from sglang_distguard.config.checks import check_name, check_whole
+from sglang_distguard.engines.context_manager import Closes
 from sglang_distguard.engines.engine import Engine
 from sglang_distguard.engines.loops import in_thread
 from sglang_distguard.engines.replicas import Replicas
@@ -54,7 +54,7 @@ class EngineInfo:
     replicas: tuple[EngineInfo, ...] = ()
 
 
-class Pool:
+class Pool(Closes):
     """Engines of this process by name; see ``Engine``.
 
     All methods may be called from any thread; those that begin with ``a`` are coroutines, for any
@@ -240,27 +240,8 @@ class Pool:
             with self._lock:
                 del self._changing[name]
 
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def _close_at_end(self) -> None:
         self.close_all()
-
-    async def __aenter__(self) -> Pool:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
-        await in_thread(self.close_all)
 
 
 def _check_replicas(replicas: Optional[int]) -> None:

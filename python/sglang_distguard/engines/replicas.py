@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_distguard.context import metrics
+from sglang_distguard.engines.context_manager import Closes
 from sglang_distguard.engines.engine import Engine
 from sglang_distguard.engines.loops import in_thread
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS
@@ -32,7 +32,7 @@ _OF_ONE = frozenset(
 _OF_ALL = frozenset(["abort", "flush_cache"])
 
 
-class Replicas:
+class Replicas(Closes):
     """Engines of one checkpoint that share weights, with the methods of one ``Engine``.
 
     A request goes to the engine that has the fewest pending ones, of equal ones in turn. An engine
@@ -165,15 +165,7 @@ class Replicas:
 
     shutdown = close
 
-    def __enter__(self) -> Replicas:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def _close_at_end(self) -> None:
         self.close()
 
     def __repr__(self) -> str:
