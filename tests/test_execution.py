@@ -343,6 +343,20 @@ def test_torchs_data_loading_threads_belong_to_the_code_that_started_them(two: A
     assert first is not second
 
 
+def test_the_processs_thread_of_shared_memory_is_of_no_runner(two: Any) -> None:
+    from multiprocessing import resource_sharer
+
+    (first, _), _ = two
+    seen: queue.Queue[str] = queue.Queue()
+    shared: Any = resource_sharer.__dict__["_resource_sharer"]
+    shared.stop()  # so that the next to share starts the thread
+    with dg.activate(first):
+        ident = shared.register(lambda *_: seen.put(seen_model()), lambda: None)
+        shared.get_connection(ident).close()
+    assert seen.get(timeout=60) == "no runner"
+    shared.stop()
+
+
 def test_a_thread_started_in_a_step_is_of_its_runner_and_outlives_the_step(two: Any) -> None:
     runners, _ = two
     seen: queue.Queue[Any] = queue.Queue()

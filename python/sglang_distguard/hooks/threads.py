@@ -102,6 +102,8 @@ CHANGES = (
     ),
     Around("multiprocessing.pool", "Pool.__init__", _without_execution),
     Around("multiprocessing.pool", "Pool._repopulate_pool_static", _without_execution),
-    # One thread for all progress bars of the process, started by the first (tqdm 4.67).
+    # One thread for all progress bars of the process, started by the first (tqdm 4.67), and one for
+    # all memory that is shared with other processes (`update_weights_from_tensor` shares it).
     Around("tqdm._monitor", "TMonitor.__init__", _without_execution),
+    Around("multiprocessing.resource_sharer", "_ResourceSharer._start", _without_execution),
 )
