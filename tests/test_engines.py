@@ -320,9 +320,13 @@ def left() -> dict[str, Any]:
 def test_a_closed_engine_has_freed_its_weights_and_caches_without_a_collection(
     guard: None, model: Model
 ) -> None:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from torch.nn import Parameter
+
     def left() -> dict[str, int]:
-        names = [type(it).__name__ for it in gc.get_objects()]
-        return {it: names.count(it) for it in ("Parameter", "MHATokenToKVPool", "ModelRunner")}
+        types = [type(it) for it in gc.get_objects()]
+        return {it.__name__: types.count(it) for it in (Parameter, MHATokenToKVPool, ModelRunner)}
 
     gc.collect()
     gc.disable()
