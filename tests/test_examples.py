@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from interpreters import Has, facts_of, run_well
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,4 +72,23 @@ def test_the_walk_through_engines_runs_from_cell_to_cell() -> None:
         "answered meanwhile: True",
         "embed 9 tokens of prompts",
         "[]",
+    ]
+
+
+@pytest.mark.ranks
+def test_two_processes_of_two_models_behind_sglangs_router() -> None:
+    ran = subprocess.run(
+        [sys.executable, "examples/router.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    assert ran.stdout.splitlines() == [
+        "one answer of all: True",
+        "processes that answered: 2",
+        "exit status of one process: 0",
+        "one answer meanwhile: True",
+        "one answer of the others: True",
     ]
