@@ -86,6 +86,12 @@ def test_a_detokenizer_that_waits_for_messages_is_closed_and_leaves_nothing(cach
     assert after == before
 
 
+def test_a_context_of_a_managers_sockets_ends_when_its_peer_leaves_at_that_moment(
+    cache: Path,
+) -> None:
+    assert facts_of("tokenizer_programs.peers_that_leave(CACHE)") == 0
+
+
 def test_a_worker_reads_its_own_configuration_from_any_thread(cache: Path) -> None:
     assert facts_of("tokenizer_programs.workers(CACHE)") == [1000, 1001]
 

@@ -223,6 +223,58 @@ def detokenizers(cache: str) -> None:
     print(json.dumps(facts), flush=True)
 
 
+def peers_that_leave(cache: str) -> None:
+    """Print in how many rounds a context does not end whose peer leaves at the same moment.
+
+    The sockets are made by a manager. Its peer has read one of many messages.
+    """
+    import sglang_distguard
+    import zmq
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import PortArgs
+    from sglang.srt.utils.network import get_zmq_socket
+
+    sglang_distguard.install(timeout=DEADLINE)
+    args = member_args(cache, 0)
+    publish(args, role="tokenizer")
+    asyncio.set_event_loop(asyncio.new_event_loop())
+
+    class Manager(TokenizerManager):
+        def init_ipc_channels(self, ports: PortArgs) -> None:
+            super().init_ipc_channels(ports)
+            self.ended = [self.ends(f"{ports.tokenizer_ipc_name}-{it}") for it in range(300)]
+
+        def ends(self, place: str) -> bool:
+            context = zmq.Context(2)
+            sender = get_zmq_socket(context, zmq.PUSH, place, bind=True)
+            both = threading.Barrier(2)
+
+            def read_one_and_leave() -> None:
+                with zmq.Context() as peers:
+                    peer = peers.socket(zmq.PULL)
+                    peer.setsockopt(zmq.RCVHWM, 1)
+                    peer.connect(place)
+                    peer.recv()
+                    both.wait(DEADLINE)
+                    peer.close(linger=0)
+
+            peer = threading.Thread(target=read_one_and_leave)
+            peer.start()
+            for _ in range(50):
+                sender.send(bytes(100_000))
+            both.wait(DEADLINE)
+            sender.close(linger=0)
+            end = threading.Thread(target=context.term, daemon=True)
+            end.start()
+            peer.join()
+            end.join(DEADLINE)
+            return not end.is_alive()
+
+    print(json.dumps(Manager(args, PortArgs.init_new(args)).ended.count(False)), flush=True)
+    os._exit(0)
+
+
 def workers(cache: str) -> None:
     """Print what two workers say to threads that belong to neither."""
     import sglang_distguard

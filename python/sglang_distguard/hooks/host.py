@@ -208,8 +208,13 @@ def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_zmq_socket(context: Any, *args: Any, **kwargs: Any) -> Any:
-        made = original(context, *args, **kwargs)
         manager = running_manager()
+        if manager is not None and context is not type(context)._instance:
+            # Before it is bound: where both ends of a connection close at once and messages are left,
+            # libzmq (4.3.5) keeps them as long as the listener's copy of this option says. By default
+            # that is for ever, whatever `close` is told, and `Context.term` does not return.
+            context.linger = 0
+        made = original(context, *args, **kwargs)
         if manager is not None:
             socket = made[1] if isinstance(made, tuple) else made
             manager.keep_part(functools.partial(_close_socket, context, socket))
@@ -227,8 +232,8 @@ def _close_socket(context: Any, socket: Any) -> None:
     _ending.add(context)
     for other in list(context._sockets):
         other.close(linger=0)
-    # Once, after 218 engines with failed schedulers, zmq did not return from `Context.term` (cause
-    # unknown; `make engines-load`). The loop must not wait for that.
+    # `term` waits for every socket, also for one that other code has made in this context and has
+    # closed with messages left. The loop must not wait for that.
     ends = threading.Thread(target=context.term, name="distguard-zmq", daemon=True)
     contextvars.Context().run(ends.start)
     ends.join(_TERM)
