@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -71,21 +71,29 @@ test-audit test-ranks test-exhaustive: setup
 	@$(PYTEST) -m "$(@:test-%=%) and not slow"
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
+CHECKERS := --release
 loom shuttle:
-	@RUSTFLAGS="--cfg $@" cargo test -q --release -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
+	@RUSTFLAGS="--cfg $@" cargo test -q $(CHECKERS) -p distguard-core --target-dir target/mutants/$@ --test $@ -- --nocapture
 
+# The libraries that both builds need are built once: for the planted bugs, too, they are in target/mutants/.
+test-models: CHECKERS := --profile checkers
 test-models: setup ## model checkers in short form, and one planted bug for each of them
 	@echo "test: model checkers"
-	@DISTGUARD_SHORT=1 $(MAKE) -s loom shuttle
+	@DISTGUARD_SHORT=1 $(MAKE) -s -j2 --output-sync loom shuttle CHECKERS="$(CHECKERS)"
 	@$(BIN)/python verify/mutations.py --short
 
 lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
+	@$(MAKE) -s -j2 --output-sync lint-types lint-others
+
+lint-types:
+	@$(BIN)/pyright
+
+lint-others:
 	@cargo fmt --all --check
 	@cargo clippy -q --workspace --all-targets -- -D warnings
 	@$(BIN)/ruff check -q
 	@$(BIN)/ruff format -q --check
 	@$(BIN)/lint-imports --no-cache --no-logo >.venv/imports.log 2>&1 || { cat .venv/imports.log; exit 1; }
-	@$(BIN)/pyright
 	@$(BIN)/python -m mypy.stubtest sglang_distguard._core
 
 docs: setup ## write the generated tables of docs/process-globals.md and docs/audit.md

@@ -31,14 +31,6 @@ MUTANTS = ROOT / "target" / "mutants"
 COPY = MUTANTS / "src"
 COPIED = ("Cargo.toml", "Cargo.lock", "rust")
 LIMIT_S = 120
-# A profile that builds fast and still runs fast enough.
-PROFILE = {
-    "CARGO_PROFILE_RELEASE_LTO": "off",
-    "CARGO_PROFILE_RELEASE_OPT_LEVEL": "1",
-    "CARGO_PROFILE_RELEASE_INCREMENTAL": "true",
-    "CARGO_PROFILE_RELEASE_CODEGEN_UNITS": "16",
-    "CARGO_TERM_PROGRESS_WHEN": "never",
-}
 
 
 class SetupError(Exception):
@@ -163,8 +155,9 @@ def planted(mutation: Mutation | None) -> Iterator[None]:
 
 def build(checker: Checker, environment: Mapping[str, str]) -> list[Path]:
     """Build the checker's tests in the copy and return the programs; SetupError if that fails."""
-    command = ["cargo", "test", "-q", "--release", "--locked", "-p", "distguard-core", "--no-run"]
-    command += ["--message-format=json", "--target-dir", str(MUTANTS / checker.name)]
+    command = ["cargo", "test", "-q", "--profile", "checkers", "--locked", "--no-run"]
+    command += ["-p", "distguard-core", "--message-format=json"]
+    command += ["--target-dir", str(MUTANTS / checker.name)]
     built = subprocess.run(
         [*command, *checker.targets],
         cwd=COPY,
@@ -224,7 +217,7 @@ def first_failure(program: Path, environment: Mapping[str, str]) -> str | None:
 
 def judge(checker: Checker, mutation: Mutation | None) -> Verdict:
     """Run a checker on the copy, with the bug or unmutated."""
-    environment = {**os.environ, **PROFILE, **checker.environment}
+    environment = {**os.environ, **checker.environment, "CARGO_TERM_PROGRESS_WHEN": "never"}
     with planted(mutation):
         programs = build(checker, environment)
         begun = time.perf_counter()

@@ -373,11 +373,21 @@ def main() -> int:
     ran = {name: cells for name, cells in rows.items() if any(cells[:-1])}
     wrong = [name for name, cells in ran.items() if {OTHER, "FAILED"} & set(cells)]
     print(f"{len(ran)} ran, {len(wrong)} wrong, {len(rows) - len(ran)} do not run alone")
-    if not options.only:
-        head = HEAD.format(versions=versions(), same=SAME, untold=UNTOLD, undefined=UNDEFINED)
-        lines = [f"| {name} | {' | '.join(cells)} |\n" for name, cells in ran.items()]
-        DOCUMENT.write_text(head + "".join(lines))
+    head = HEAD.format(versions=versions(), same=SAME, untold=UNTOLD, undefined=UNDEFINED)
+    kept = _documented(head) if options.only else {}
+    lines = kept | {name: f"| {name} | {' | '.join(cells)} |\n" for name, cells in ran.items()}
+    if kept or not options.only:
+        DOCUMENT.write_text(head + "".join(lines[name] for name in CATALOG if name in lines))
     return int(bool(wrong))
+
+
+def _documented(head: str) -> dict[str, str]:
+    """The lines of the table in the document; none if it is of other versions."""
+    text = DOCUMENT.read_text() if DOCUMENT.is_file() else ""
+    if not text.startswith(head):
+        return {}
+    lines = text.removeprefix(head).splitlines(keepends=True)
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
 
 if __name__ == "__main__":
