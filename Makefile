@@ -73,9 +73,8 @@ test-audit test-ranks test-exhaustive: setup
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
 CHECKERS := --release
 loom shuttle:
-	@RUSTFLAGS="--cfg $@" cargo test -q $(CHECKERS) -p distguard-core --target-dir target/mutants/$@ --test $@ -- --nocapture
+	@RUSTFLAGS="--cfg $@" cargo test -q $(CHECKERS) -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
 
-# The libraries that both builds need are built once: for the planted bugs, too, they are in target/mutants/.
 test-models: CHECKERS := --profile checkers
 test-models: setup ## model checkers in short form, and one planted bug for each of them
 	@echo "test: model checkers"

@@ -7,6 +7,8 @@
 
 #[path = "loom/agreement.rs"]
 mod agreement;
+#[path = "loom/calls.rs"]
+mod calls;
 mod common;
 #[path = "loom/explore.rs"]
 mod explore;
