@@ -241,13 +241,14 @@ def peers_that_leave(cache: str) -> None:
     asyncio.set_event_loop(asyncio.new_event_loop())
 
     class Manager(TokenizerManager):
-        def init_ipc_channels(self, ports: PortArgs) -> None:
-            super().init_ipc_channels(ports)
-            self.ended = [self.ends(f"{ports.tokenizer_ipc_name}-{it}") for it in range(300)]
+        def init_ipc_channels(self, port_args: PortArgs) -> None:
+            super().init_ipc_channels(port_args)
+            place = port_args.tokenizer_ipc_name
+            self.ended = [self.ends(f"{place}-{number}") for number in range(300)]
 
         def ends(self, place: str) -> bool:
             context = zmq.Context(2)
-            sender = get_zmq_socket(context, zmq.PUSH, place, bind=True)
+            sender: Any = get_zmq_socket(context, zmq.PUSH, place, bind=True)
             both = threading.Barrier(2)
 
             def read_one_and_leave() -> None:
