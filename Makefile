@@ -71,14 +71,14 @@ test-audit test-ranks test-exhaustive: setup
 	@$(PYTEST) -m "$(@:test-%=%) and not slow"
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
-CHECKERS := --release
 loom shuttle:
-	@RUSTFLAGS="--cfg $@" cargo test -q $(CHECKERS) -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
+	@RUSTFLAGS="--cfg $@" cargo test -q --release -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
 
-test-models: CHECKERS := --profile checkers
+# Optimising everything at once when it is linked takes longer than these tests.
+FAST_LINK := CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
 test-models: setup ## model checkers in short form, and one planted bug for each of them
 	@echo "test: model checkers"
-	@DISTGUARD_SHORT=1 $(MAKE) -s -j2 --output-sync loom shuttle CHECKERS="$(CHECKERS)"
+	@DISTGUARD_SHORT=1 $(FAST_LINK) $(MAKE) -s -j2 --output-sync loom shuttle
 	@$(BIN)/python verify/mutations.py --short
 
 lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
