@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIError, OpenAI
+from sglang_distguard.testing.recipe import free_port
 
 SERVER = ("sglang_distguard", "serve", "--tiny", "--port", "0")
 #: Seconds until a process that was started must answer.
@@ -34,7 +34,7 @@ def main() -> int:
     started = list(servers)
     try:
         urls = [_address(it) for it in servers]
-        port = _free_port()
+        port = free_port()
         started.append(_router(port, urls))
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         _wait(client, started[-1])
@@ -66,7 +66,7 @@ def _started(*module: str) -> subprocess.Popen[str]:
 def _router(port: int, urls: list[str]) -> subprocess.Popen[str]:
     options = {"host": "127.0.0.1", "port": port, "policy": "round_robin"}
     # A port for its own metrics, which it opens in any case.
-    options |= {"prometheus-host": "127.0.0.1", "prometheus-port": _free_port()}
+    options |= {"prometheus-host": "127.0.0.1", "prometheus-port": free_port()}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen(
         [sys.executable, "-m", "sglang_router.launch_router", *words, "--worker-urls", *urls],
@@ -131,12 +131,6 @@ def _answered(url: str) -> bool:
         text = answer.read().decode()
     counted = re.findall(r'^sglang:num_requests_total\{[^}]*model="(\w+)"[^}]*\} (\S+)', text, re.M)
     return {model for model, count in counted if float(count) > 0} == {"chat", "embed"}
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 if __name__ == "__main__":

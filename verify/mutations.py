@@ -4,7 +4,8 @@
 
 It works on a copy in target/mutants/src. Each checker has its own target folder beside it, so that
 only the core crate is rebuilt. No other build may use these folders: cargo tells two checkouts of a
-workspace apart by the times of their files only, and would take a planted bug's library for its own. The exit status is 1 when a bug survives or cannot be planted.
+workspace apart by the times of their files only, and would take a planted bug's library for its own.
+The exit status is 1 when a bug survives or cannot be planted.
 """
 
 from __future__ import annotations
