@@ -35,9 +35,12 @@ GOOD = {
     **RIGHT,
     "agreement_timeout": RIGHT["timeout"],
     "groups": st.none() | st.sampled_from(settings.GROUP_POLICIES),
+    "pinned_loads": RIGHT["reuse"],
+    "streams": st.none() | st.sampled_from(settings.STREAM_POLICIES),
 }
-INSTALL = ("reuse", "timeout", "slow_after", "agreement_timeout", "groups")
-SCOPE = ("name", "reuse", "timeout", "agreement_timeout", "groups")
+ANYWHERE = ("reuse", "timeout", "agreement_timeout", "groups", "pinned_loads", "streams")
+INSTALL = (*ANYWHERE, "slow_after")
+SCOPE = (*ANYWHERE, "name")
 
 
 def given_of(chosen: dict[str, Any]) -> dict[str, Any]:
@@ -222,10 +225,12 @@ def test_usable_environment_variables_are_what_install_would_set(
         settings.SLOW_VARIABLE: f"{slow_after}{space}",
         settings.AGREEMENT_VARIABLE: str(agreement),
         sglang_distguard_plugin.VARIABLE: space + str(reuse),
+        settings.PINNED_LOADS_VARIABLE: str(not reuse),
     }
     with mock.patch.dict(os.environ, variables):
         chosen = settings.choose(again=False)
     assert chosen.reuse is reuse
+    assert chosen.pinned_loads is not reuse
     assert [chosen.timeout, chosen.slow_after, chosen.agreement_timeout] == [
         float(timeout),
         float(slow_after),

@@ -8,6 +8,7 @@ from sglang_distguard import _core
 from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag
 from sglang_distguard.process.installation import is_installed
+from sglang_distguard.runner import pinned_loads
 
 
 class ActorInfo(TypedDict):
@@ -74,8 +75,19 @@ class RunnerScopeInfo(TypedDict):
     runners: int
 
 
+class PinnedFileInfo(TypedDict):
+    """A file of weights that is registered with CUDA now; ``users`` is the number of its loads."""
+
+    path: str
+    bytes: int
+    users: int
+
+
 class Snapshot(TypedDict):
-    """The process's shared state at one moment; JSON-able."""
+    """The process's shared state at one moment; JSON-able.
+
+    ``not_pinned`` says why files of weights are no longer registered with CUDA, if that has failed.
+    """
 
     at: float
     installed: bool
@@ -84,9 +96,13 @@ class Snapshot(TypedDict):
     slow_after: float
     agreement_timeout: float
     groups: str
+    pinned_loads: bool
+    streams: str
     slots: list[SlotInfo]
     phases: list[VisitInfo]
     scopes: list[RunnerScopeInfo]
+    pinned_files: list[PinnedFileInfo]
+    not_pinned: Optional[str]
     events: list[EventInfo]
     dropped_events: int
 
@@ -102,6 +118,10 @@ def snapshot() -> Snapshot:
         RunnerScopeInfo(id=scope.id, label=scope.label, runners=_core.live_runners(scope))
         for scope in _core.live_scopes()
     ]
+    pinned = [
+        PinnedFileInfo(path=path, bytes=size, users=users)
+        for path, size, users in pinned_loads.FILES.now()
+    ]
     return cast(
         Snapshot,
         {
@@ -112,7 +132,11 @@ def snapshot() -> Snapshot:
             "slow_after": chosen.slow_after,
             "agreement_timeout": chosen.agreement_timeout,
             "groups": chosen.groups,
+            "pinned_loads": chosen.pinned_loads,
+            "streams": chosen.streams,
             "scopes": scopes,
+            "pinned_files": pinned,
+            "not_pinned": pinned_loads.refused(),
         },
     )
 

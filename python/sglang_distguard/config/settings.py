@@ -16,11 +16,14 @@ from sglang_distguard.config.checks import check_flag, check_name, check_seconds
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
 AGREEMENT_VARIABLE = "SGLANG_DISTGUARD_AGREEMENT_TIMEOUT"
+PINNED_LOADS_VARIABLE = "SGLANG_DISTGUARD_PINNED_LOADS"
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_SLOW_AFTER = 30.0
 DEFAULT_AGREEMENT_TIMEOUT = 60.0
 #: Whether a runner owns or shares its communicators in a world of several ranks: see ``install``.
 GROUP_POLICIES = ("own", "share")
+#: Whether a runner on a GPU has a stream of its own: see ``install``.
+STREAM_POLICIES = ("share", "own")
 _TRUE = frozenset({"1", "true", "yes", "on", "y"})
 
 
@@ -35,6 +38,8 @@ class Settings:
         slow_after: seconds after which a leader that others wait for is logged as slow.
         agreement_timeout: seconds that the ranks of a world may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks.
+        pinned_loads: whether weights for a GPU are read from files that are registered with CUDA.
+        streams: "share" or "own", for runners on a GPU.
         is_program: whether a program has installed the guard itself, not only SGLang's plugin.
     """
 
@@ -44,6 +49,8 @@ class Settings:
     slow_after: float = DEFAULT_SLOW_AFTER
     agreement_timeout: float = DEFAULT_AGREEMENT_TIMEOUT
     groups: str = GROUP_POLICIES[0]
+    pinned_loads: bool = True
+    streams: str = STREAM_POLICIES[0]
     is_program: bool = False
 
 
@@ -73,14 +80,23 @@ def reuse_from_environment() -> Optional[bool]:
     Raises:
         ValueError: it is set to something that is neither true nor false.
     """
-    text = os.environ.get(VARIABLE)
+    return flag_from_environment(VARIABLE)
+
+
+def flag_from_environment(variable: str) -> Optional[bool]:
+    """Return an environment variable as a bool; None when unset.
+
+    Raises:
+        ValueError: it is set to something that is neither true nor false.
+    """
+    text = os.environ.get(variable)
     if text is None:
         return None
     if text.strip().lower() in _TRUE:
         return True
     if text.strip().lower() in FALSE:
         return False
-    raise ValueError(f"{VARIABLE}={text!r} is neither true nor false")
+    raise ValueError(f"{variable}={text!r} is neither true nor false")
 
 
 def seconds_from_environment(variable: str) -> Optional[float]:
@@ -106,6 +122,8 @@ def choose(
     slow_after: Optional[float] = None,
     agreement_timeout: Optional[float] = None,
     groups: Optional[str] = None,
+    pinned_loads: Optional[bool] = None,
+    streams: Optional[str] = None,
 ) -> Settings:
     """Return the settings that ``install`` sets.
 
@@ -114,7 +132,8 @@ def choose(
 
     Args:
         again: whether the guard is installed already.
-        reuse, timeout, slow_after, agreement_timeout, groups: see ``install``; times in seconds.
+        reuse, timeout, slow_after, agreement_timeout, groups, pinned_loads, streams: see
+            ``install``; times in seconds.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -130,6 +149,8 @@ def choose(
             slow_after = seconds_from_environment(SLOW_VARIABLE)
         if agreement_timeout is None:
             agreement_timeout = seconds_from_environment(AGREEMENT_VARIABLE)
+        if pinned_loads is None:
+            pinned_loads = flag_from_environment(PINNED_LOADS_VARIABLE)
     return _changed(
         _installed if again else Settings(),
         reuse=reuse,
@@ -137,6 +158,8 @@ def choose(
         slow_after=slow_after,
         agreement_timeout=agreement_timeout,
         groups=groups,
+        pinned_loads=pinned_loads,
+        streams=streams,
     )
 
 
@@ -145,7 +168,9 @@ def _changed(base: Settings, **chosen: Any) -> Settings:
     checks: dict[str, Callable[[str, object], object]] = {
         "name": lambda _, value: check_name(value),
         "reuse": check_flag,
-        "groups": _check_groups,
+        "groups": _one_of(GROUP_POLICIES),
+        "pinned_loads": check_flag,
+        "streams": _one_of(STREAM_POLICIES),
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     return replace(
@@ -154,12 +179,15 @@ def _changed(base: Settings, **chosen: Any) -> Settings:
     )
 
 
-def _check_groups(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {shown(value)}")
-    if value not in GROUP_POLICIES:
-        raise ValueError(f"{name} must be one of {', '.join(GROUP_POLICIES)}, not {shown(value)}")
-    return value
+def _one_of(known: tuple[str, ...]) -> Callable[[str, object], str]:
+    def check(name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, not {shown(value)}")
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {shown(value)}")
+        return value
+
+    return check
 
 
 @contextmanager
@@ -170,6 +198,8 @@ def runner_scope(
     timeout: Optional[float] = None,
     agreement_timeout: Optional[float] = None,
     groups: Optional[Literal["own", "share"]] = None,
+    pinned_loads: Optional[bool] = None,
+    streams: Optional[Literal["share", "own"]] = None,
 ) -> Iterator[Settings]:
     """Apply settings to what the calling thread (or asyncio task) builds inside the with block.
 
@@ -182,6 +212,8 @@ def runner_scope(
         timeout: seconds that one wait for another thread may take; ``math.inf`` for no deadline.
         agreement_timeout: seconds that the ranks may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks: see ``install``.
+        pinned_loads: whether weights for a GPU are read from registered files: see ``install``.
+        streams: "share" or "own", for runners on a GPU: see ``install``.
 
     Yields:
         The settings in force inside the with block.
@@ -197,6 +229,8 @@ def runner_scope(
         timeout=timeout,
         agreement_timeout=agreement_timeout,
         groups=groups,
+        pinned_loads=pinned_loads,
+        streams=streams,
     )
     token = _scope.set(chosen)
     try:

@@ -30,6 +30,7 @@ from sglang_distguard.hooks import (
     torch_profiler,
     transformers_models,
     unittest_mock,
+    weight_files,
     weight_updater,
 )
 from sglang_distguard.patching import Change, Scoped
@@ -52,6 +53,7 @@ HOOKS = (
     graph_captures,
     given_runners,
     model_loader,
+    weight_files,
     weight_updater,
     memory_saver,
     torch_compiler,

@@ -49,6 +49,8 @@ def install(
     slow_after: Optional[float] = None,
     agreement_timeout: Optional[float] = None,
     groups: Optional[Literal["own", "share"]] = None,
+    pinned_loads: Optional[bool] = None,
+    streams: Optional[Literal["share", "own"]] = None,
 ) -> None:
     """Make SGLang's ModelRunners safe to build and run together in this process.
 
@@ -69,6 +71,15 @@ def install(
         groups: the communicators of runners in a world of several ranks. "own", the default: each
             runner has its own communicators, and may forward at any time. "share": all runners use
             the same communicators, and the ranks agree on the order of every forward.
+        pinned_loads: whether the weights of a runner on a GPU are copied from a mapping of their
+            safetensors files that is registered with CUDA, once for all runners that load them at
+            the time; the copies of several loads then overlap. At most half of the memory is
+            registered at a time. Where registering fails, a warning says so once. Default: the
+            environment variable ``SGLANG_DISTGUARD_PINNED_LOADS`` when set, else True.
+        streams: the CUDA streams of runners that ``build_runner`` makes on a GPU. "share", the
+            default: their code runs on the caller's stream, which is the same for all threads
+            unless they choose one. "own": each has a stream, which is current in ``activate``.
+            Tensors on the GPU that were made outside of such a with block must live until it ends.
 
     Raises:
         NotSupported: the installed SGLang lacks something that the guard needs. Nothing was
@@ -85,6 +96,8 @@ def install(
         slow_after=slow_after,
         agreement_timeout=agreement_timeout,
         groups=groups,
+        pinned_loads=pinned_loads,
+        streams=streams,
     )
 
 
