@@ -363,6 +363,15 @@ class RunnerHandle:
     def runners(self) -> list[RunnerHandle]:
         """What was kept with ``keep_runner``, oldest first."""
 
+    @property
+    def stream(self) -> Any:
+        """The CUDA stream of its own (``runner.streams``), if it has one.
+
+        Each step in a phase calls its ``begin``, and then its ``end`` with what that returned.
+        """
+
+    @stream.setter
+    def stream(self, stream: Any) -> None: ...
     def keep_part(self, end: Callable[[], object]) -> None:
         """Have ``end`` called when the manager ends."""
 

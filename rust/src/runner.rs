@@ -55,6 +55,8 @@ pub struct RunnerHandle {
     parts: Attached<Vec<Py<PyAny>>>,
     /// The runners that a manager has built.
     runners: Attached<Vec<Py<RunnerHandle>>>,
+    /// The CUDA stream of its own (`runner/streams.py`), if it has one.
+    stream: Attached<Option<Py<PyAny>>>,
     /// The thread whose forward writes its attention metadata and static buffers.
     forward: Arc<Mutex<Occupancy>>,
     /// The process that built it: `pid` for messages, `forks` (see `process::forks`) for checks.
@@ -250,6 +252,7 @@ impl RunnerHandle {
             left: AtomicU64::default(),
             parts: Attached::default(),
             runners: Attached::default(),
+            stream: Attached::default(),
             forward: Arc::default(),
             pid: std::process::id(),
             forks: forks(),
@@ -374,6 +377,20 @@ impl RunnerHandle {
             .with(py, |runners| runners.iter().map(copied).collect())
     }
 
+    /// The CUDA stream of its own, if it has one.
+    #[getter]
+    pub fn stream(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.stream
+            .with(py, |stream| stream.as_ref().map(|it| it.clone_ref(py)))
+    }
+
+    /// Each step in a phase calls `begin` of it, and `end` with what that returned.
+    #[setter]
+    fn set_stream(&self, py: Python<'_>, stream: Option<Py<PyAny>>) {
+        let before = self.stream.with(py, |it| std::mem::replace(it, stream));
+        drop(before); // may run Python
+    }
+
     /// Has `end` called when the manager ends.
     fn keep_part(&self, py: Python<'_>, end: Py<PyAny>) {
         self.parts.with(py, |parts| parts.push(end));
@@ -449,6 +466,9 @@ impl RunnerHandle {
         let all = |them: &Vec<Py<RunnerHandle>>| them.iter().try_for_each(|it| visit.call(it));
         // SAFETY: as above.
         unsafe { self.runners.peek(all) }.unwrap_or(Ok(()))?;
+        let one = |it: &Option<Py<PyAny>>| it.as_ref().map_or(Ok(()), |it| visit.call(it));
+        // SAFETY: as above.
+        unsafe { self.stream.peek(one) }.unwrap_or(Ok(()))?;
         self.scope
             .as_ref()
             .map_or(Ok(()), |scope| visit.call(scope))
@@ -456,6 +476,7 @@ impl RunnerHandle {
 
     fn __clear__(&self, py: Python<'_>) {
         drop(self.take_parts(py));
+        self.set_stream(py, None);
     }
 }
 

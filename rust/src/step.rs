@@ -103,6 +103,8 @@ struct Held {
     /// Dropped last, when the caller's execution is current again.
     running: Arc<Running>,
     thread: ThreadId,
+    /// The runner's CUDA stream, and what its `begin` returned.
+    ordered: Option<(Py<PyAny>, Py<PyAny>)>,
 }
 
 /// A context manager: the running code is in a step of a runner.
@@ -131,6 +133,17 @@ impl Step {
             ..of_runner(py, &self.handle, now)
         };
         let entry = Entry::new(py, Some(&Bound::new(py, wanted)?))?;
+        // After the phase has let it in, so that the stream has all that earlier steps have launched.
+        let ordered = match self.kind.phase.and_then(|_| handle.stream(py)) {
+            None => None,
+            Some(stream) => match stream.call_method0(py, intern!(py, "begin")) {
+                Ok(before) => Some((stream, before)),
+                Err(error) => {
+                    entry.leave(py)?;
+                    return Err(error);
+                }
+            },
+        };
         // The exit waits for no manager: event loops and suspended coroutines do not end by themselves.
         if !handle.is_managers() {
             let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
@@ -140,6 +153,7 @@ impl Step {
             entry,
             running,
             thread,
+            ordered,
         })
     }
 
@@ -188,6 +202,11 @@ impl Step {
         let Some(held) = held else {
             return Ok(false);
         };
+        // Before the phase lets others in.
+        let ended = held.ordered.map_or(Ok(()), |(stream, before)| {
+            let name = intern!(py, "end");
+            stream.call_method1(py, name, (before,)).map(drop)
+        });
         let left = held.entry.leave(py);
         let counted = !self.handle.bind(py).get().is_managers();
         if counted && held.thread == convert::this_thread() {
@@ -198,7 +217,7 @@ impl Step {
             exit::came_out(outermost);
         }
         drop(held.running);
-        left.map(|()| true)
+        left.and(ended).map(|()| true)
     }
 }
 

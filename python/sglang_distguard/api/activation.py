@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sglang_distguard import _core
 from sglang_distguard.runner.handle import handle_of
+from sglang_distguard.runner.streams import OnItsStream
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -17,7 +18,8 @@ def activate(runner: ModelRunner) -> AbstractContextManager[ModelRunner]:
 
     A runner's own methods do this by themselves, and so do SGLang's functions that are given the
     runner. Other code that reads SGLang's context (``get_server_args()`` …) needs this with block.
-    It holds nothing: the block may stay open while idle.
+    It holds nothing: the block may stay open while idle. If the runner has a CUDA stream of its own
+    (``install(streams="own")``), that is current in the block.
 
     Args:
         runner: a runner that was built while the guard was installed.
@@ -32,4 +34,7 @@ def activate(runner: ModelRunner) -> AbstractContextManager[ModelRunner]:
         LeaseBroken: state on which the runner was built was torn down by force.
         ForkedError: the runner was built in the parent process.
     """
-    return _core.Activation(handle_of(runner), runner)
+    handle = handle_of(runner)
+    activation = _core.Activation(handle, runner)
+    stream = handle.stream
+    return activation if stream is None else OnItsStream(activation, stream)

@@ -20,7 +20,7 @@ from sglang_distguard.distributed.owned_groups import destroy_of
 from sglang_distguard.distributed.ranks.agreement import building, built
 from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.process.installation import is_installed
-from sglang_distguard.runner import weights
+from sglang_distguard.runner import streams, weights
 from sglang_distguard.runner.handle import find_handle, release
 
 if TYPE_CHECKING:
@@ -146,12 +146,17 @@ def build_runner(
         try:
             if target is not None:
                 with activate(target), building(asks=True):
-                    return _construct(
+                    draft = _construct(
                         server_args, gpu_id, nccl_port, {"is_draft_worker": True, **options}
                     )
+                    streams.share(draft, target)
+                    return draft
             with building(asks=True):
                 _initialise(server_args, gpu_id, nccl_port)
-                return _construct(server_args, gpu_id, nccl_port, options)
+                with streams.while_building(gpu_id) as stream:
+                    runner = _construct(server_args, gpu_id, nccl_port, options)
+                    streams.give(runner, stream)
+                return runner
         except BaseException as error:
             forget_frames(error)
             raise
