@@ -140,10 +140,12 @@ same-key: setup ## runners of one path and other content, every architecture; wr
 shared-weights: setup ## two runners that share weights, every architecture; writes docs/ (half an hour)
 	@$(BIN)/python verify/shared_weights.py --jobs 2
 
-gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released (20 minutes)
+gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released; loads and streams (half an hour)
 	@$(BIN)/python verify/gpu.py .cache/models
 	@$(BIN)/python verify/gpu_memory.py .cache/models
 	@$(BIN)/python verify/gpu_engines.py .cache/models
+	@$(BIN)/python verify/gpu_loads.py .cache/models
+	@$(BIN)/python verify/gpu_streams.py .cache/models graphs eager processes
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py

@@ -35,16 +35,19 @@ MIB = 2**20
 
 
 def configuration(gigabytes: float) -> Any:
-    """OPT, whose norms need no compiler, with as many layers as fit."""
+    """As many layers as fit; narrow ones where the program itself is tried."""
+    width, vocabulary = (WIDTH, 50272) if gigabytes >= 1 else (128, 1000)
+    layer = 12 * width * width * 2
+    return opt(width, max(1, int((gigabytes * 1e9 - vocabulary * width * 2) / layer)), vocabulary)
+
+
+def opt(width: int, layers: int, vocabulary: int) -> Any:
+    """A configuration of OPT, whose norms need no compiler."""
     from transformers import OPTConfig
 
-    width = WIDTH if gigabytes >= 1 else 128
-    vocabulary = 50272 if gigabytes >= 1 else 1000
-    layer = 12 * width * width * 2
-    layers = max(1, int((gigabytes * 1e9 - vocabulary * width * 2) / layer))
     return OPTConfig(
-        num_hidden_layers=layers if gigabytes >= 1 else 2,
-        num_attention_heads=32 if gigabytes >= 1 else 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32 if width < 2048 else width // 128,
         hidden_size=width,
         ffn_dim=4 * width,
         word_embed_proj_dim=width,
@@ -55,18 +58,16 @@ def configuration(gigabytes: float) -> Any:
     )
 
 
-def make(models: Path, seed: int, gigabytes: float) -> None:
-    """Write one checkpoint, unless it is there."""
+def make(target: Path, config: Any, seed: int) -> None:
+    """Write a checkpoint with random weights, unless it is there."""
     import torch
     from safetensors.torch import save_file
     from transformers import OPTForCausalLM
 
-    target = folder_of(models, seed, gigabytes)
     if (target / "config.json").exists():
         return
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    config = configuration(gigabytes)
     with torch.device("meta"):
         shapes = {name: it.shape for name, it in OPTForCausalLM(config).state_dict().items()}
     shapes.pop("lm_head.weight", None)  # it is the embedding
@@ -295,7 +296,7 @@ def main() -> int:
     references = models / "checksums"
     folders = [folder_of(models, seed, size) for seed in range(COUNT)]
     if options.make is not None:
-        make(models, options.make, size)
+        make(folder_of(models, options.make, size), configuration(size), options.make)
         return 0
     if options.alone or options.together:
         from sglang_distguard.testing import prepare_environment
