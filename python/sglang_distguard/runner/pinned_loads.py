@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -84,8 +85,9 @@ def _register(address: int, length: int) -> None:
     import torch
 
     runtime: Any = torch.cuda.cudart()
-    # The library's lock of the interpreter is released in the call (torch 2.11).
-    code = int(runtime.cudaHostRegister(address, length, _READ_ONLY))
+    pages = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
+    # torch releases the interpreter's lock in the call (2.11).
+    code = int(runtime.cudaHostRegister(address, pages, _READ_ONLY))
     if code:
         _forget_error()
         raise NotRegistered(f"cudaHostRegister of {length} bytes failed with error {code}")
@@ -177,7 +179,7 @@ def weights_of(
 
     Args:
         paths: of files of safetensors.
-        device: index of the CUDA device onto which they are loaded; negative: none is used, as in torch.
+        device: index of the CUDA device onto which they are loaded; negative: none, as in torch.
         sorts: whether the names of a file are sorted, or in the order of safetensors.
         after_each: called when the weights of a file were taken.
         files: the files that are mapped now.
@@ -198,13 +200,15 @@ def weights_of(
             yield from _weights(path, file, sorts=sorts)
             after_each()
             if len(held) > KEPT:
-                pool.submit(_released, files, [held.popleft()], device)
+                pool.submit(_released, files, held.popleft(), device)
     finally:
         for future in coming:
             if not future.cancel() and (file := future.result()) is not None:
                 held.append(file)
+        # Before the load ends, because unregistering may not meet a capture of graphs.
+        for file in held:
+            pool.submit(_released, files, file, device)
         pool.shutdown()
-        _released(files, held, device)
 
 
 def _acquired(
@@ -220,22 +224,21 @@ def _acquired(
         _refusal.note(f"{path}: {error or 'another thread did not end registering it'}")
     except (NotMapped, OSError) as error:  # SGLang's own reading says what is wrong with it
         _log.debug("%s is not registered with CUDA: %s", path, error)
+    except Exception as error:  # it is an attempt to be faster, and no reason to fail
+        _refusal.note(f"{path}: {error!r}")
     return None
 
 
-def _released(files: MappedFiles, held: Iterable[MappedFile], device: int) -> None:
+def _released(files: MappedFiles, file: MappedFile, device: int) -> None:
     import torch
 
-    if not held:
-        return
     with _on(device):
         try:
             if device >= 0:
                 # A loader may copy without waiting: to CUDA, registered memory is pinned.
                 torch.cuda.synchronize(device)
         finally:
-            for file in held:
-                files.release(file)
+            files.release(file)
 
 
 def _on(device: int) -> AbstractContextManager[object]:
