@@ -116,9 +116,9 @@ def alone(folder: Path, kind: str, steps: int, output: Path, meet: int) -> None:
 
     times, made = generate(runner, steps, nullcontext, wait_for_others if meet else int)
     shift = time.time() - time.perf_counter()
-    if meet:
-        clock = [times["begin"] + shift, times["end"] + shift]
-        output.write_text(json.dumps([*clock, times["processor"]]))
+    if meet:  # on a clock that all processes have
+        clock = {it: times[it] + shift for it in ("begin", "end")}
+        output.write_text(json.dumps({**times, **clock}))
     else:
         torch.save(made, output)
 
@@ -217,8 +217,7 @@ def processes(base: Sequence[str], folders: Sequence[Path], steps: int, folder: 
         with ThreadPoolExecutor(count) as pool:
             if not all(pool.map(run, commands)):
                 continue
-        keys = ("begin", "end", "processor")
-        times = [dict(zip(keys, json.loads(it.read_text()), strict=True)) for it in outputs]
+        times: list[dict[str, float]] = [json.loads(it.read_text()) for it in outputs]
         rate = report(
             f"graphs, {count} processes of plain SGLang", times, steps, one, "not compared"
         )

@@ -31,7 +31,7 @@ def _get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 def _iterator(*, sorts: bool) -> MakeHook:
     """Make the hook of an iterator over files; ``sorts``: whether it sorts the names of a file."""
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make(original: Any) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -42,7 +42,7 @@ def _iterator(*, sorts: bool) -> MakeHook:
                 yield from original(*args, **kwargs)
                 return
             files = list(given["hf_weights_files"])
-            with _progress(len(files)) as bar:
+            with _progress(original.__globals__, len(files)) as bar:
                 yield from pinned_loads.weights_of(
                     files, device, sorts=sorts, after_each=bar.update
                 )
@@ -52,18 +52,17 @@ def _iterator(*, sorts: bool) -> MakeHook:
     return make
 
 
-def _progress(files: int) -> Any:
-    """The bar that SGLang shows (0.5.23)."""
+def _progress(module: dict[str, Any], files: int) -> Any:
+    """The bar that SGLang shows (0.5.23), from the names of its module."""
     import torch
-    from sglang.srt.model_loader import weight_utils
 
     distributed = torch.distributed
     is_shown = not distributed.is_initialized() or distributed.get_rank() == 0
-    return weight_utils.tqdm(
+    return module["tqdm"](
         total=files,
         desc="Loading safetensors checkpoint shards",
         disable=not is_shown,
-        bar_format=weight_utils.BAR_FORMAT,
+        bar_format=module["BAR_FORMAT"],
     )
 
 
