@@ -18,7 +18,7 @@ use crate::attached::Attached;
 use crate::convert;
 use crate::errors::{make, to_python};
 use crate::exit::wait_detached;
-use crate::process::{calls, communicators, forks, registry, scopes, set_resource};
+use crate::process::{budgets, calls, communicators, forks, registry, scopes, set_resource};
 use crate::scope::Scope;
 use crate::sync::lock;
 
@@ -65,6 +65,10 @@ pub struct RunnerHandle {
 impl RunnerHandle {
     pub fn id(&self) -> RunnerId {
         self.id
+    }
+
+    pub fn target(&self) -> Option<RunnerId> {
+        self.target
     }
 
     pub fn name_ref(&self) -> Arc<str> {
@@ -172,6 +176,7 @@ impl RunnerHandle {
                 calls().end(self.id);
             }
             scopes().with(|ledger| ledger.unbind(self.scope_id, self.id));
+            budgets().close(self.id);
         }
         true
     }

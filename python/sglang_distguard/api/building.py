@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard import _core
 from sglang_distguard.api.activation import activate
@@ -21,7 +21,8 @@ from sglang_distguard.distributed.ranks.agreement import building, built
 from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner import weights
-from sglang_distguard.runner.handle import find_handle, release
+from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.handle import release_failed
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -42,6 +43,7 @@ class BuildRequest:
         share_weights_with: a runner of the same checkpoint.
         options: arguments of ``ModelRunner``, the ``**options`` of ``build_runner``.
         timeout: seconds that one wait of this build may take.
+        memory: what the runner may use of its device, in bytes or as a fraction.
     """
 
     server_args: ServerArgs
@@ -51,6 +53,7 @@ class BuildRequest:
     share_weights_with: Optional[ModelRunner] = None
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout: Optional[float] = None
+    memory: Union[int, float, None] = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def build_runner(
     target: Optional[ModelRunner] = None,
     share_weights_with: Optional[ModelRunner] = None,
     timeout: Optional[float] = None,
+    memory: Union[int, float, None] = None,
     **options: Any,
 ) -> ModelRunner:
     """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
@@ -106,6 +110,9 @@ def build_runner(
             usual; then its parameters are compared with that runner's, bit for bit, and both use
             one copy. Weights that others share are not changed: see ``detach_weights``.
         timeout: seconds that one wait of this build may take; None keeps the setting in force.
+        memory: what the runner may use of its device for weights and key-value cache, in bytes
+            (int) or as a fraction of the device (float). Default: ``mem_fraction_static`` of what
+            the device had free when its first runner was built, as if this one were alone there.
         **options: passed to ``ModelRunner``.
 
     Returns:
@@ -119,6 +126,8 @@ def build_runner(
             torch.distributed is not initialised with that many ranks. Or weights were to be shared
             with settings that move them later (LoRA, offloading, EPLB, torch_memory_saver …), with
             several ranks, or by a draft runner.
+        NotEnoughMemory: less of the device is left than is asked for; nothing was loaded. Or the
+            weights take more than ``memory``.
         SpecMismatch: the weights that were to be shared differ, or existing state does.
         DistGuardError: ``install()`` was not called, or ``target`` is closed; or a subclass for
             another reason (see ``errors``).
@@ -133,13 +142,16 @@ def build_runner(
         target=target,
         share_weights_with=share_weights_with,
         timeout=timeout,
+        memory=memory,
         options=options,
     )
     if not is_installed():
         raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
     check_ranks(server_args)
     chosen = settings.current()
-    named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
+    named = settings.runner_scope(
+        name if name is not None else chosen.name, timeout=timeout, memory=memory
+    )
     # The caller's own execution stays as it is: values published here belong to the runner.
     sharing = weights.sharing_with(share_weights_with)
     with named, sharing, _core.run_as(_core.current_execution()), _core.owning_environment():
@@ -154,6 +166,7 @@ def build_runner(
                 return _construct(server_args, gpu_id, nccl_port, options)
         except BaseException as error:
             forget_frames(error)
+            give_back()
             raise
 
 
@@ -213,6 +226,7 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             target=request.target,
             share_weights_with=request.share_weights_with,
             timeout=request.timeout,
+            memory=request.memory,
             **request.options,
         )
     except BaseException as error:
@@ -239,6 +253,7 @@ def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[Bui
                 target=request.target,
                 share_weights_with=request.share_weights_with,
                 timeout=request.timeout,
+                memory=request.memory,
                 options=request.options,
             )
         except (TypeError, ValueError, DistGuardError) as error:
@@ -330,9 +345,7 @@ def _construct(
         runner.init_cuda_graphs()
         built()
     except BaseException:
-        handle = find_handle(runner)
-        if handle is not None:
-            release(handle)
+        release_failed(runner)
         raise
     return runner
 

@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from sglang_distguard_plugin import FALSE, VARIABLE
 
-from sglang_distguard.config.checks import check_flag, check_name, check_seconds, shown
+from sglang_distguard.config.checks import (
+    check_flag,
+    check_memory,
+    check_name,
+    check_seconds,
+    shown,
+)
 
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
@@ -35,6 +41,7 @@ class Settings:
         slow_after: seconds after which a leader that others wait for is logged as slow.
         agreement_timeout: seconds that the ranks of a world may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks.
+        memory: what a runner may use of its device, in bytes (int) or as a fraction of it (float).
         is_program: whether a program has installed the guard itself, not only SGLang's plugin.
     """
 
@@ -44,6 +51,7 @@ class Settings:
     slow_after: float = DEFAULT_SLOW_AFTER
     agreement_timeout: float = DEFAULT_AGREEMENT_TIMEOUT
     groups: str = GROUP_POLICIES[0]
+    memory: Union[int, float, None] = None
     is_program: bool = False
 
 
@@ -146,6 +154,7 @@ def _changed(base: Settings, **chosen: Any) -> Settings:
         "name": lambda _, value: check_name(value),
         "reuse": check_flag,
         "groups": _check_groups,
+        "memory": check_memory,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     return replace(
@@ -170,6 +179,7 @@ def runner_scope(
     timeout: Optional[float] = None,
     agreement_timeout: Optional[float] = None,
     groups: Optional[Literal["own", "share"]] = None,
+    memory: Union[int, float, None] = None,
 ) -> Iterator[Settings]:
     """Apply settings to what the calling thread (or asyncio task) builds inside the with block.
 
@@ -182,6 +192,8 @@ def runner_scope(
         timeout: seconds that one wait for another thread may take; ``math.inf`` for no deadline.
         agreement_timeout: seconds that the ranks may take for each stage of agreement.
         groups: "own" or "share", in a world of several ranks: see ``install``.
+        memory: what each runner that is built inside may use of its device for weights and
+            key-value cache, in bytes (int) or as a fraction of the device (float).
 
     Yields:
         The settings in force inside the with block.
@@ -197,6 +209,7 @@ def runner_scope(
         timeout=timeout,
         agreement_timeout=agreement_timeout,
         groups=groups,
+        memory=memory,
     )
     token = _scope.set(chosen)
     try:
