@@ -338,6 +338,9 @@ class RunnerHandle:
     def scope(self) -> Scope | None: ...
     @property
     def closed(self) -> bool: ...
+    def use_device(self, index: int) -> None:
+        """Have the runner's code compute on this CUDA device, from whichever thread."""
+
     def hold(self, key: str) -> None:
         """Hold one more lease, on ``key``."""
 

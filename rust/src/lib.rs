@@ -7,6 +7,7 @@ mod budgets;
 mod calls;
 mod claim;
 mod convert;
+mod device;
 mod direct_read;
 mod dtype;
 mod errors;

@@ -18,6 +18,7 @@ use pyo3::{intern, PyTraverseError, PyVisit};
 
 use crate::calls::{self, Holding};
 use crate::convert;
+use crate::device::OnDevice;
 use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
@@ -100,6 +101,7 @@ pub fn is_inside() -> bool {
 /// The parts of an entered step that are left when it ends.
 struct Held {
     entry: Entry,
+    device: Option<OnDevice>,
     /// Dropped last, when the caller's execution is current again.
     running: Arc<Running>,
     thread: ThreadId,
@@ -131,6 +133,13 @@ impl Step {
             ..of_runner(py, &self.handle, now)
         };
         let entry = Entry::new(py, Some(&Bound::new(py, wanted)?))?;
+        let device = match handle.on_device(py) {
+            Ok(device) => device,
+            Err(error) => {
+                entry.leave(py)?;
+                return Err(error);
+            }
+        };
         // The exit waits for no manager: event loops and suspended coroutines do not end by themselves.
         if !handle.is_managers() {
             let outermost = STEPS.with(|steps| steps.replace(steps.get() + 1)) == 0;
@@ -138,6 +147,7 @@ impl Step {
         }
         Ok(Held {
             entry,
+            device,
             running,
             thread,
         })
@@ -188,7 +198,8 @@ impl Step {
         let Some(held) = held else {
             return Ok(false);
         };
-        let left = held.entry.leave(py);
+        let restored = held.device.map_or(Ok(()), |it| it.restore(py));
+        let left = held.entry.leave(py).and(restored);
         let counted = !self.handle.bind(py).get().is_managers();
         if counted && held.thread == convert::this_thread() {
             let outermost = STEPS.with(|steps| {

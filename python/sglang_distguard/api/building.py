@@ -15,6 +15,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag, check_whole, shown
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import generation
+from sglang_distguard.context.current_device import keeping_current
 from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.distributed.owned_groups import destroy_of
 from sglang_distguard.distributed.ranks.agreement import building, built
@@ -154,7 +155,8 @@ def build_runner(
     )
     # The caller's own execution stays as it is: values published here belong to the runner.
     sharing = weights.sharing_with(share_weights_with)
-    with named, sharing, _core.run_as(_core.current_execution()), _core.owning_environment():
+    own = _core.run_as(_core.current_execution())
+    with named, sharing, keeping_current(), own, _core.owning_environment():
         try:
             if target is not None:
                 with activate(target), building(asks=True):

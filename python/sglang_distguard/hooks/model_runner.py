@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.context import generation
+from sglang_distguard.context.current_device import device_of
 from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
@@ -174,11 +175,15 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         if find_handle(self) is not None:  # a subclass calls its base constructor
             original(self, *args, **kwargs)
             return
-        server_args = signature.bind_partial(self, *args, **kwargs).arguments.get("server_args")
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        server_args = given.get("server_args")
         with agreement.building(), of_published(server_args):
             agree_on_one_more(server_args)
             try:
                 handle = bind(self, args, kwargs)
+                device = device_of(given.get("gpu_id"))
+                if device is not None:
+                    handle.use_device(device)
                 with step_among_ranks(handle, "construction", "load", is_collective=True):
                     original(self, *args, **kwargs)
                     hold_experts(handle)

@@ -51,6 +51,8 @@ def world_spec(call: dict[str, Any]) -> dict[str, Any]:
         rank = int(os.environ.get("RANK", 0)) if rank < 0 else rank
         if local_rank == -1:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if world_size == 1:
+        local_rank = 0  # which device one rank uses is each runner's own choice
     return {
         "world_size": world_size,
         "rank": rank,
