@@ -26,7 +26,9 @@ def test_runners_on_devices_0_and_1_compute_what_each_computes_alone(
 ) -> None:
     """Before: "world was requested with other values than it has: local_rank: existing 0"."""
     cores = sorted(os.sched_getaffinity(0))
-    node = f"{cores[0]}-{cores[-1]}"  # of a CPU the index is that of a NUMA node; each has all cores
+    node = (
+        f"{cores[0]}-{cores[-1]}"  # of a CPU the index is that of a NUMA node; each has all cores
+    )
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{node}|{node}")
     members = fleet.members(CACHE, [("llama", "float32"), ("gpt2", "float32")])
     requests = [
