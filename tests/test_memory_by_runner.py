@@ -155,12 +155,11 @@ def test_a_closed_runner_keeps_no_tensor_though_its_caller_keeps_it(
     import weakref
 
     runner = dg.build_runner(server_args(model("gpt2")), name="kept")
-    tensors = [
-        weakref.ref(next(runner.model.parameters())),
-        weakref.ref(runner.token_to_kv_pool.k_buffer[0]),
-    ]
+    pool: Any = runner.token_to_kv_pool
+    tensors = [weakref.ref(next(runner.model.parameters())), weakref.ref(pool.k_buffer[0])]
+    del pool
     dg.close(runner)
     gc.collect()
     assert [it() for it in tensors] == [None, None]
     with pytest.raises(dg.DistGuardError, match="'kept' is closed"):
-        runner.forward(None)
+        runner.forward(None)  # type: ignore[arg-type]

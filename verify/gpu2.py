@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def together(models: Path, references: Path, mode: str) -> bool:
     return right
 
 
-def guarded(models: Path, references: Path, modes: list[str]) -> int:
+def guarded(models: Path, references: Path, modes: Sequence[str]) -> int:
     """Both modes in one process; return how many were wrong or raised."""
     import sglang_distguard
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -32,7 +32,6 @@ CYCLES = 50
 CLOSE = 0.02
 #: Seconds for one process.
 LIMIT = 280.0
-Say = Callable[..., None]
 
 
 def say(*words: Any) -> None:
@@ -82,10 +81,11 @@ def make_big(models: Path, gigabytes: float) -> Path:
         shard, size = {}, 0
 
     for name, shape in shapes.items():
-        made = torch.randn(shape, generator=source, device="cuda", dtype=torch.float32) * 0.02
         if name.endswith("norm.weight"):
-            made = torch.ones_like(made)
-        shard[name] = made.to(torch.bfloat16).cpu()
+            shard[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            made = torch.randn(shape, generator=source, device="cuda") * 0.02
+            shard[name] = made.to(torch.bfloat16).cpu()
         size += shard[name].nbytes
         total += shard[name].nbytes
         if size > 3 * GB:
@@ -94,7 +94,6 @@ def make_big(models: Path, gigabytes: float) -> Path:
     index = {"metadata": {"total_size": total}, "weight_map": found}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "done").touch()
-    del made
     torch.cuda.empty_cache()
     return folder
 
@@ -328,7 +327,7 @@ class Sections:
 ORDER = ("alone", "row", "once", "capped", "excess", "budget", "failed", "cycles")
 
 
-def guarded(models: Path, folder: Path, output: Path, sections: list[str]) -> int:
+def guarded(models: Path, folder: Path, output: Path, sections: Sequence[str]) -> int:
     """Run the sections; return how many raised."""
     import sglang_distguard as dg
     import torch

@@ -5,6 +5,15 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, final
 
+from sglang_distguard._core_budgets import (
+    Standing,
+    count_memory,
+    measured_room,
+    open_budget,
+    promise_memory,
+    promised_memory,
+    standing_of,
+)
 from sglang_distguard._core_registry import (
     Claim,
     Request,
@@ -30,6 +39,7 @@ __all__ = [
     "RunnerHandle",
     "Scope",
     "ScopedGlobal",
+    "Standing",
     "Step",
     "StepOf",
     "Teardown",
@@ -43,6 +53,7 @@ __all__ = [
     "begin_teardown",
     "calls_inside",
     "carried_execution",
+    "count_memory",
     "current_execution",
     "current_scope",
     "default_dtype_in_force",
@@ -57,10 +68,14 @@ __all__ = [
     "live_residents",
     "live_runners",
     "live_scopes",
+    "measured_room",
     "new_scope",
     "note_intercepting",
     "note_joined",
+    "open_budget",
     "owning_environment",
+    "promise_memory",
+    "promised_memory",
     "ready_keys",
     "reset",
     "resource",
@@ -68,6 +83,7 @@ __all__ = [
     "run_as",
     "set_default_dtype",
     "snapshot",
+    "standing_of",
     "start_afresh",
     "step",
     "take_events",
@@ -393,22 +409,6 @@ class RunnerHandle:
         """Release everything the runner holds; False if that was done before."""
 
 @final
-class Standing:
-    """What a runner may count on of its device's memory, in bytes (rust/core/src/budgets.rs)."""
-
-    @property
-    def room(self) -> int: ...
-    @property
-    def promised(self) -> int: ...
-    @property
-    def taken_beside(self) -> int:
-        """What its drafts or its target take, if one promise pays for all."""
-
-    @property
-    def by_count(self) -> bool:
-        """Whether what it takes is counted, and not measured: it has neighbours, or ``memory=``."""
-
-@final
 class Visit:
     """One visit to a phase, in line or inside; ends with ``leave`` or when it is dropped.
 
@@ -426,31 +426,6 @@ class Visit:
     def wait(self, seconds: float) -> None: ...
     def timed_out(self) -> Exception: ...
     def leave(self) -> bool: ...
-
-def open_budget(handle: RunnerHandle, device: str) -> int | None:
-    """Note that a runner comes to ``device``; return its room, None if that must be measured."""
-
-def measured_room(device: str, free: int) -> int:
-    """Note what ``device`` has free, unless that is known; return its room."""
-
-def promise_memory(
-    handle: RunnerHandle, asked: int, *, free: int | None = None, room: int | None = None
-) -> tuple[int, int, list[tuple[str, int]]] | None:
-    """Have ``asked`` bytes promised to a runner.
-
-    ``free`` is what its device would have free without this process's tensors, and ``room`` what it
-    shall seem to have. Returns None, or if it is refused: the room, what is left of it, and the
-    other runners with what each was promised.
-    """
-
-def count_memory(handle: RunnerHandle, taken: int, *, sized: bool = False) -> None:
-    """Note what a runner's tensors take, and whether it has its pool."""
-
-def standing_of(handle: RunnerHandle) -> Standing | None:
-    """Return what a runner may count on; None before its device was measured."""
-
-def promised_memory(device: str) -> list[tuple[str, int]]:
-    """Return the runners on ``device``, and what each was promised or takes, oldest first."""
 
 def start_afresh() -> None:
     """Begin with an empty registry; a forked child calls this before anything else."""
