@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -144,8 +144,12 @@ gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a tr
 	@$(BIN)/python verify/gpu.py .cache/models
 	@$(BIN)/python verify/gpu_memory.py .cache/models
 	@$(BIN)/python verify/gpu_engines.py .cache/models
+	@$(BIN)/python verify/gpu_memory_by_runner.py .cache/models
 	@$(BIN)/python verify/gpu_loads.py .cache/models
 	@$(BIN)/python verify/gpu_streams.py .cache/models graphs eager processes
+
+gpu2: setup ## runners of one process on two GPUs, from threads whose current device is either (two minutes)
+	@$(BIN)/python verify/gpu2.py .cache/models
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py

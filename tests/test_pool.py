@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import CACHE
-from sglang_distguard import Pool, StateInUse, UnknownEngine
+from sglang_distguard import Pool, StateInUse, UnknownEngine, _core
 from sglang_distguard.testing import server_args, solo
 from test_engines import MANY, asked
 
@@ -33,7 +33,10 @@ def pool(guard: None) -> Iterator[Pool]:
 
 
 def test_engines_are_loaded_and_closed_while_another_serves(pool: Pool, model: Model) -> None:
-    pool.load("chat", **arguments(model, "llama"))
+    pool.load("chat", memory=20_000_000, **arguments(model, "llama"))
+    assert [(name, size >= 20_000_000) for name, size in _core.promised_memory("cpu")] == [
+        ("chat-scheduler", True)
+    ]
     expected = alone(model, "llama")
 
     async def change() -> None:

@@ -5,6 +5,15 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, final
 
+from sglang_distguard._core_budgets import (
+    Standing,
+    count_memory,
+    measured_room,
+    open_budget,
+    promise_memory,
+    promised_memory,
+    standing_of,
+)
 from sglang_distguard._core_registry import (
     Claim,
     Request,
@@ -30,6 +39,7 @@ __all__ = [
     "RunnerHandle",
     "Scope",
     "ScopedGlobal",
+    "Standing",
     "Step",
     "StepOf",
     "Teardown",
@@ -43,6 +53,7 @@ __all__ = [
     "begin_teardown",
     "calls_inside",
     "carried_execution",
+    "count_memory",
     "current_execution",
     "current_scope",
     "default_dtype_in_force",
@@ -57,10 +68,14 @@ __all__ = [
     "live_residents",
     "live_runners",
     "live_scopes",
+    "measured_room",
     "new_scope",
     "note_intercepting",
     "note_joined",
+    "open_budget",
     "owning_environment",
+    "promise_memory",
+    "promised_memory",
     "ready_keys",
     "reset",
     "resource",
@@ -68,6 +83,7 @@ __all__ = [
     "run_as",
     "set_default_dtype",
     "snapshot",
+    "standing_of",
     "start_afresh",
     "step",
     "take_events",
@@ -338,6 +354,9 @@ class RunnerHandle:
     def scope(self) -> Scope | None: ...
     @property
     def closed(self) -> bool: ...
+    def use_device(self, index: int) -> None:
+        """Have the runner's code compute on this CUDA device, from whichever thread."""
+
     def hold(self, key: str) -> None:
         """Hold one more lease, on ``key``."""
 

@@ -132,6 +132,14 @@ class StoreLost(DistGuardError, ConnectionError):
         return str(self.args[0]) if self.args else ""
 
 
+class NotEnoughMemory(DistGuardError, MemoryError):
+    """Less of the device's memory is left than the runner asks for, or its weights take all of it.
+
+    ``details``: ``runner``, ``device``, ``asked`` (bytes, as all numbers), and ``left``, ``room`` and
+    ``promised`` (a list of {"runner", "bytes"}), or ``weights`` and ``least``.
+    """
+
+
 class StateInUse(DistGuardError):
     """The state or the runner is in use, so the request is refused.
 

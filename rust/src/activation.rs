@@ -11,6 +11,7 @@ use pyo3::types::PyTuple;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::convert;
+use crate::device::OnDevice;
 use crate::execution::{self, Entry};
 use crate::exit;
 use crate::runner::RunnerHandle;
@@ -46,7 +47,7 @@ pub struct Activation {
     handle: Py<RunnerHandle>,
     /// What `with … as` gives.
     runner: Py<PyAny>,
-    entries: Mutex<Vec<(Entry, u64)>>,
+    entries: Mutex<Vec<(Entry, Option<OnDevice>, u64)>>,
 }
 
 #[pymethods]
@@ -70,21 +71,29 @@ impl Activation {
         let actor = convert::this_actor(py, Some(handle.name_ref()))?;
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let entry = Entry::new(py, Some(&wanted))?;
+        let device = match handle.on_device(py) {
+            Ok(device) => device,
+            Err(error) => {
+                entry.leave(py)?;
+                return Err(error);
+            }
+        };
         lock(&ACTIVATIONS).insert(number, actor);
-        lock(&self.entries).push((entry, number));
+        lock(&self.entries).push((entry, device, number));
         Ok(self.runner.clone_ref(py))
     }
 
     #[pyo3(signature = (*_error))]
     fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
         let entry = lock(&self.entries).pop();
-        let Some((entry, number)) = entry else {
+        let Some((entry, device, number)) = entry else {
             return Err(PyRuntimeError::new_err(
                 "this with block was left more often than it was entered",
             ));
         };
         lock(&ACTIVATIONS).remove(&number);
-        entry.leave(py)
+        let restored = device.map_or(Ok(()), |it| it.restore(py));
+        entry.leave(py).and(restored)
     }
 
     #[allow(clippy::needless_pass_by_value)]
@@ -101,8 +110,9 @@ impl Drop for Activation {
             return;
         }
         Python::attach(|py| {
-            for (entry, number) in entries.into_iter().rev() {
+            for (entry, device, number) in entries.into_iter().rev() {
                 lock(&ACTIVATIONS).remove(&number);
+                let _ = device.map_or(Ok(()), |it| it.restore(py));
                 let _ = entry.leave(py); // fails in another context, or too late
             }
         });

@@ -3,9 +3,11 @@
 mod activation;
 mod agreement;
 mod attached;
+mod budgets;
 mod calls;
 mod claim;
 mod convert;
+mod device;
 mod direct_read;
 mod dtype;
 mod errors;
@@ -34,6 +36,11 @@ mod _core {
     use crate::activation::{activations, Activation};
     #[pymodule_export]
     use crate::agreement::Agreement;
+    #[pymodule_export]
+    use crate::budgets::{
+        count_memory, measured_room, open_budget, promise_memory, promised_memory, standing_of,
+        Standing,
+    };
     #[pymodule_export]
     use crate::calls::calls_inside;
     #[pymodule_export]

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use distguard_core::budgets::Budgets;
 use distguard_core::calls::Calls;
 use distguard_core::clock::SystemClock;
 use distguard_core::events::Event;
@@ -20,6 +21,7 @@ struct Process {
     registry: Registry,
     scopes: Scopes,
     calls: Calls,
+    budgets: Budgets,
     communicators: Mutex<HashMap<ScopeId, Occupancy>>,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
     /// The number of the first event that no caller has taken yet.
@@ -34,6 +36,7 @@ impl Process {
             registry: Registry::with_instance(Arc::new(SystemClock::default()), instance),
             scopes: Scopes::with_instance(instance),
             calls: Calls::default(),
+            budgets: Budgets::default(),
             communicators: Mutex::default(),
             resources: Mutex::default(),
             untaken: Mutex::default(),
@@ -85,6 +88,11 @@ pub fn scopes() -> &'static Scopes {
 /// The calls that are inside methods of managers.
 pub fn calls() -> &'static Calls {
     &process().calls
+}
+
+/// What was promised of each device's memory.
+pub fn budgets() -> &'static Budgets {
+    &process().budgets
 }
 
 /// The occupied communicators, by the scope whose runners use them.

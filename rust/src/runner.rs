@@ -1,7 +1,7 @@
 //! The scope and the leases that one runner holds until it is closed or collected. A manager
 //! (SGLang's Scheduler, `TokenizerManager` or `DetokenizerManager`) has such a handle without leases.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use distguard_core::actor::Actor;
@@ -16,9 +16,10 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::attached::Attached;
 use crate::convert;
+use crate::device::OnDevice;
 use crate::errors::{make, to_python};
 use crate::exit::wait_detached;
-use crate::process::{calls, communicators, forks, registry, scopes, set_resource};
+use crate::process::{budgets, calls, communicators, forks, registry, scopes, set_resource};
 use crate::scope::Scope;
 use crate::sync::lock;
 
@@ -47,6 +48,8 @@ pub struct RunnerHandle {
     /// Whether it computes together with other ranks.
     ranks: bool,
     closed: AtomicBool,
+    /// The CUDA device that its code computes on; negative: whichever is current.
+    device: AtomicI32,
     /// Whether the end of a manager has begun.
     ended: AtomicBool,
     /// `Calls::left` when `end_if_vacant` looked last.
@@ -69,6 +72,10 @@ impl RunnerHandle {
         self.id
     }
 
+    pub fn target(&self) -> Option<RunnerId> {
+        self.target
+    }
+
     pub fn name_ref(&self) -> Arc<str> {
         self.name.clone()
     }
@@ -84,6 +91,12 @@ impl RunnerHandle {
 
     fn noun(&self) -> &str {
         self.manager.as_deref().unwrap_or("runner")
+    }
+
+    /// Makes the runner's device current, if it has one; the caller restores the former one.
+    pub fn on_device(&self, py: Python<'_>) -> PyResult<Option<OnDevice>> {
+        let index = self.device.load(Ordering::Relaxed);
+        (index >= 0).then(|| OnDevice::enter(py, index)).transpose()
     }
 
     pub fn has_ranks(&self) -> bool {
@@ -174,6 +187,7 @@ impl RunnerHandle {
                 calls().end(self.id);
             }
             scopes().with(|ledger| ledger.unbind(self.scope_id, self.id));
+            budgets().close(self.id);
         }
         true
     }
@@ -248,6 +262,7 @@ impl RunnerHandle {
             turns,
             ranks,
             closed: AtomicBool::new(false),
+            device: AtomicI32::new(-1),
             ended: AtomicBool::new(false),
             left: AtomicU64::default(),
             parts: Attached::default(),
@@ -282,6 +297,11 @@ impl RunnerHandle {
     #[getter]
     fn closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    /// Has its code compute on this CUDA device, from whichever thread.
+    fn use_device(&self, index: i32) {
+        self.device.store(index, Ordering::Relaxed);
     }
 
     /// Holds one more lease, on `key`.

@@ -18,6 +18,7 @@ use pyo3::{intern, PyTraverseError, PyVisit};
 
 use crate::calls::{self, Holding};
 use crate::convert;
+use crate::device::OnDevice;
 use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
@@ -100,6 +101,7 @@ pub fn is_inside() -> bool {
 /// The parts of an entered step that are left when it ends.
 struct Held {
     entry: Entry,
+    device: Option<OnDevice>,
     /// Dropped last, when the caller's execution is current again.
     running: Arc<Running>,
     thread: ThreadId,
@@ -133,13 +135,21 @@ impl Step {
             ..of_runner(py, &self.handle, now)
         };
         let entry = Entry::new(py, Some(&Bound::new(py, wanted)?))?;
+        let device = match handle.on_device(py) {
+            Ok(device) => device,
+            Err(error) => {
+                entry.leave(py)?;
+                return Err(error);
+            }
+        };
         // After the phase has let it in, so that the stream has all that earlier steps have launched.
         let ordered = match self.kind.phase.and_then(|_| handle.stream(py)) {
             None => None,
             Some(stream) => match stream.call_method0(py, intern!(py, "begin")) {
                 Ok(before) => Some((stream, before)),
                 Err(error) => {
-                    entry.leave(py)?;
+                    let restored = device.map_or(Ok(()), |it| it.restore(py));
+                    entry.leave(py).and(restored)?;
                     return Err(error);
                 }
             },
@@ -151,6 +161,7 @@ impl Step {
         }
         Ok(Held {
             entry,
+            device,
             running,
             thread,
             ordered,
@@ -207,7 +218,8 @@ impl Step {
             let name = intern!(py, "end");
             stream.call_method1(py, name, (before,)).map(drop)
         });
-        let left = held.entry.leave(py);
+        let restored = held.device.map_or(Ok(()), |it| it.restore(py));
+        let left = held.entry.leave(py).and(restored);
         let counted = !self.handle.bind(py).get().is_managers();
         if counted && held.thread == convert::this_thread() {
             let outermost = STEPS.with(|steps| {

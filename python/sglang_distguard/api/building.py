@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard import _core
 from sglang_distguard.api.activation import activate
@@ -15,13 +15,15 @@ from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag, check_whole, shown
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import generation
+from sglang_distguard.context.current_device import keeping_current
 from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.distributed.owned_groups import destroy_of
 from sglang_distguard.distributed.ranks.agreement import building, built
 from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner import streams, weights
-from sglang_distguard.runner.handle import find_handle, release
+from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.handle import release_failed
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -42,6 +44,7 @@ class BuildRequest:
         share_weights_with: a runner of the same checkpoint.
         options: arguments of ``ModelRunner``, the ``**options`` of ``build_runner``.
         timeout: seconds that one wait of this build may take.
+        memory: what the runner may use of its device, in bytes or as a fraction.
     """
 
     server_args: ServerArgs
@@ -51,6 +54,7 @@ class BuildRequest:
     share_weights_with: Optional[ModelRunner] = None
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout: Optional[float] = None
+    memory: Union[int, float, None] = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def build_runner(
     target: Optional[ModelRunner] = None,
     share_weights_with: Optional[ModelRunner] = None,
     timeout: Optional[float] = None,
+    memory: Union[int, float, None] = None,
     **options: Any,
 ) -> ModelRunner:
     """Build one ModelRunner with SGLang's own steps, ready to ``forward``.
@@ -106,6 +111,9 @@ def build_runner(
             usual; then its parameters are compared with that runner's, bit for bit, and both use
             one copy. Weights that others share are not changed: see ``detach_weights``.
         timeout: seconds that one wait of this build may take; None keeps the setting in force.
+        memory: what the runner may use of its device for weights and key-value cache, in bytes
+            (int) or as a fraction of the device (float). Default: ``mem_fraction_static`` of what
+            the device had free when its first runner was built, as if this one were alone there.
         **options: passed to ``ModelRunner``.
 
     Returns:
@@ -119,6 +127,8 @@ def build_runner(
             torch.distributed is not initialised with that many ranks. Or weights were to be shared
             with settings that move them later (LoRA, offloading, EPLB, torch_memory_saver …), with
             several ranks, or by a draft runner.
+        NotEnoughMemory: less of the device is left than is asked for; nothing was loaded. Or the
+            weights take more than ``memory``.
         SpecMismatch: the weights that were to be shared differ, or existing state does.
         DistGuardError: ``install()`` was not called, or ``target`` is closed; or a subclass for
             another reason (see ``errors``).
@@ -133,16 +143,20 @@ def build_runner(
         target=target,
         share_weights_with=share_weights_with,
         timeout=timeout,
+        memory=memory,
         options=options,
     )
     if not is_installed():
         raise DistGuardError("build_runner needs the guard: call sglang_distguard.install() first")
     check_ranks(server_args)
     chosen = settings.current()
-    named = settings.runner_scope(name if name is not None else chosen.name, timeout=timeout)
+    named = settings.runner_scope(
+        name if name is not None else chosen.name, timeout=timeout, memory=memory
+    )
     # The caller's own execution stays as it is: values published here belong to the runner.
     sharing = weights.sharing_with(share_weights_with)
-    with named, sharing, _core.run_as(_core.current_execution()), _core.owning_environment():
+    own = _core.run_as(_core.current_execution())
+    with named, sharing, keeping_current(), own, _core.owning_environment():
         try:
             if target is not None:
                 with activate(target), building(asks=True):
@@ -159,6 +173,7 @@ def build_runner(
                 return runner
         except BaseException as error:
             forget_frames(error)
+            give_back()
             raise
 
 
@@ -218,6 +233,7 @@ def _attempt(request: BuildRequest, index: int) -> BuildResult:
             target=request.target,
             share_weights_with=request.share_weights_with,
             timeout=request.timeout,
+            memory=request.memory,
             **request.options,
         )
     except BaseException as error:
@@ -244,6 +260,7 @@ def _checked_requests(requests: Iterable[BuildRequest | ServerArgs]) -> list[Bui
                 target=request.target,
                 share_weights_with=request.share_weights_with,
                 timeout=request.timeout,
+                memory=request.memory,
                 options=request.options,
             )
         except (TypeError, ValueError, DistGuardError) as error:
@@ -335,9 +352,7 @@ def _construct(
         runner.init_cuda_graphs()
         built()
     except BaseException:
-        handle = find_handle(runner)
-        if handle is not None:
-            release(handle)
+        release_failed(runner)
         raise
     return runner
 

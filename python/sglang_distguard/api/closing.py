@@ -16,7 +16,8 @@ from sglang_distguard.errors import (
     StateInUse,
 )
 from sglang_distguard.hooks import endings
-from sglang_distguard.runner.handle import handle_of, handle_of_any, release
+from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.handle import clear_closed, handle_of, handle_of_any, release
 from sglang_distguard.sync import waiting
 from sglang_distguard.sync.phases import in_phase
 
@@ -56,8 +57,9 @@ def closing(
 def close(runner: Resident, *, timeout: Optional[float] = None, force: bool = False) -> bool:
     """Release a runner's leases and the values of its scope; its methods raise from then on.
 
-    Waits until other threads have left the runner's methods. Memory of weights and caches is freed
-    when the last reference to the runner is dropped.
+    Waits until other threads have left the runner's methods. The runner has no attributes then, so
+    that memory of its weights and caches is freed, and given back to a GPU, unless other code refers
+    to them. With ``force`` that happens when the last reference to the runner is dropped.
 
     A manager of SGLang is closed in the same way: a Scheduler, with the runners that it has built,
     a TokenizerManager or a DetokenizerManager. The event loop of a Scheduler or DetokenizerManager
@@ -99,7 +101,11 @@ def _checked(timeout: Optional[float], force: bool) -> Optional[float]:
 def _close(resident: Resident, timeout: Optional[float], *, force: bool) -> bool:
     handle = _handle_of(resident)
     if handle.manager is None:
-        return _close_runner(handle, timeout, force=force)
+        closed = _close_runner(handle, timeout, force=force)
+        if closed and not force:  # else a method may still run
+            clear_closed(resident)
+            give_back()
+        return closed
     if handle.closed:
         return False
     if force:

@@ -8,7 +8,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_distguard.config.checks import check_flag, check_name, check_seconds, check_whole, shown
+from sglang_distguard.config.checks import (
+    check_flag,
+    check_memory,
+    check_name,
+    check_seconds,
+    check_whole,
+    shown,
+)
 from sglang_distguard.distributed.coordinators import default_process_group
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.runner.handle import handle_of
@@ -47,6 +54,7 @@ def check(
     target: object,
     share_weights_with: object,
     timeout: object,
+    memory: object,
     options: Mapping[Any, Any],
 ) -> None:
     """Raise the errors that ``build_runner`` documents for unusable arguments; change nothing."""
@@ -57,6 +65,8 @@ def check(
         check_whole("nccl_port", nccl_port, least=1, most=65535)
     if timeout is not None:
         check_seconds("timeout", timeout)
+    if memory is not None:
+        check_memory("memory", memory)
     _check_server_args(server_args)
     if target is not None:
         handle_of(target, "target").check()

@@ -69,6 +69,27 @@ def check_whole(name: str, value: object, *, least: int, most: Optional[int] = N
     return value
 
 
+def check_memory(name: str, value: object) -> int | float:
+    """Return ``value``, an amount of memory: bytes as an int, or a fraction of the device as a float.
+
+    Raises:
+        TypeError: neither, or a bool.
+        ValueError: less than one byte, or a fraction that is not more than 0 and at most 1.
+    """
+    if isinstance(value, float):
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"{name} must be a fraction of the device, more than 0 and at most 1, or bytes as "
+                f"an int, not {shown(value)}"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be bytes as int, or a fraction of the device as float, not {shown(value)}"
+        )
+    return check_whole(name, value, least=1, most=2**63 - 1)
+
+
 def check_name(name: object) -> str:
     """Return ``name``, the name of a runner.
 

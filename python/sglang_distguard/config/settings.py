@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 from sglang_distguard_plugin import FALSE, VARIABLE
 
-from sglang_distguard.config.checks import check_flag, check_name, check_seconds, shown
+from sglang_distguard.config.checks import (
+    check_flag,
+    check_memory,
+    check_name,
+    check_seconds,
+    shown,
+)
 
 TIMEOUT_VARIABLE = "SGLANG_DISTGUARD_TIMEOUT"
 SLOW_VARIABLE = "SGLANG_DISTGUARD_SLOW_AFTER"
@@ -40,6 +46,7 @@ class Settings:
         groups: "own" or "share", in a world of several ranks.
         pinned_loads: whether weights for a GPU are read from files that are registered with CUDA.
         streams: "share" or "own", for runners on a GPU.
+        memory: what a runner may use of its device, in bytes (int) or as a fraction of it (float).
         is_program: whether a program has installed the guard itself, not only SGLang's plugin.
     """
 
@@ -51,6 +58,7 @@ class Settings:
     groups: str = GROUP_POLICIES[0]
     pinned_loads: bool = True
     streams: str = STREAM_POLICIES[0]
+    memory: Union[int, float, None] = None
     is_program: bool = False
 
 
@@ -171,6 +179,7 @@ def _changed(base: Settings, **chosen: Any) -> Settings:
         "groups": _one_of(GROUP_POLICIES),
         "pinned_loads": check_flag,
         "streams": _one_of(STREAM_POLICIES),
+        "memory": check_memory,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     return replace(
@@ -200,6 +209,7 @@ def runner_scope(
     groups: Optional[Literal["own", "share"]] = None,
     pinned_loads: Optional[bool] = None,
     streams: Optional[Literal["share", "own"]] = None,
+    memory: Union[int, float, None] = None,
 ) -> Iterator[Settings]:
     """Apply settings to what the calling thread (or asyncio task) builds inside the with block.
 
@@ -214,6 +224,8 @@ def runner_scope(
         groups: "own" or "share", in a world of several ranks: see ``install``.
         pinned_loads: whether weights for a GPU are read from registered files: see ``install``.
         streams: "share" or "own", for runners on a GPU: see ``install``.
+        memory: what each runner that is built inside may use of its device for weights and
+            key-value cache, in bytes (int) or as a fraction of the device (float).
 
     Yields:
         The settings in force inside the with block.
@@ -231,6 +243,7 @@ def runner_scope(
         groups=groups,
         pinned_loads=pinned_loads,
         streams=streams,
+        memory=memory,
     )
     token = _scope.set(chosen)
     try:

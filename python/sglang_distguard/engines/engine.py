@@ -34,11 +34,11 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard.api.closing import close as close_resident
 from sglang_distguard.config import settings
-from sglang_distguard.config.checks import check_name, check_seconds
+from sglang_distguard.config.checks import check_memory, check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
 from sglang_distguard.engines import at_exit, launch
@@ -80,6 +80,7 @@ class Engine(Closes, HasWeights):
         name: Optional[str] = None,
         start_timeout: float = 600.0,
         share_weights_with: Optional[HasWeights] = None,
+        memory: Union[int, float, None] = None,
         **arguments: Any,
     ) -> None:
         """Start the engine; return when it serves.
@@ -89,6 +90,8 @@ class Engine(Closes, HasWeights):
             start_timeout: seconds that starting may take, loading the model included.
             share_weights_with: an engine of the same checkpoint and settings, with which it shares
                 the memory of weights (of the target alone, where it has a draft model).
+            memory: what it may use of its device for weights and key-value cache, also a draft
+                model's; see ``build_runner``.
             **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
                 sleeps while it is idle, unless the field ``sleep_on_idle=False`` is given, or
                 ``server_args`` that were published before say so.
@@ -97,6 +100,7 @@ class Engine(Closes, HasWeights):
             TypeError, ValueError: an argument is of the wrong type or out of range.
             NotSupported: the settings need more than one process, or move weights that were to be
                 shared.
+            NotEnoughMemory: see ``build_runner``.
             SpecMismatch: the weights that were to be shared differ.
             DistGuardError: ``install()`` was not called.
             TimeoutError: it did not serve in time.
@@ -105,6 +109,8 @@ class Engine(Closes, HasWeights):
         if name is not None:
             check_name(name)
         check_seconds("start_timeout", start_timeout)
+        if memory is not None:
+            check_memory("memory", memory)
         if not is_installed():
             raise DistGuardError("an Engine needs the guard: call sglang_distguard.install() first")
         self._server_args = launch.resolved(name or "engine", arguments)
@@ -120,6 +126,7 @@ class Engine(Closes, HasWeights):
         self._one_by_one = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-rpc")
         self._process = os.getpid()
         self._shares = source_of(share_weights_with)
+        self._budget = memory
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
         at_exit.note(self)
         try:
@@ -139,7 +146,7 @@ class Engine(Closes, HasWeights):
         shares, self._shares = self._shares, None
         with settings.runner_scope(self.name):
             made: Any = launch.launch(
-                self.name, self._server_args, self._ended, self._begun.append, shares
+                self.name, self._server_args, self._ended, self._begun.append, shares, self._budget
             )
         made.loop = Bridge(self._submit)
         self._made = made

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from sglang_distguard.api.closing import close
 from sglang_distguard.engines.parts import SCHEDULER, DetokenizerPart, Part, SchedulerPart, own_copy
@@ -107,6 +107,7 @@ def launch(
     ended: Callable[[Part], None],
     begun: Callable[[Part], None],
     shares: Any = None,
+    memory: Union[int, float, None] = None,
 ) -> sgl.Engine:
     """Start the parts of an engine; return SGLang's Engine, without a loop, when it serves.
 
@@ -117,6 +118,7 @@ def launch(
         server_args: the ``ServerArgs`` from ``resolved``.
         ended: called in each part's thread when it ends.
         begun: called with each part before it is started, so that the caller can end it.
+        memory: what its runner may use, if that was chosen; see ``build_runner``.
         shares: the runner with which the engine's own one shares weights, if any.
 
     Raises:
@@ -138,7 +140,7 @@ def launch(
     ports = PortArgs.init_new(server_args)
     # Each part has a copy of its own: published settings refuse what their own part still resolves.
     scheduler = SchedulerPart(f"{name}{SCHEDULER}", ended, server_args, ports)
-    scheduler.shares = shares
+    scheduler.shares, scheduler.memory = shares, memory
     begun(scheduler)
     detokenizer = None
     if not server_args.skip_tokenizer_init:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard.api.closing import close
 from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.hooks import torch_profiler
 from sglang_distguard.runner import weights
+from sglang_distguard.runner.budget import give_back
 from sglang_distguard.runner.handle import clear_closed
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Part:
         ports: of the engine.
         ready: done when it serves; its error is that of the start.
         error: what ended it; None while it runs, and after it was told to end.
+        memory: what its runners may use, if that was chosen; see ``build_runner``.
         manager: SGLang's object; None before it is made, and after the thread has ended.
     """
 
@@ -61,6 +63,7 @@ class Part:
         self.ready: Future[Any] = Future()
         self.error: Optional[BaseException] = None
         self.manager: Any = None
+        self.memory: Union[int, float, None] = None
         self._ended = ended
         self._args: Optional[ServerArgs] = own_copy(server_args)
         self._is_told = False
@@ -90,7 +93,7 @@ class Part:
     def _run(self) -> None:
         assert self._args is not None
         try:
-            with settings.runner_scope(self.name):
+            with settings.runner_scope(self.name, memory=self.memory):
                 self._serve(self._args)
         except BaseException as error:
             if not self._is_told:
@@ -100,6 +103,7 @@ class Part:
             if manager is not None:
                 close(manager)
                 forget(manager)
+                give_back()
             if not self.ready.done():
                 told = RuntimeError(f"{self.name} was closed while it started")
                 self.ready.set_exception(self.error or told)

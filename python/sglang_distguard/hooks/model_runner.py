@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.context import generation
+from sglang_distguard.context.current_device import device_of
 from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
 from sglang_distguard.patching import Around, AroundMethods, WithinMethods
-from sglang_distguard.runner import weights
+from sglang_distguard.runner import budget, weights
 from sglang_distguard.runner.collective_steps import agree_on_one_more, step_among_ranks
 from sglang_distguard.runner.handle import (
     bind,
@@ -174,11 +175,15 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
         if find_handle(self) is not None:  # a subclass calls its base constructor
             original(self, *args, **kwargs)
             return
-        server_args = signature.bind_partial(self, *args, **kwargs).arguments.get("server_args")
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        server_args = given.get("server_args")
         with agreement.building(), of_published(server_args):
             agree_on_one_more(server_args)
             try:
                 handle = bind(self, args, kwargs)
+                device = device_of(given.get("gpu_id"))
+                if device is not None:
+                    handle.use_device(device)
                 with step_among_ranks(handle, "construction", "load", is_collective=True):
                     original(self, *args, **kwargs)
                     hold_experts(handle)
@@ -199,7 +204,9 @@ def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def alloc_memory_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
         with step_of(self):
-            result = original(self, *args, **kwargs)
+            with budget.sizing(self):
+                result = original(self, *args, **kwargs)
+            budget.settle(self)
             mark_as_of(self, getattr(self, "req_to_token_pool", None))
         return result
 
@@ -216,11 +223,41 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         with step_of(self):
             weights.refuse_if_shared(self, "load_model")
             weights.check_source(self)
-            result = original(self, *args, **kwargs)
+            with budget.sizing(self):  # it reports how much its weights took
+                result = original(self, *args, **kwargs)
             weights.share(self)
+            budget.check_weights(self)
         return result
 
     return load_model
+
+
+def _init_torch_distributed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """It measures the device before the model is loaded: the memory is promised then, or refused."""
+    step_of = _step_of("init_torch_distributed")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def init_torch_distributed(self: Any) -> None:
+        with step_of(self):
+            budget.measure(self, functools.partial(original, self))
+
+    return init_torch_distributed
+
+
+def _post_capture_resize_kv_pool(original: Callable[..., Any]) -> Callable[..., Any]:
+    step_of = _step_of("post_capture_resize_kv_pool")
+    assert step_of is not None
+
+    @functools.wraps(original)
+    def post_capture_resize_kv_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with step_of(self):
+            with budget.sizing(self):
+                result = original(self, *args, **kwargs)
+            budget.settle(self)
+        return result
+
+    return post_capture_resize_kv_pool
 
 
 def _check_weights(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,11 +275,26 @@ def _check_weights(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 #: Methods that have a hook of their own.
-_OWN_HOOKS = frozenset({"alloc_memory_pool", "load_model", "check_weights"})
+_OWN_HOOKS = frozenset(
+    {
+        "alloc_memory_pool",
+        "load_model",
+        "check_weights",
+        "init_torch_distributed",
+        "post_capture_resize_kv_pool",
+    }
+)
 CHANGES = (
     Around(MODULE, "ModelRunner.__init__", _init),
     Around(MODULE, "ModelRunner.alloc_memory_pool", _alloc_memory_pool),
     Around(MODULE, "ModelRunner.load_model", _load_model),
+    Around(MODULE, "ModelRunner.init_torch_distributed", _init_torch_distributed),
+    AroundMethods(
+        MODULE,
+        "ModelRunner",
+        _post_capture_resize_kv_pool,
+        only=frozenset({"post_capture_resize_kv_pool"}),
+    ),
     AroundMethods(MODULE, "ModelRunner", _check_weights, only=frozenset({"check_weights"})),
     WithinMethods(
         MODULE,

@@ -51,6 +51,10 @@ def world_spec(call: dict[str, Any]) -> dict[str, Any]:
         rank = int(os.environ.get("RANK", 0)) if rank < 0 else rank
         if local_rank == -1:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if world_size == 1:
+        # It says on which device its coordinators compute. Those of one rank compute nothing, and
+        # their `device` is read only where tensors are copied from there (0.5.23: moe_wna16).
+        local_rank = 0
     return {
         "world_size": world_size,
         "rank": rank,

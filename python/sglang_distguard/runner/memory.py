@@ -79,6 +79,14 @@ def storages_of(runners: Iterable[Any]) -> Storages:
     return found
 
 
+def bytes_on(device: str, runner: Any) -> int:
+    """Return what the tensors of ``runner`` take on devices of this type, without shared weights."""
+    found = storages_of([runner])
+    own = {place: size for place, size in found.weights.items() if place not in found.shared}
+    places = {**own, **found.pools}
+    return sum(size for place, size in places.items() if place[0].split(":")[0] == device)
+
+
 def measure(runners: Iterable[Any]) -> Memory:
     """Return the memory of ``runners``."""
     return storages_of(runners).memory()

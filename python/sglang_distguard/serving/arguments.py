@@ -7,7 +7,7 @@ import functools
 import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Union
 
 from sglang_distguard.config.checks import check_name, shown
 
@@ -131,7 +131,7 @@ def typed(field: str, value: Any) -> Any:
 def _hints() -> dict[str, Any]:
     from sglang.srt.server_args import ServerArgs
 
-    return {**typing.get_type_hints(ServerArgs), "replicas": int}  # that one is Pool.load's
+    return {**typing.get_type_hints(ServerArgs), "replicas": int, "memory": Union[int, float]}
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

@@ -98,8 +98,8 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _warn_of_memory(options: Options) -> None:
-    """SGLang gives the caches of an engine most of the memory that it finds free (0.5.23)."""
-    limits = ("max_total_tokens", "mem_fraction_static")
+    """SGLang gives the cache of an engine most of its device's memory (0.5.23)."""
+    limits = ("memory", "max_total_tokens", "mem_fraction_static")
     without = [
         name
         for name in options.models
@@ -108,7 +108,7 @@ def _warn_of_memory(options: Options) -> None:
     if without and len(options.models) > 1:
         print(
             f"warning: {', '.join(without)}: no limit of memory, so that the first engine may take "
-            "what the others need; use --set NAME.max_total_tokens=NUMBER",
+            "what the others need; use --set NAME.memory=FRACTION, or max_total_tokens",
             file=sys.stderr,
         )
 

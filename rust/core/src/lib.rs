@@ -8,6 +8,7 @@
 mod acquire;
 pub mod actor;
 pub mod agreement;
+pub mod budgets;
 pub mod calls;
 pub mod clock;
 pub mod enter;
