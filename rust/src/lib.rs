@@ -14,6 +14,7 @@ mod errors;
 mod execution;
 mod exit;
 mod flag;
+mod leasing;
 mod phase;
 mod process;
 mod publishing;
