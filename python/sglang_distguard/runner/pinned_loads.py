@@ -44,6 +44,11 @@ WRITERS = frozenset({"GptOssForCausalLM"})
 #: of the same checkpoint that are behind.
 AHEAD = 3
 KEPT = 4
+#: Limits of the control group, of either version.
+_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 #: `cudaHostRegisterReadOnly` (CUDA 11.1 and later).
 _READ_ONLY = 0x08
 _log = logging.getLogger("sglang_distguard")
@@ -74,10 +79,11 @@ class _Refusal:
 def most_bytes() -> int:
     """How much memory may be registered at a time: half of what the process may have."""
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or no limit: "max"
-        pass
+    for limit in _LIMITS:
+        try:
+            most = min(most, int(limit.read_text()))
+        except (OSError, ValueError):  # no such control group, or no limit: "max"
+            pass
     return most // 2
 
 
