@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -74,12 +74,12 @@ test-audit test-ranks test-exhaustive: setup
 loom shuttle:
 	@RUSTFLAGS="--cfg $@" cargo test -q --release -p distguard-core --target-dir target/$@ --test $@ -- --nocapture
 
-# Optimising everything at once when it is linked takes longer than these tests.
-FAST_LINK := CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16
 test-models: setup ## model checkers in short form, and one planted bug for each of them
 	@echo "test: model checkers"
-	@DISTGUARD_SHORT=1 $(FAST_LINK) $(MAKE) -s -j2 --output-sync loom shuttle
-	@$(BIN)/python verify/mutations.py --short
+	@$(MAKE) -s -j2 --output-sync models-loom models-shuttle
+
+models-loom models-shuttle:
+	@$(BIN)/python verify/mutations.py --short --checker $(@:models-%=%)
 
 lint: setup ## rustfmt, clippy, ruff, import-linter, pyright, stubtest
 	@$(MAKE) -s -j2 --output-sync lint-types lint-others

@@ -398,7 +398,7 @@ def test_a_ledger_says_that_nothing_is_uncovered(release: str) -> None:
     assert not {row[3] for row in known.values()} & {Open.UNCOVERED, Open.UNSEEABLE}
 
 
-@pytest.mark.timeout(1800)  # three minutes on two idle cores, ten were seen on busy ones
+@pytest.mark.timeout(1800)  # two minutes on two idle cores, ten were seen on busy ones
 def test_a_short_audit_finds_nothing_that_the_ledger_does_not_say() -> None:
     """`make audit` runs all cases, and compares the whole ledger."""
 

@@ -2,10 +2,11 @@
 
     .venv/bin/python verify/mutations.py [--checker CHECKER] [--only NAME] [--short]
 
-It works on a copy in target/mutants/src. Each checker has its own target folder beside it, so that
+Each checker works on a copy of its own in target/mutants, with a target folder beside it, so that
 only the core crate is rebuilt. No other build may use these folders: cargo tells two checkouts of a
 workspace apart by the times of their files only, and would take a planted bug's library for its own.
-The exit status is 1 when a bug survives or cannot be planted.
+With --short, what passes without a bug is the checker as CI runs it, not the smaller one that is
+used for each bug. The exit status is 1 when a bug survives or cannot be planted.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = ROOT / "target" / "mutants"
-COPY = MUTANTS / "src"
 COPIED = ("Cargo.toml", "Cargo.lock", "rust")
-LIMIT_S = 120
+#: Seconds for one program; none takes a tenth of them.
+LIMIT_S = 600
 
 
 class SetupError(Exception):
@@ -47,33 +48,41 @@ class Checker:
         name: as in mutations.toml.
         targets: which tests cargo builds.
         environment: extra variables while building and running.
+        limits: extra variables that make it small enough for many bugs.
+        is_model_checker: whether --short runs it.
     """
 
     name: str
     targets: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
+    is_model_checker: bool = True
+
+    @property
+    def copy(self) -> Path:
+        """The copy of the sources that it is built from."""
+        return MUTANTS / self.name / "src"
 
 
 CHECKERS = (
     Checker(
         "loom",
         ("--test", "loom"),
-        {"RUSTFLAGS": "--cfg loom", "DISTGUARD_SHORT": "1", "LOOM_MAX_PREEMPTIONS": "2"},
+        {"RUSTFLAGS": "--cfg loom", "DISTGUARD_SHORT": "1"},
+        {"LOOM_MAX_PREEMPTIONS": "2"},
     ),
     Checker(
         "shuttle",
         ("--test", "shuttle"),
-        {
-            "RUSTFLAGS": "--cfg shuttle",
-            "DISTGUARD_SCHEDULES": "4000",
-            "SHUTTLE_RANDOM_SEED": "1",
-        },
+        {"RUSTFLAGS": "--cfg shuttle"},
+        {"DISTGUARD_SCHEDULES": "4000", "SHUTTLE_RANDOM_SEED": "1"},
     ),
     # A failing case is not shrunk, because only the failure counts.
     Checker(
         "proptest",
         ("--test", "model_registry", "--test", "agreement"),
-        {"PROPTEST_CASES": "500", "PROPTEST_MAX_SHRINK_ITERS": "0"},
+        limits={"PROPTEST_CASES": "500", "PROPTEST_MAX_SHRINK_ITERS": "0"},
+        is_model_checker=False,
     ),
 )
 
@@ -122,31 +131,31 @@ def read_mutations() -> list[Mutation]:
     return mutations
 
 
-def copy_sources() -> None:
-    """Update the copy; equal files keep their times, so that cargo does not rebuild them."""
+def copy_sources(copy: Path) -> None:
+    """Update a copy; equal files keep their times, so that cargo does not rebuild them."""
     wanted: set[Path] = set()
     for name in COPIED:
         top = ROOT / name
         for source in [top] if top.is_file() else sorted(top.rglob("*")):
             if source.is_dir():
                 continue
-            target = COPY / source.relative_to(ROOT)
+            target = copy / source.relative_to(ROOT)
             wanted.add(target)
             if not target.exists() or target.read_bytes() != source.read_bytes():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-    for path in COPY.rglob("*"):
+    for path in copy.rglob("*"):
         if path.is_file() and path not in wanted:
             path.unlink()
 
 
 @contextmanager
-def planted(mutation: Mutation | None) -> Iterator[None]:
-    """Plant the mutation in the copy for the duration of the with block."""
+def planted(mutation: Mutation | None, copy: Path) -> Iterator[None]:
+    """Plant the mutation in a copy for the duration of the with block."""
     if mutation is None:
         yield
         return
-    path = COPY / mutation.file
+    path = copy / mutation.file
     before = path.read_text()
     path.write_text(before.replace(mutation.find, mutation.replace))
     try:
@@ -159,10 +168,10 @@ def build(checker: Checker, environment: Mapping[str, str]) -> list[Path]:
     """Build the checker's tests in the copy and return the programs; SetupError if that fails."""
     command = ["cargo", "test", "-q", "--profile", "checkers", "--locked", "--no-run"]
     command += ["-p", "distguard-core", "--message-format=json"]
-    command += ["--target-dir", str(MUTANTS / checker.name)]
+    command += ["--target-dir", str(MUTANTS / checker.name / "target")]
     built = subprocess.run(
         [*command, *checker.targets],
-        cwd=COPY,
+        cwd=checker.copy,
         env=environment,
         capture_output=True,
         text=True,
@@ -217,10 +226,12 @@ def first_failure(program: Path, environment: Mapping[str, str]) -> str | None:
     return running if code != 0 else None
 
 
-def judge(checker: Checker, mutation: Mutation | None) -> Verdict:
-    """Run a checker on the copy, with the bug or unmutated."""
+def judge(checker: Checker, mutation: Mutation | None, *, limited: bool) -> Verdict:
+    """Run a checker on its copy, with the bug or unmutated."""
     environment = {**os.environ, **checker.environment, "CARGO_TERM_PROGRESS_WHEN": "never"}
-    with planted(mutation):
+    if limited:
+        environment |= checker.limits
+    with planted(mutation, checker.copy):
         programs = build(checker, environment)
         begun = time.perf_counter()
         failed = None
@@ -245,7 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checker", choices=[it.name for it in CHECKERS], help="only this one")
     parser.add_argument("--only", metavar="NAME", help="only this mutation")
-    parser.add_argument("--short", action="store_true", help="one mutation per checker")
+    parser.add_argument(
+        "--short", action="store_true", help="the model checkers as in CI, and one mutation each"
+    )
     options = parser.parse_args(arguments)
     try:
         mutations = read_mutations()
@@ -255,19 +268,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only and options.only not in [it.name for it in mutations]:
         print(f"unknown mutation {options.only}", file=sys.stderr)
         return 2
-    copy_sources()
     work: list[tuple[Checker, Mutation | None, bool]] = []
     for checker in CHECKERS:
         if options.checker not in (None, checker.name):
             continue
+        if options.short and not checker.is_model_checker:
+            continue
+        copy_sources(checker.copy)
         jobs = chosen(mutations, checker, options.only, options.short)
         if jobs:
             work.append((checker, None, False))
             work += [(checker, mutation, caught) for mutation, caught in jobs]
-    return run(work)
+    return run(work, is_short=options.short)
 
 
-def run(work: Sequence[tuple[Checker, Mutation | None, bool]]) -> int:
+def run(work: Sequence[tuple[Checker, Mutation | None, bool]], *, is_short: bool) -> int:
     """Run the work and print a line for each run; return 1 if any result is wrong."""
     begun = time.perf_counter()
     caught_by: dict[str, int] = {}
@@ -277,7 +292,7 @@ def run(work: Sequence[tuple[Checker, Mutation | None, bool]]) -> int:
             name = mutation.name if mutation else "unmutated"
             bar.set_description(f"{checker.name} {name}")
             try:
-                verdict = judge(checker, mutation)
+                verdict = judge(checker, mutation, limited=not is_short or mutation is not None)
             except SetupError as error:
                 wrong += 1
                 tqdm.write(f"{checker.name}: {name}: NOT TESTED: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,14 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
 
 def short(model_of: Callable[[str], Path]) -> Iterator[Case]:
-    """The cases of ``everything`` that are observed in detail: what a test has time for."""
+    """What a test has time for: runs of ``everything`` that are observed in detail.
+
+    One runs alone with plain SGLang, and those with more switches or a scheduler with the guard.
+    """
     for case in everything(model_of):
         if case.detailed:
-            yield case
+            is_plain = not (case.settings or case.server)
+            yield replace(case, runs=("alone",) if is_plain else ("together",))
 
 
 #: An encoder, an embedding model, and a reward model.
