@@ -125,13 +125,6 @@ def together(models: Path, references: Path, mode: str) -> bool:
             f"  from threads whose current device is {said}: {wrong} of {ROUNDS} each with other "
             f"bits than alone; current device kept: {kept}"
         )
-    (name, card), runner = RUNNERS[2], runners[2]
-    torch.cuda.set_device(0)
-    not_activated = sum(not bit_equal(logits_of(runner), expected[name]) for _ in range(3))
-    say(
-        f"  {name} on {card}, not activated, current device 0: {not_activated} of 3 with other bits"
-    )
-    right = right and not not_activated
     for runner in runners:
         dg.close(runner)
     used = [(total - free) // 2**20 for free, total in map(torch.cuda.mem_get_info, (0, 1))]

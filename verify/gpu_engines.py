@@ -1,9 +1,9 @@
 """Compares engines with CUDA graphs, open at once on one GPU, with `sgl.Engine` alone.
 
 ``python verify/gpu_engines.py MODELS`` makes small checkpoints in the folder MODELS. Each part has
-its own process: each engine alone as SGLang's own, twice; then all with the guard, opened one after
-another and asked by a thread each, whose memory is released and resumed meanwhile; then one engine
-that is opened, asked and closed again and again. Tokens and log probabilities are compared.
+its own process: each engine alone as SGLang's own, twice; then all with the guard, opened at once
+and asked by a thread each, whose memory is released and resumed meanwhile; then one engine that is
+opened, asked and closed again and again. Tokens and log probabilities are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from gpu import MEMBERS, leave_out_what_torch_lacks, make_models
 
 ROUNDS = 25
-CYCLES = 20
+CYCLES = 12
 STEPS = 16
 #: Seconds for one process.
 LIMIT = 280.0
@@ -78,13 +78,15 @@ def together(models: Path, references: Path) -> None:
     leave_out_what_torch_lacks()
     sglang_distguard.install()
     expected = {name: json.loads((references / f"{name}.json").read_text()) for name in MEMBERS}
-    engines = {
-        name: sglang_distguard.Engine(
-            name=name,
-            server_args=settings(models, name, enable_memory_saver=True, max_total_tokens=None),
-        )
-        for name in MEMBERS
-    }
+
+    def opened(name: str) -> Any:
+        args = settings(models, name, enable_memory_saver=True, max_total_tokens=None)
+        return sglang_distguard.Engine(name=name, server_args=args)
+
+    with ThreadPoolExecutor(len(MEMBERS)) as pool:
+        engines = dict(zip(MEMBERS, pool.map(opened, MEMBERS), strict=True))
+    pools = {it: engines[it].get_server_info().get("max_total_num_tokens") for it in MEMBERS}
+    print(f"opened at once; tokens: {pools}; {used()} MiB of the card in use", flush=True)
 
     def wrong(names: Iterator[str] | tuple[str, ...], rounds: int) -> int:
         """How often an engine of ``names``, all asked at once, answered otherwise than alone."""
@@ -112,7 +114,12 @@ def together(models: Path, references: Path) -> None:
         others = tuple(it for it in MEMBERS if it != name)
         meanwhile = wrong(others, 5)
         engines[name].resume_memory_occupation()
-        engines[name].update_weights_from_tensor(weights_of(models / name))
+        for answer in (
+            engines[name].begin_weight_update(),
+            engines[name].update_weights_from_tensor(weights_of(models / name)),
+            engines[name].end_weight_update(),
+        ):
+            assert answer[0], answer
         print(
             f"{name}: {released} MiB released; others meanwhile: {meanwhile} of {5 * len(others)} "
             f"answered otherwise; all afterwards: {wrong(MEMBERS, 5)} of {5 * len(MEMBERS)}",
