@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import sglang_distguard as dg
 from interpreters import Forked
 from registry_calls import until
 from runner_calls import Blocked, logits, steps_in_line, steps_inside, thread
+from sglang_distguard.hooks.memory_saver import make_implementation
 from sglang_distguard.testing import bit_equal, free_port, server_args
 from sglang_distguard.testing.updates import memory_of, weights_of
 
@@ -197,6 +199,35 @@ def test_a_runners_memory_has_tags_of_its_own(
     assert tags[1].startswith("weights of scope ")
     for runner in runners:
         dg.close(runner)
+
+
+def test_two_threads_that_use_torch_memory_saver_first_use_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own way fails in one of them, if both are making it at once."""
+    from torch_memory_saver import entrypoint
+
+    meet = threading.Barrier(2)
+    monkeypatch.setattr(entrypoint, "_TorchMemorySaverImpl", lambda **_: (meet.wait(), object())[1])
+
+    def used(make: Callable[[Any], None]) -> list[Any]:
+        saver = entrypoint.TorchMemorySaver()
+
+        def use(_: int) -> Any:
+            try:
+                make(saver)
+                return saver._impl
+            except AttributeError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(use, range(2)))
+
+    first, second = used(make_implementation)
+    assert first is second
+    assert type(first) is object
+    plain = used(entrypoint.TorchMemorySaver._ensure_initialized)
+    assert [type(it) for it in plain].count(AttributeError) == 1
 
 
 SENDER = """

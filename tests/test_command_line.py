@@ -7,7 +7,7 @@ import json
 import pytest
 from sglang_distguard.__main__ import main
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.hooks import generation_0_5_21, versions
+from sglang_distguard.hooks import generation_0_5_21, releases, versions
 from sglang_distguard.patching import Scoped
 
 
@@ -17,7 +17,7 @@ def test_status_says_that_the_installed_sglang_is_supported(
     monkeypatch.setenv("SGLANG_ALLOW_REUSE_DISTRIBUTED", "true")
     assert main(["status", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["sglang"] == versions.installed_version()
+    assert facts["sglang"] == releases.installed_version()
     assert facts["supported"] is True
     assert (facts["verified"], facts["dropped"], facts["warnings"]) == (True, [], [])
     assert facts["SGLANG_ALLOW_REUSE_DISTRIBUTED"] is True
@@ -40,7 +40,7 @@ def test_status_says_what_is_dropped_and_that_a_release_is_not_verified(
     gone = Scoped("sglang.srt.environ", "_of_an_old_release")
     changes = [*generation_0_5_21.changes(), gone]
     monkeypatch.setattr(versions, "GENERATIONS", {"this one": lambda: changes})
-    monkeypatch.setattr(versions, "installed_version", lambda: "99.0")
+    monkeypatch.setattr(releases, "installed_version", lambda: "99.0")
     assert main(["status", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["supported"], facts["verified"]) == (True, False)

@@ -18,7 +18,7 @@ import sglang_distguard
 from interpreters import Has
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
-from sglang_distguard.hooks import process_globals, versions
+from sglang_distguard.hooks import process_globals, releases, versions
 from sglang_distguard.patching import Needs, Scoped, find_source, is_changed, readers
 from sglang_distguard.patching.code_swap import functions_of
 
@@ -307,7 +307,7 @@ def test_an_sglang_that_lacks_something_is_refused_and_nothing_is_patched(
         sglang_distguard.NotSupported, match="function_of_another_release"
     ) as caught:
         sglang_distguard.install()
-    assert caught.value.details["sglang"] == versions.installed_version()
+    assert caught.value.details["sglang"] == releases.installed_version()
     assert not sglang_distguard.is_installed()
     assert state_of_modules() == before
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from interpreters import facts_of
 from sglang_distguard.hooks import managers
-from sglang_distguard.hooks.releases import ALL, Span
-from sglang_distguard.hooks.versions import installed_version
+from sglang_distguard.hooks.releases import ALL, Span, installed_version
 from sglang_distguard.patching import find_source
 from test_runner_steps import READS
 

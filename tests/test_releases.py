@@ -202,7 +202,7 @@ def clean(sglang: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_newer_release_works_and_says_once_that_it_is_unverified(
     clean: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(versions, "installed_version", lambda: "99.0")
+    monkeypatch.setattr(releases, "installed_version", lambda: "99.0")
     with caplog.at_level(logging.WARNING, "sglang_distguard"):
         for _ in range(2):
             sglang_distguard.install()
@@ -231,7 +231,7 @@ def test_everything_required_that_is_missing_is_named_at_once(
         Needs("sglang.srt.no_such_module", "gone_too", "second reason"),
     )
     monkeypatch.setattr(versions, "REQUIRED", (*requirements.REQUIRED, *lacking))
-    monkeypatch.setattr(versions, "installed_version", lambda: "99.0")
+    monkeypatch.setattr(releases, "installed_version", lambda: "99.0")
     with pytest.raises(NotSupported, match=r"first reason.*second reason") as caught:
         sglang_distguard.install()
     assert caught.value.details["missing"] == [
@@ -244,7 +244,7 @@ def test_everything_required_that_is_missing_is_named_at_once(
 def test_an_older_release_is_refused_and_the_supported_ones_are_named(
     clean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "installed_version", lambda: "0.5.20")
+    monkeypatch.setattr(releases, "installed_version", lambda: "0.5.20")
     with pytest.raises(NotSupported, match=r"older than 0.5.21.*0.5.21, 0.5.22, 0.5.23") as caught:
         sglang_distguard.install()
     assert caught.value.details["supported"] == list(releases.SUPPORTED)

@@ -17,7 +17,7 @@ from conftest import CACHE
 from sglang_distguard.audit.values import is_cache
 from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.hooks.process_globals import How
-from sglang_distguard.hooks.versions import installed_version
+from sglang_distguard.hooks.releases import installed_version
 from sglang_distguard.testing import bit_equal, generate, server_args, solo
 
 Model = Callable[..., Path]

@@ -318,6 +318,8 @@ class Sections:
             dg.close(runner)
             del runner
             left.append(used())
+            if len(left) % 10 == 0:
+                say(f"  after {len(left)}: {left[-1]} MiB in use")
         grown = left[-1] - left[9]
         say(f"  {CYCLES} cycles in {time.perf_counter() - begun:.0f} s; MiB after each: {left}")
         say(f"  {'ok' if abs(grown) <= 64 else 'WRONG'}: {grown:+d} MiB since the tenth")

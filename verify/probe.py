@@ -170,7 +170,7 @@ def new_globals(release: str, at: Path, scratch: Path) -> Iterator[tuple[str, st
         yield "new globals", f"none: ledger/{base}.csv is about this release"
         return
     before = (
-        None if versions.installed_version() == base else unpacked(f"sglang=={base}", scratch)[0]
+        None if releases.installed_version() == base else unpacked(f"sglang=={base}", scratch)[0]
     )
     added = sorted(_declared(at) - _declared(before))
     yield "new globals", f"{len(added)} since {base}{': ' if added else ''}{', '.join(added)}"

@@ -258,9 +258,9 @@ def _status(*, as_json: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = {
-        "sglang": versions.installed_version(),
+        "sglang": releases.installed_version(),
         "supported": supported,
-        "verified": releases.is_verified(versions.installed_version()),
+        "verified": releases.is_verified(releases.installed_version()),
         "detail": reason,
         "dropped": [f"{it.module}.{it.name}" for it in plan.absent] if plan else [],
         "warnings": plan.warnings() if plan else [],

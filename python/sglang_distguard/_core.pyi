@@ -367,9 +367,8 @@ class RunnerHandle:
         """Raise DistGuardError if closed, ForkedError in a forked child, or LeaseBroken."""
 
     def inside(self) -> list[tuple[str, str | None]]:
-        """Return (thread, method) of other threads in methods of the runner or its drafts.
-
-        Of a manager: of every call in its methods, for which its end waits.
+        """Return (thread, method) of other threads in a runner's and its drafts' methods, or of every
+        call in a manager's, for which its end waits.
         """
 
     def inside_here(self) -> str | None:
@@ -384,10 +383,7 @@ class RunnerHandle:
 
     @property
     def stream(self) -> Any:
-        """The CUDA stream of its own (``runner.streams``), if it has one.
-
-        Each step in a phase calls its ``begin``, and then its ``end`` with what that returned.
-        """
+        """The CUDA stream of its own (``runner.streams``), if any; steps call its begin and end."""
 
     @stream.setter
     def stream(self, stream: Any) -> None: ...
@@ -407,10 +403,8 @@ class RunnerHandle:
         """Sleep, detached, until a call has left since ``end_if_vacant``, or for ``seconds``."""
 
     def begin_collectives(self) -> bool:
-        """Claim the communicators of the runner's scope for a step of the calling thread.
-
-        False if that thread has claimed them in an outer step. Raises StateInUse if another thread
-        is in a step of a runner that uses them.
+        """Claim the communicators of the runner's scope for a step of the calling thread; False if an
+        outer step has. Raises StateInUse if another thread is in a step of a runner that uses them.
         """
 
     def end_collectives(self) -> None: ...

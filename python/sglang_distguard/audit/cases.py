@@ -11,8 +11,7 @@ from typing import Any
 from sglang_distguard.audit.actions import ACTIONS
 from sglang_distguard.audit.runs import Subject
 from sglang_distguard.audit.serving import SERVERS
-from sglang_distguard.hooks.releases import ALL, Span
-from sglang_distguard.hooks.versions import installed_version
+from sglang_distguard.hooks.releases import ALL, Span, installed_version
 
 _DTYPES = ("float32", "bfloat16")
 

@@ -14,7 +14,7 @@ from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import PHASES, Change, Ran, Run
 from sglang_distguard.audit.sources import Write, source_of
 from sglang_distguard.hooks import process_globals
-from sglang_distguard.hooks.versions import installed_version
+from sglang_distguard.hooks.releases import installed_version
 
 
 class Open(StrEnum):

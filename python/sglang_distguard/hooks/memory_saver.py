@@ -18,12 +18,34 @@ _MANAGER = "sglang.srt.managers.scheduler_components.weight_updater"
 _ADAPTER = "sglang.srt.utils.torch_memory_saver_adapter"
 #: The adapter that is used when the saver is enabled; the other one does nothing.
 _SAVER = "_TorchMemorySaverAdapterReal"
+#: Attribute of torch_memory_saver's object: what does its work, made once for all threads.
+_MADE = "_sglang_distguard_made"
 
 
 def tag_of_scope(tag: str) -> str:
     """Return ``tag`` for memory of the current scope only; the default scope uses SGLang's tag."""
     scope = _core.current_scope()
     return tag if scope is None else f"{tag} of scope {scope.id}"
+
+
+def make_implementation(saver: Any) -> None:
+    """Make what torch_memory_saver's one object works with, whichever threads come first.
+
+    torch_memory_saver 0.0.10 makes it at its first use (`_ensure_initialized`). Of two threads that
+    come at once, the second replaces what the first one made, and ends with an AttributeError.
+
+    Args:
+        saver: a ``TorchMemorySaver``.
+    """
+    chosen = getattr(saver, "_impl_ctor_kwargs", None)
+    if chosen is None:  # it has been made
+        return
+    from torch_memory_saver import entrypoint
+
+    made = entrypoint._TorchMemorySaverImpl(**chosen)
+    # One step for all threads: what another thread made meanwhile is used by all.
+    saver._impl = vars(saver).setdefault(_MADE, made)
+    vars(saver).pop("_impl_ctor_kwargs", None)
 
 
 def _tagged(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +64,7 @@ def _region(original: Callable[..., Any]) -> Callable[..., Any]:
         own = tag_of_scope(tag)
         execution = _core.current_execution()
         runner = None if execution is None else execution.runner
+        make_implementation(original.__globals__["_memory_saver"])
         if own != tag and runner is not None and runner.manager is None:
             runner.keep_part(functools.partial(_drop_pools, own))
         return original(self, own, *args, **kwargs)
@@ -65,6 +88,7 @@ def _drop_pools(tag: str) -> None:
 def _cuda_graph(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def cuda_graph(self: Any, **kwargs: Any) -> Any:
+        make_implementation(original.__globals__["_memory_saver"])
         if "tag" in kwargs:
             kwargs["tag"] = tag_of_scope(kwargs["tag"])
         return original(self, **kwargs)
@@ -82,7 +106,7 @@ CHANGES = (
         )
         for name in ("release_memory_occupation", "resume_memory_occupation")
     ),
-    Around(_ADAPTER, f"{_SAVER}.region", _region),
+    Around(_ADAPTER, f"{_SAVER}.region", _region, uses=("_memory_saver",)),
     *(Around(_ADAPTER, f"{_SAVER}.{name}", _tagged) for name in ("pause", "resume")),
-    Around(_ADAPTER, f"{_SAVER}.cuda_graph", _cuda_graph),
+    Around(_ADAPTER, f"{_SAVER}.cuda_graph", _cuda_graph, uses=("_memory_saver",)),
 )

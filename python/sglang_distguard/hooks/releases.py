@@ -8,6 +8,7 @@ was not verified is said once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from typing import NamedTuple, Optional
 
 #: Verified releases, oldest first.
@@ -106,6 +107,14 @@ def span_of(module: str, name: str) -> Span:
 def has(release: Optional[str], module: str, name: str) -> bool:
     """Whether ``release`` should have ``module``.``name``."""
     return span_of(module, name).has(release)
+
+
+def installed_version() -> Optional[str]:
+    """Return the version of the installed sglang distribution; None if there is none."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def is_verified(release: Optional[str]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Optional
 
@@ -87,14 +86,6 @@ def _named(release: Optional[str]) -> str:
     return f"sglang {release or '(unknown version)'}"
 
 
-def installed_version() -> Optional[str]:
-    """Return the version of the installed sglang distribution; None if there is none."""
-    try:
-        return metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def choose() -> Plan:
     """Plan all changes for the installed SGLang, without importing or changing any of it.
 
@@ -102,7 +93,7 @@ def choose() -> Plan:
         NotSupported: SGLang lacks something that is required, or has something that cannot be
             changed. The message names all of it, for each generation.
     """
-    release = installed_version()
+    release = releases.installed_version()
     if find_source("sglang.srt.server_args") is None:
         raise NotSupported(
             f"sglang is not installed in this environment; install it ({releases.INSTALL})",

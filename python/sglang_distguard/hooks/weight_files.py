@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sglang_distguard.hooks import releases
 from sglang_distguard.patching import Around
 from sglang_distguard.patching.applied import MakeHook
 from sglang_distguard.runner import pinned_loads
@@ -22,7 +23,9 @@ def _get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _get_all_weights(*args: Any, **kwargs: Any) -> Iterator[Any]:
         weights = original(*args, **kwargs)
-        device = pinned_loads.device_for(signature.bind(*args, **kwargs).arguments["model"])
+        device = None
+        if releases.is_verified(releases.installed_version()):  # others' models may write into them
+            device = pinned_loads.device_for(signature.bind(*args, **kwargs).arguments["model"])
         yield from weights if device is None else pinned_loads.onto(device, weights)
 
     return _get_all_weights
