@@ -18,7 +18,7 @@ import pytest
 from conftest import CACHE
 from engine_calls import write_tokenizer
 from sglang_distguard import Engine, EngineClosed, EngineFailed, NotSupported, _core
-from sglang_distguard.engines import launch
+from sglang_distguard.engines import launch, parts
 from sglang_distguard.testing import server_args, solo
 from sglang_distguard.testing.steps import PROMPTS
 
@@ -210,6 +210,20 @@ def test_an_engine_that_fails_fails_its_own_callers_with_the_cause_and_nothing_e
     finally:
         healthy.close()
         failing.close()
+
+
+def test_callers_are_told_also_when_what_a_failed_engine_had_cannot_be_freed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that has failed leaves no GPU to give memory back to."""
+
+    def breaks(*_: Any) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(parts, "give_back", breaks)
+    engine._begun[0].manager.run_batch = breaks
+    with pytest.raises(EngineFailed, match="'llama' has failed: ValueError: planted"):
+        asked(engine)
 
 
 def test_a_forked_child_is_refused_and_does_not_close_its_parents_engine(engine: Engine) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from sglang_distguard import BuildRequest, NotEnoughMemory, _core
+from sglang_distguard import BuildRequest, NotEnoughMemory, RunnerClosed, _core
+from sglang_distguard.runner.handle import handle_of
 from sglang_distguard.testing import server_args
 
 Model = Callable[..., Path]
@@ -129,6 +131,31 @@ def test_what_exceeds_the_rest_is_refused_before_anything_is_loaded(
     dg.close(fits)
 
 
+def test_a_pool_that_is_limited_in_tokens_is_at_most_what_others_leave(
+    guard: None, model: Model
+) -> None:
+    folder = model("llama")
+    other = dg.build_runner(server_args(folder), name="other")
+    # As if it took nearly all.
+    _core.count_memory(handle_of(other), _core.measured_room("cpu", 0) - 30 * MB)
+    runner = dg.build_runner(
+        server_args(folder, mem_fraction_static=0.5, max_total_tokens=10**9), name="many"
+    )
+    taken = dg.memory(runner).weights + runner.max_total_num_tokens * cell(runner)
+    assert 30 * MB - 2 * cell(runner) <= taken <= 30 * MB
+    for it in (other, runner):
+        dg.close(it)
+
+
+def test_a_promise_ends_when_the_memory_is_free(guard: None, model: Model) -> None:
+    runner = dg.build_runner(server_args(model("gpt2")), name="forced")
+    dg.close(runner, force=True)  # a method may still run with its tensors
+    assert list(promised()) == ["forced"]
+    del runner
+    gc.collect()
+    assert promised() == {}
+
+
 def test_a_draft_is_paid_by_its_own_promise_where_its_target_has_a_pool(
     guard: None, model: Model
 ) -> None:
@@ -151,7 +178,6 @@ def test_memory_that_is_no_amount_is_refused(guard: None, model: Model, wrong: A
 def test_a_closed_runner_keeps_no_tensor_though_its_caller_keeps_it(
     guard: None, model: Model
 ) -> None:
-    import gc
     import weakref
 
     runner = dg.build_runner(server_args(model("gpt2")), name="kept")
@@ -161,5 +187,8 @@ def test_a_closed_runner_keeps_no_tensor_though_its_caller_keeps_it(
     dg.close(runner)
     gc.collect()
     assert [it() for it in tensors] == [None, None]
+    with pytest.raises(RunnerClosed, match="'kept' is closed and has no 'req_to_token_pool'"):
+        _ = runner.req_to_token_pool
+    assert not hasattr(runner, "model")
     with pytest.raises(dg.DistGuardError, match="'kept' is closed"):
         runner.forward(None)  # type: ignore[arg-type]

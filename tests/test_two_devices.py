@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -99,6 +100,22 @@ def test_a_method_computes_on_its_runners_device_and_restores_the_callers(
         assert pool.submit(use, 2).result() == 2
     assert use(0) == 0
     assert seen == [3] * 6
+
+
+def test_blocks_of_tasks_of_one_loop_change_no_device(runner: Any, devices: Devices) -> None:
+    """They end in any order: the last one to end would leave another one's device."""
+    handle_of(runner).use_device(3)
+
+    async def use() -> int:
+        with dg.activate(runner):
+            await asyncio.sleep(0)
+            return devices.current
+
+    async def both() -> list[int]:
+        return await asyncio.gather(use(), use())
+
+    assert asyncio.run(both()) == [0, 0]
+    assert devices.current == 0
 
 
 def test_without_a_device_of_its_own_a_runner_leaves_the_threads_one(

@@ -8,6 +8,7 @@ from typing import Any, Literal, final
 from sglang_distguard._core_budgets import (
     Standing,
     count_memory,
+    end_budget,
     measured_room,
     open_budget,
     promise_memory,
@@ -58,6 +59,7 @@ __all__ = [
     "current_scope",
     "default_dtype_in_force",
     "depth",
+    "end_budget",
     "forget",
     "has_joined",
     "holders",
@@ -443,9 +445,8 @@ def wake_all() -> None:
     """Wake every waiting thread, so that it looks again."""
 
 def begin_exit(grace: float) -> int:
-    """Stop other threads at their next wait or runner method; the caller ends the process.
-
-    Waits up to ``grace`` seconds for threads inside a method; returns how many are still inside.
+    """Stop other threads at their next wait or runner method, wait up to ``grace`` seconds for those
+    inside a method, and return how many still are; then the caller ends the process.
     """
 
 def snapshot() -> dict[str, Any]: ...

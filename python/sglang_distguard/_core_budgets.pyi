@@ -17,6 +17,10 @@ class Standing:
         """What its drafts or its target take, if one promise pays for all."""
 
     @property
+    def others(self) -> int:
+        """What other runners were promised, or take."""
+
+    @property
     def by_count(self) -> bool:
         """Whether what it takes is counted, and not measured: it has neighbours, or ``memory=``."""
 
@@ -38,6 +42,12 @@ def promise_memory(
 
 def count_memory(handle: RunnerHandle, taken: int, *, sized: bool = False) -> None:
     """Note what a runner's tensors take, and whether it has its pool."""
+
+def end_budget(handle: RunnerHandle) -> None:
+    """Take back what was promised to a runner whose memory has been freed.
+
+    Its handle's destructor does the same: of a runner that is closed by force, or by its manager.
+    """
 
 def standing_of(handle: RunnerHandle) -> Standing | None:
     """Return what a runner may count on; None before its device was measured."""

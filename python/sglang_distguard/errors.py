@@ -132,6 +132,10 @@ class StoreLost(DistGuardError, ConnectionError):
         return str(self.args[0]) if self.args else ""
 
 
+class RunnerClosed(DistGuardError, AttributeError):
+    """The runner is closed, and has no attributes any more. ``details``: ``runner``."""
+
+
 class NotEnoughMemory(DistGuardError, MemoryError):
     """Less of the device's memory is left than the runner asks for, or its weights take all of it.
 

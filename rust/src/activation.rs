@@ -11,7 +11,7 @@ use pyo3::types::PyTuple;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::convert;
-use crate::device::OnDevice;
+use crate::device::{self, OnDevice};
 use crate::execution::{self, Entry};
 use crate::exit;
 use crate::runner::RunnerHandle;
@@ -71,7 +71,10 @@ impl Activation {
         let actor = convert::this_actor(py, Some(handle.name_ref()))?;
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let entry = Entry::new(py, Some(&wanted))?;
-        let device = match handle.on_device(py) {
+        // Blocks of several tasks of a loop do not end in the opposite order.
+        let kept = handle.has_device() && device::is_shared(py).unwrap_or(false);
+        let device = if kept { Ok(None) } else { handle.on_device(py) };
+        let device = match device {
             Ok(device) => device,
             Err(error) => {
                 entry.leave(py)?;

@@ -12,6 +12,7 @@ pub struct Standing {
     room: u64,
     promised: u64,
     taken_beside: u64,
+    others: u64,
     by_count: bool,
 }
 
@@ -57,8 +58,17 @@ pub fn standing_of(handle: &RunnerHandle) -> Option<Standing> {
         room: it.room,
         promised: it.promised,
         taken_beside: it.taken_beside,
+        others: it.others,
         by_count: it.by_count,
     })
+}
+
+/// Takes back what was promised to the runner of `handle`, whose memory has been freed.
+#[pyfunction]
+pub fn end_budget(handle: &RunnerHandle) {
+    if handle.is_of_this_process() {
+        budgets().close(handle.id());
+    }
 }
 
 /// Notes what `device` has free, unless that is known; returns its room.

@@ -9,6 +9,14 @@ use pyo3::prelude::*;
 
 use crate::convert;
 
+/// Whether the calling thread runs an asyncio loop, whose tasks share the current device.
+pub fn is_shared(py: Python<'_>) -> PyResult<bool> {
+    let asyncio = py.import(intern!(py, "asyncio"))?;
+    Ok(!asyncio
+        .call_method0(intern!(py, "_get_running_loop"))?
+        .is_none())
+}
+
 /// A device that was made current, until `restore`.
 pub struct OnDevice {
     before: i32,

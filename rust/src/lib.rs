@@ -39,8 +39,8 @@ mod _core {
     use crate::agreement::Agreement;
     #[pymodule_export]
     use crate::budgets::{
-        count_memory, measured_room, open_budget, promise_memory, promised_memory, standing_of,
-        Standing,
+        count_memory, end_budget, measured_room, open_budget, promise_memory, promised_memory,
+        standing_of, Standing,
     };
     #[pymodule_export]
     use crate::calls::calls_inside;

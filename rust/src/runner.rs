@@ -100,6 +100,15 @@ impl RunnerHandle {
         (index >= 0).then(|| OnDevice::enter(py, index)).transpose()
     }
 
+    pub fn has_device(&self) -> bool {
+        self.device.load(Ordering::Relaxed) >= 0
+    }
+
+    /// Whether it was built by this process, and not by one that has forked this one.
+    pub fn is_of_this_process(&self) -> bool {
+        self.forks == forks()
+    }
+
     pub fn has_ranks(&self) -> bool {
         self.ranks
     }
@@ -188,7 +197,6 @@ impl RunnerHandle {
                 calls().end(self.id);
             }
             scopes().with(|ledger| ledger.unbind(self.scope_id, self.id));
-            budgets().close(self.id);
         }
         true
     }
@@ -476,8 +484,11 @@ impl RunnerHandle {
 impl Drop for RunnerHandle {
     fn drop(&mut self) {
         self.release();
-        if self.is_managers() && self.forks == forks() {
-            calls().forget(self.id);
+        if self.forks == forks() {
+            budgets().close(self.id);
+            if self.is_managers() {
+                calls().forget(self.id);
+            }
         }
     }
 }

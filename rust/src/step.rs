@@ -216,7 +216,12 @@ impl Step {
         // Before the phase lets others in.
         let ended = held.ordered.map_or(Ok(()), |(stream, before)| {
             let name = intern!(py, "end");
-            stream.call_method1(py, name, (before,)).map(drop)
+            let ended = stream.call_method1(py, name, (&before,));
+            if ended.is_err() {
+                // Ctrl-C: without this the next step would overwrite what this one's kernels read.
+                let _ = stream.call_method1(py, name, (&before,));
+            }
+            ended.map(drop)
         });
         let restored = held.device.map_or(Ok(()), |it| it.restore(py));
         let left = held.entry.leave(py).and(restored);

@@ -104,7 +104,7 @@ def _close(resident: Resident, timeout: Optional[float], *, force: bool) -> bool
         closed = _close_runner(handle, timeout, force=force)
         if closed and not force:  # else a method may still run
             clear_closed(resident)
-            give_back()
+            give_back(timeout)
         return closed
     if handle.closed:
         return False

@@ -100,10 +100,13 @@ class Part:
                 self.error = error
         finally:
             manager, self.manager, self._args = self.manager, None, None
-            if manager is not None:
-                close(manager)
-                forget(manager)
-                give_back()
+            try:
+                if manager is not None:
+                    close(manager)
+                    forget(manager)
+                    give_back()
+            except BaseException as error:  # callers wait for what follows
+                self.error = self.error or error
             if not self.ready.done():
                 told = RuntimeError(f"{self.name} was closed while it started")
                 self.ready.set_exception(self.error or told)

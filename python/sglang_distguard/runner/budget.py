@@ -34,14 +34,22 @@ from sglang_distguard.sync.phases import in_phase
 
 #: SGLang's unit: it reads free memory as a float of so many bytes.
 _GIB = 1 << 30
-#: The runner that is being sized. It is not kept alive: threads that are started inherit the value.
-_sized: ContextVar[Optional[weakref.ref[Any]]] = ContextVar("sglang_distguard.sized", default=None)
+#: The runner that is being sized, and whether others' promises limit it. It is not kept alive: threads
+#: that are started inherit the value.
+_sized: ContextVar[tuple[Optional[weakref.ref[Any]], bool]] = ContextVar(
+    "sglang_distguard.sized", default=(None, False)
+)
 
 
 @contextmanager
-def sizing(runner: Any) -> Iterator[None]:
-    """Let SGLang read, in the with block, what its device has free for ``runner``."""
-    token = _sized.set(weakref.ref(runner))
+def sizing(runner: Any, *, is_limited: bool = True) -> Iterator[None]:
+    """Let SGLang read, in the with block, what its device has free for ``runner``.
+
+    Args:
+        runner: that is being built.
+        is_limited: whether what others were promised limits a runner that was promised nothing.
+    """
+    token = _sized.set((weakref.ref(runner), is_limited))
     try:
         yield
     finally:
@@ -59,7 +67,7 @@ def free_for_runner(
         reduce: makes the least of all ranks of it, where SGLang asks for that.
     """
     measured = read()
-    reference = _sized.get()
+    reference, is_limited = _sized.get()
     runner = None if reference is None else reference()
     if runner is None or (device, gpu_id) != (runner.device, runner.gpu_id):
         return reduce(measured)
@@ -68,7 +76,12 @@ def free_for_runner(
     if handle is None or standing is None or not standing.by_count:
         return reduce(measured)
     taken = _count(runner, handle) + standing.taken_beside
-    return reduce(max(standing.room - taken, 0) / _GIB)
+    free = standing.room - taken
+    if is_limited and not standing.promised:
+        # SGLang keeps 1 - mem_fraction_static of the room free; a pool is at most what others leave.
+        kept = int(standing.room * (1 - generation.current().memory_fraction()))
+        free = min(free, free - standing.others + kept)
+    return reduce(max(free, 0) / _GIB)
 
 
 def measure(runner: Any, read: Callable[[], Any]) -> None:
@@ -86,7 +99,7 @@ def measure(runner: Any, read: Callable[[], Any]) -> None:
         read()
         return
     known = _core.open_budget(handle, _name(runner))
-    with sizing(runner):
+    with sizing(runner, is_limited=False):
         read()
     found = int(runner.pre_model_load_memory * _GIB)
     room = _core.measured_room(_name(runner), found)
@@ -104,8 +117,9 @@ def _promise(runner: Any, handle: _core.RunnerHandle, room: int) -> None:
         said = f"memory={wish!r}"
         seeming = int(asked / fraction)
     else:
-        # SGLang takes less of a pool that is limited in tokens. How much is known once it is there.
-        limited = runner.server_args.max_total_tokens is not None
+        # SGLang takes less of a pool that is limited in tokens, as a draft's is by its target's. How
+        # much is known once it is there.
+        limited = runner.server_args.max_total_tokens is not None or runner.is_draft_worker
         asked = 0 if limited else int(room * fraction)
         said = f"mem_fraction_static={fraction:g} of {_shown(room)}"
         seeming = None
@@ -113,6 +127,8 @@ def _promise(runner: Any, handle: _core.RunnerHandle, room: int) -> None:
     in_company = standing is not None and standing.by_count
     free = _free(runner) if in_company and asked else None
     refused = _core.promise_memory(handle, asked, free=free, room=seeming)
+    if refused is not None and gc.collect():  # a runner that was closed by force or by its manager
+        refused = _core.promise_memory(handle, asked, free=free, room=seeming)
     if refused is not None:
         raise _refusal(runner, handle, asked, said, fraction, refused)
     if seeming is not None:
@@ -155,16 +171,19 @@ def settle(runner: Any) -> None:
         _count(runner, handle, sized=True)
 
 
-def give_back() -> None:
+def give_back(timeout: Optional[float] = None) -> None:
     """Give memory that objects had which were dropped back to the GPUs; torch would keep it.
 
     No other runner captures meanwhile: memory may not be freed then. Where that cannot be had in
-    time, torch keeps it.
+    time, torch keeps it, and so it does where a kernel has failed and the GPU is lost.
+
+    Args:
+        timeout: seconds to wait for captures; default: the setting in force.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
-    with suppress(DistGuardError), in_phase("load"):
+    with suppress(DistGuardError, RuntimeError), in_phase("load", timeout=timeout):
         gc.collect()  # modules refer to each other
         torch.cuda.empty_cache()
 

@@ -19,6 +19,7 @@ from sglang_distguard.distributed.keys import GROUPS, PROCESS, WORLD, experts_ke
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import (
     DistGuardError,
+    RunnerClosed,
 )
 from sglang_distguard.runner.collective_steps import may_overlap
 from sglang_distguard.runner.import_errors import drop_tracebacks
@@ -124,14 +125,41 @@ def release_failed(runner: Any) -> None:
     if handle is not None:
         release(handle)
     vars(runner).clear()
+    if handle is not None:
+        _core.end_budget(handle)
 
 
 def clear_closed(resident: Any) -> None:
-    """Clear the attributes of a closed runner or manager, which keep memory; it is still known."""
+    """Clear the attributes of a closed runner or manager, which keep memory.
+
+    It is still known as closed, also to a thread that calls a method or reads an attribute meanwhile.
+    What was promised to it, or to the runners of the manager, may be promised to others from then on.
+    """
     handle = find_handle(resident)
+    if handle is not None and handle.manager is None:
+        resident.__class__ = _closed_form(type(resident))
     fields = vars(resident)
-    fields.clear()
-    fields[_ATTRIBUTE] = handle
+    for name in [it for it in fields if it != _ATTRIBUTE]:
+        fields.pop(name, None)
+    if handle is not None:
+        for it in (handle, *handle.runners):
+            _core.end_budget(it)
+
+
+def _closed_form(kind: type) -> type:
+    """A subclass of ``kind`` whose objects say that they are closed where an attribute is missing."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        handle = find_handle(self)
+        named = "" if handle is None else f" '{handle.name}'"
+        raise RunnerClosed(
+            f"the {kind.__name__}{named} is closed and has no {name!r} any more; read what is needed of "
+            "it before close()",
+            runner=None if handle is None else handle.name,
+        )
+
+    fields = {"__getattr__": __getattr__, "__module__": kind.__module__, "__slots__": ()}
+    return type(kind.__name__, (kind,), fields)
 
 
 def mark_as_of(runner: Any, part: Any) -> None:

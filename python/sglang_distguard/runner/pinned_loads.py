@@ -196,20 +196,26 @@ def weights_of(
     waiting = deque(paths)
     coming: deque[Future[Optional[MappedFile]]] = deque()
     held: deque[MappedFile] = deque()
+    releasing: Optional[Future[None]] = None
     try:
         for path in paths:
+            if releasing is not None:  # otherwise more files would be registered
+                releasing.result()
             while waiting and len(coming) <= AHEAD:
                 coming.append(pool.submit(_acquired, files, waiting.popleft(), device, timeout))
-            file = coming.popleft().result()
+            # An interrupt at any point leaves it in one of the two, for the end of the load.
+            file = coming[0].result()
             if file is not None:
                 held.append(file)
+            coming.popleft()
             yield from _weights(path, file, sorts=sorts)
             after_each()
             if len(held) > KEPT:
-                pool.submit(_released, files, held.popleft(), device)
+                releasing = pool.submit(_released, files, held.popleft(), device)
     finally:
         for future in coming:
-            if not future.cancel() and (file := future.result()) is not None:
+            file = None if future.cancel() else future.result()
+            if file is not None and not any(it is file for it in held):
                 held.append(file)
         # Before the load ends, because unregistering may not meet a capture of graphs.
         for file in held:

@@ -92,6 +92,8 @@ pub struct Standing {
     pub promised: u64,
     /// What the other runners take that the same promise pays for.
     pub taken_beside: u64,
+    /// What was promised to runners for which the same promise does not pay, or what they take.
+    pub others: u64,
     /// Whether what it takes is to be counted: it has a room of its own, or another runner, for which
     /// its promise does not pay, was on the device since it came.
     pub by_count: bool,
@@ -213,6 +215,9 @@ impl Budgets {
         let beside = device.accounts.iter();
         let beside = beside.filter(|it| it.payer == payer && it.runner != runner);
         let taken_beside = beside.map(|it| it.taken).sum();
+        let others = device.accounts.iter();
+        let others = others.filter(|it| it.payer != payer && it.payer == it.runner);
+        let others = others.map(|it| device.cost(it.runner)).sum();
         let room = device.room;
         let of_payer = device.account(payer).map(|it| (it.room, it.in_company));
         let (own_room, in_company) = of_payer.unwrap_or((None, true));
@@ -221,6 +226,7 @@ impl Budgets {
             room: own_room.or(room)?,
             promised: account.promised,
             taken_beside,
+            others,
             by_count: own_room.is_some() || account.in_company || in_company,
         })
     }
@@ -325,12 +331,16 @@ mod tests {
         assert_eq!(budgets.promise(B, 1000, None, None), Ok(()));
         budgets.count(B, 5);
         let standing = budgets.standing(A).unwrap();
-        assert_eq!((standing.room, standing.taken_beside), (80, 5));
+        assert_eq!(
+            (standing.room, standing.taken_beside, standing.others),
+            (80, 5, 0)
+        );
         assert!(standing.by_count); // it has a room of its own
         assert_eq!(budgets.standing(B).unwrap().room, 80);
         assert_eq!(budgets.promised("cuda:0"), [("r1".to_owned(), 60)]);
         budgets.sized(A);
         opened(&budgets, C, Some(A));
+        assert_eq!(budgets.standing(C).unwrap().others, 60);
         assert_eq!(budgets.promise(C, 41, None, None).unwrap_err().left(), 40);
         assert!(budgets.standing(A).unwrap().by_count);
         budgets.close(A); // its draft stays
