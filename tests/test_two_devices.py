@@ -112,7 +112,7 @@ def test_blocks_of_tasks_of_one_loop_change_no_device(runner: Any, devices: Devi
             return devices.current
 
     async def both() -> list[int]:
-        return await asyncio.gather(use(), use())
+        return list(await asyncio.gather(use(), use()))
 
     assert asyncio.run(both()) == [0, 0]
     assert devices.current == 0
