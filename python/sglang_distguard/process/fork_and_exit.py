@@ -10,6 +10,7 @@ from sglang_distguard.distributed import coordinators
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.distributed.ranks.log import opened
 from sglang_distguard.process import installation
+from sglang_distguard.runner import pinned_loads, streams
 
 #: Seconds that the exit waits for daemon threads in a runner's method or reading a shared log.
 EXIT_GRACE = 5.0
@@ -22,6 +23,8 @@ def _in_child() -> None:
     in it, and gloo's sockets are the parent's. So world and groups are registered as inherited.
     """
     _core.start_afresh()
+    pinned_loads.FILES.start_afresh()
+    streams.start_afresh()
     installation.after_fork_in_child()
     for key, group in coordinators.identities().items():
         if group is not None:

@@ -169,6 +169,10 @@ class MappedFiles:
         self._register = register
         self._unregister = unregister
         self._most_bytes = most_bytes
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Forget all files: in a forked child they are its parent's, whose lock may be held."""
         self._lock = threading.Lock()
         self._files: dict[Identity, MappedFile] = {}
         self._bytes = 0

@@ -40,6 +40,14 @@ if TYPE_CHECKING:
 #: are of priority 0 (0.5.23): none of them is ever a runner's.
 _PRIORITY = -1
 _lock = threading.Lock()
+
+
+def start_afresh() -> None:
+    """Renew the lock in a forked child: it may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
 #: Device -> streams of closed runners. cuBLAS keeps a workspace for each stream that it has seen.
 _free: dict[int, list[Any]] = {}
 
