@@ -204,9 +204,8 @@ def _alloc_memory_pool(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def alloc_memory_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
         with step_of(self):
-            with budget.sizing(self):
+            with budget.pooling(self):
                 result = original(self, *args, **kwargs)
-            budget.settle(self)
             mark_as_of(self, getattr(self, "req_to_token_pool", None))
         return result
 
@@ -251,11 +250,8 @@ def _post_capture_resize_kv_pool(original: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(original)
     def post_capture_resize_kv_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with step_of(self):
-            with budget.sizing(self):
-                result = original(self, *args, **kwargs)
-            budget.settle(self)
-        return result
+        with step_of(self), budget.pooling(self):
+            return original(self, *args, **kwargs)
 
     return post_capture_resize_kv_pool
 

@@ -164,8 +164,11 @@ def check_weights(runner: Any) -> None:
     )
 
 
-def settle(runner: Any) -> None:
-    """Note that ``runner`` has its pool, and what it takes with that."""
+@contextmanager
+def pooling(runner: Any) -> Iterator[None]:
+    """Let SGLang size the pool of ``runner`` in the with block; note then what it takes with that."""
+    with sizing(runner):
+        yield
     handle = find_handle(runner)
     if handle is not None and _core.standing_of(handle) is not None:
         _count(runner, handle, sized=True)
