@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from gpu import leave_out_what_torch_lacks
+from gpu_loads import configuration, folder_of, make
 
 MIB, GB = 2**20, 10**9
 #: Of the card, for each of four runners.
@@ -36,66 +37,6 @@ LIMIT = 280.0
 
 def say(*words: Any) -> None:
     print(*words, flush=True)
-
-
-def make_big(models: Path, gigabytes: float) -> Path:
-    """Write an OPT of about this size, in shards, with weights made on the card."""
-    import torch
-    from safetensors.torch import save_file
-    from sglang_distguard.testing import create_model
-    from transformers import OPTConfig, OPTForCausalLM
-
-    hidden = 4096
-    layers = max(1, round(gigabytes * GB / (12 * hidden * hidden * 2)))
-    folder = models / f"opt-big-{layers}"
-    if (folder / "done").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((create_model("opt", models) / "config.json").read_text())
-    config.update(
-        hidden_size=hidden,
-        word_embed_proj_dim=hidden,
-        ffn_dim=4 * hidden,
-        num_attention_heads=32,
-        num_hidden_layers=layers,
-        dtype="bfloat16",
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(it.shape)
-            for name, it in OPTForCausalLM(OPTConfig(**config)).state_dict().items()
-        }
-    shapes.pop("lm_head.weight", None)  # tied
-    source = torch.Generator(device="cuda").manual_seed(1)
-    shard: dict[str, Any] = {}
-    found: dict[str, str] = {}
-    total = size = number = 0
-
-    def write() -> None:
-        nonlocal shard, size, number
-        number += 1
-        file = f"model-{number:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        found.update(dict.fromkeys(shard, file))
-        shard, size = {}, 0
-
-    for name, shape in shapes.items():
-        if name.endswith("norm.weight"):
-            shard[name] = torch.ones(shape, dtype=torch.bfloat16)
-        else:
-            made = torch.randn(shape, generator=source, device="cuda") * 0.02
-            shard[name] = made.to(torch.bfloat16).cpu()
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size > 3 * GB:
-            write()
-    write()
-    index = {"metadata": {"total_size": total}, "weight_map": found}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "done").touch()
-    torch.cuda.empty_cache()
-    return folder
 
 
 def settings(folder: Path, fraction: float, **others: Any) -> Any:
@@ -400,7 +341,8 @@ def main() -> int:
         return guarded(options.models, options.folder, options.folder, sections)
     begun = time.perf_counter()
     say(torch.cuda.get_device_name(0), "torch", torch.__version__)
-    folder = make_big(options.models, options.gigabytes)
+    folder = folder_of(options.models, 0, options.gigabytes)
+    make(folder, configuration(options.gigabytes), 0)
     size = sum(it.stat().st_size for it in folder.glob("*.safetensors"))
     say(f"a model of {size / GB:.2f} GB after {time.perf_counter() - begun:.0f} s")
     failed = 0

@@ -191,7 +191,7 @@ impl RunnerHandle {
             return false;
         }
         // A forked child's registry is not the one that gave the leases.
-        if self.forks == forks() {
+        if self.is_of_this_process() {
             self.release_leases();
             if self.is_managers() {
                 calls().end(self.id);
@@ -318,14 +318,14 @@ impl RunnerHandle {
     pub fn check(&self, py: Python<'_>) -> PyResult<()> {
         // Read first: a change during the check of the leases is noticed by the next check.
         let epoch = registry().slots_epoch();
-        let mine = self.forks == forks() && !self.closed();
+        let mine = self.is_of_this_process() && !self.closed();
         if mine && self.good_at.load(Ordering::Acquire) == epoch {
             return Ok(());
         }
-        if self.forks == forks() && self.closed() {
+        if self.is_of_this_process() && self.closed() {
             return Err(self.closed_error(py));
         }
-        if self.forks == forks() {
+        if self.is_of_this_process() {
             let good = registry().check_leases(&self.leases());
             good.map_err(|error| to_python(py, &error))?;
             self.good_at.store(epoch, Ordering::Release);
@@ -484,7 +484,7 @@ impl RunnerHandle {
 impl Drop for RunnerHandle {
     fn drop(&mut self) {
         self.release();
-        if self.forks == forks() {
+        if self.is_of_this_process() {
             budgets().close(self.id);
             if self.is_managers() {
                 calls().forget(self.id);
