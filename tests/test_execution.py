@@ -16,9 +16,9 @@ import pytest
 import sglang_distguard as dg
 from runner_calls import in_thread
 from sglang_distguard import _core
+from sglang_distguard.config.ports import free_port
 from sglang_distguard.testing import bit_equal, fleet, server_args, steps
 from sglang_distguard.testing.fleet import Member
-from sglang_distguard.testing.recipe import free_port
 
 Model = Callable[..., Path]
 FLEET = [("llama", "float32"), ("qwen3_moe", "bfloat16"), ("gpt2", "float32")]

@@ -14,6 +14,7 @@ from sglang_distguard.api.validation import check, check_ranks
 from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag, check_whole, shown
 from sglang_distguard.config.naming import name_of_model
+from sglang_distguard.config.ports import free_port
 from sglang_distguard.context import generation
 from sglang_distguard.context.current_device import keeping_current
 from sglang_distguard.distributed.coordinators import default_process_group
@@ -303,7 +304,7 @@ def _initialise(server_args: ServerArgs, gpu_id: int, nccl_port: Optional[int]) 
         bootstrap.init_parallel_runtime(
             server_args=server_args,
             device=configuration.device(),
-            dist_port=nccl_port or _free_port(),
+            dist_port=nccl_port or free_port(),
         )
         bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(server_args))
     except BaseException:
@@ -355,11 +356,3 @@ def _construct(
         release_failed(runner)
         raise
     return runner
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

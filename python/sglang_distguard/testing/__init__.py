@@ -4,8 +4,9 @@ Use it for your own, too. It needs sglang. On a machine without CUDA, sglang's o
 sgl_kernel.
 """
 
+from sglang_distguard.config.ports import free_port
 from sglang_distguard.testing.models import ARCHITECTURES, create_model
-from sglang_distguard.testing.recipe import free_port, prepare_environment, server_args
+from sglang_distguard.testing.recipe import prepare_environment, server_args
 from sglang_distguard.testing.reference import bit_equal, huggingface, max_abs_error
 from sglang_distguard.testing.solo import solo, solo_many
 from sglang_distguard.testing.steps import PROMPTS, Generation, build, generate

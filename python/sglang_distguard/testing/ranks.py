@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_distguard.config.ports import free_port
 from sglang_distguard.testing.children import end_with_parent, fork
-from sglang_distguard.testing.recipe import free_port, prepare_environment
+from sglang_distguard.testing.recipe import prepare_environment
 
 _MODULE = "sglang_distguard.testing.ranks"
 _READY = "ready"

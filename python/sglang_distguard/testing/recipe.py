@@ -6,7 +6,6 @@ import importlib
 import itertools
 import logging
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -131,10 +130,3 @@ def settings(dtype: str = "float32") -> dict[str, Any]:
         "random_seed": 0,
         "log_level": "error",
     }
-
-
-def free_port() -> int:
-    """A TCP port of this machine that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

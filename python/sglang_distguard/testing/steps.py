@@ -10,8 +10,8 @@ from itertools import zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast
 
+from sglang_distguard.config.ports import free_port
 from sglang_distguard.context import generation
-from sglang_distguard.testing.recipe import free_port
 
 if TYPE_CHECKING:
     import torch
