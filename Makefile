@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-others test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -50,14 +50,14 @@ load: setup ## wrk asks both models of such a server at once (a minute); needs w
 
 test: test-rust test-python ## the tests of Rust and Python, with real SGLang
 
-test-all: test test-models test-audit test-ranks test-exhaustive ## every test; CI runs this
+test-all: test test-models test-others ## every test; CI runs this
 
 test-rust: setup
 	@echo "test: Rust core"
 	@cargo test -q -p distguard-core
 
 # xdist's own order would begin the longest files last.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
@@ -65,10 +65,12 @@ test-python: setup
 test-audit: ## the tests of the audit
 test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
-test-exhaustive: PYTEST += --dist load
-test-audit test-ranks test-exhaustive: setup
-	@echo "test: $(@:test-%=%)"
-	@$(PYTEST) -m "$(@:test-%=%) and not slow"
+test-others: ## those of the last three, in one session
+test-others: KINDS := audit or ranks or exhaustive
+test-audit test-ranks test-exhaustive test-others: KINDS ?= $(@:test-%=%)
+test-audit test-ranks test-exhaustive test-others: setup
+	@echo "test: $(KINDS)"
+	@$(PYTEST) -m "($(KINDS)) and not slow"
 
 # Builds of their own: the model checkers replace the locks. `make verify` has the long form.
 loom shuttle:

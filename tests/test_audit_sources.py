@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from audit_texts import ELSEWHERE, TEXT
 from sglang_distguard.audit import sources
@@ -24,6 +26,23 @@ def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals(
         (here, "Kept.seen", "Kept.clear", True),
     }
     assert sources.read("sglang.made_up", TEXT).declared == {"state"}
+
+
+def test_what_an_earlier_process_found_in_a_text_is_used_until_the_text_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> sources.Source:
+        return sources.source_of.__wrapped__("sglang.made_up", str(file))
+
+    file = tmp_path / "made_up.py"
+    file.write_text(TEXT)
+    assert found() == sources.read("sglang.made_up", TEXT)
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "read", None)
+        assert found().declared == {"state"}
+    file.write_text(TEXT.replace("global state", "global state, other"))
+    assert found() == sources.read("sglang.made_up", file.read_text())
+    assert found().declared == {"state", "other"}
 
 
 WAYS = """

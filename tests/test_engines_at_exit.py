@@ -80,11 +80,17 @@ def test_engines_that_are_left_open_are_closed_when_the_program_ends(folder: str
             try:
                 for _ in busy.generate(input_ids=[1, 2], sampling_params=LONG, stream=True):
                     begun.set()
-                    slow.wait(0.05)
             except dg.EngineClosed as error:
                 os.write(1, b"EngineClosed\\n")
 
-        begun, slow, busy = threading.Event(), threading.Event(), opened("busy", "gpt2")
+        begun, never, busy = threading.Event(), threading.Event(), opened("busy", "gpt2")
+        scheduler = busy._begun[0].manager
+
+        def slow(*arguments, batch=scheduler.run_batch):
+            never.wait(0.25)  # so that the request would take 50 s
+            return batch(*arguments)
+
+        scheduler.run_batch = slow
         threading.Thread(target=wait_for_the_rest).start()
         assert begun.wait(200)
         """,

@@ -102,27 +102,31 @@ def _variable(name: str) -> Key:
 
 def _context_variables() -> Iterator[tuple[Key, Any]]:
     """The context of the code that observes, without the guard's own variables."""
-    for variable, value in contextvars.copy_context().items():
-        if not variable.name.startswith("sglang_distguard"):
-            yield _home(variable), value
+    found = {
+        variable: value
+        for variable, value in contextvars.copy_context().items()
+        if not variable.name.startswith("sglang_distguard")
+    }
+    if not found.keys() <= _homes.keys():
+        _find_homes()
+    for variable, value in found.items():
+        named = variable.name.partition("[")[0].rpartition(".")  # torch 2.14: module.name[number]
+        yield _homes.setdefault(variable, (named[0] or "contextvars", named[2])), value
 
 
+#: Key of a context variable: the module that has it, also in a configuration of torch's.
 _homes: dict[contextvars.ContextVar[Any], Key] = {}
 
 
-def _home(variable: contextvars.ContextVar[Any]) -> Key:
-    """Key of a context variable: the module that has it, also in a configuration of torch's."""
-    if variable not in _homes:
-        for name, module in list(sys.modules.items()):
-            found = vars(module).items() if isinstance(module, types.ModuleType) else ()
-            _homes.update(
-                {it: (name, key) for key, it in list(found) if type(it) is contextvars.ContextVar}
-            )
-            for key, entry in dict(found).get("_config", {}).items() if _is_config(module) else ():
-                _homes[entry.user_override] = name, key
-        named = variable.name.partition("[")[0].rpartition(".")  # torch 2.14: module.name[number]
-        _homes.setdefault(variable, (named[0] or "contextvars", named[2]))
-    return _homes[variable]
+def _find_homes() -> None:
+    """Note the context variables of all modules."""
+    for name, module in list(sys.modules.items()):
+        found = dict(vars(module)) if isinstance(module, types.ModuleType) else {}
+        _homes.update(
+            {it: (name, key) for key, it in found.items() if type(it) is contextvars.ContextVar}
+        )
+        for key, entry in found.get("_config", {}).items() if _is_config(module) else ():
+            _homes[entry.user_override] = name, key
 
 
 def _is_config(module: Any) -> bool:

@@ -8,9 +8,10 @@ import gc
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
+from sglang_distguard.audit import statements
 from sglang_distguard.audit.statements import (
     FIELDS,
     MODULE,
@@ -20,6 +21,7 @@ from sglang_distguard.audit.statements import (
     is_name,
     written_by,
 )
+from sglang_distguard.patching.code_cache import kept
 
 #: Bare name -> (module, name) it was imported from; name "" for a module.
 _Names = dict[str, tuple[str, str]]
@@ -81,10 +83,25 @@ class Source:
 
 @functools.cache
 def source_of(module: str, file: str) -> Source:
-    """Read the text of ``module`` in ``file``, which must not change afterwards."""
+    """Read the text of ``module`` in ``file``, which must not change afterwards.
+
+    Half a minute for all of SGLang 0.5.23, so what was found is kept for later processes.
+    """
     text = Path(file).read_text(encoding="utf-8")
-    with uncollected():
-        return read(module, text)
+
+    def found() -> tuple[object, ...]:
+        with uncollected():
+            source = read(module, text)
+        return tuple(map(astuple, source.writes)), source.declared, source.moments
+
+    writes, declared, moments = kept(("source", _readers(), module, text), found)
+    return Source(tuple(Write(*it) for it in writes), declared, moments)
+
+
+@functools.cache
+def _readers() -> tuple[str, ...]:
+    """The code that reads: what another version of it found is not used."""
+    return tuple(Path(it).read_text(encoding="utf-8") for it in (__file__, statements.__file__))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Cache code compiled from SGLang's text between processes, as Python caches .pyc files.
+"""Cache what is made from SGLang's text between processes, as Python caches .pyc files.
 
-There is one file per rewritten module. Its name is a digest of everything that it was made from:
-text, file name, Python and this package's own code. A file is written whole or not at all. A file
+There is one file per module and kind: rewritten code, its outline, what the audit finds in it. Its
+name is a digest of everything that it was made from: text, file name, Python and this package's own
+code. A file is written whole or not at all. A file
 that does not match, or is damaged, is made again. A folder that other users may write to is not
 used, because its content is run as code.
 """
