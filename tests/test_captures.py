@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from conftest import CACHE
+from references import reference
 from registry_calls import in_line, inside, run_in_threads, until
 from sglang_distguard import _core
 from sglang_distguard.distributed import world
@@ -20,7 +20,7 @@ from sglang_distguard.errors import DeadlockError, NotSupported
 from sglang_distguard.hooks import generation_0_5_21, graph_captures, versions
 from sglang_distguard.runner.handle import handle_of
 from sglang_distguard.sync.phases import in_phase
-from sglang_distguard.testing import bit_equal, generate, server_args, solo
+from sglang_distguard.testing import bit_equal, generate, server_args
 
 Model = Callable[[str], Path]
 
@@ -115,7 +115,7 @@ def test_forwards_wait_for_the_graphs_that_a_draft_worker_captures_by_itself(
 ) -> None:
     """0.5.23: the worker, not a ModelRunner, makes `EAGLEDraftCudaGraphRunner` and similar ones."""
     assert capture_beside_a_forward(*two) == ["capture", "forward"]
-    expected = solo(model("gpt2"), "float32", cache_dir=CACHE / "solo").logits
+    expected = reference(model("gpt2")).logits
     for runner in two:
         assert bit_equal(generate(runner, activate=sglang_distguard.activate).logits, expected)
     assert inside() == []

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CACHE
 from engine_calls import write_tokenizer
+from references import reference
 from sglang_distguard import Engine, EngineClosed, EngineFailed, NotSupported, _core
 from sglang_distguard.engines import launch, parts
-from sglang_distguard.testing import server_args, solo
+from sglang_distguard.testing import server_args
 from sglang_distguard.testing.steps import PROMPTS
 
 Model = Callable[..., Path]
@@ -50,7 +50,7 @@ def engine(guard: None, model: Model) -> Iterator[Engine]:
 @pytest.fixture
 def alone(model: Model) -> Callable[[str, str], list[list[int]]]:
     def tokens(architecture: str, dtype: str) -> list[list[int]]:
-        return solo(model(architecture), dtype, cache_dir=CACHE / "solo").tokens
+        return reference(model(architecture), dtype).tokens
 
     return tokens
 
@@ -173,7 +173,7 @@ def test_new_weights_are_those_of_the_next_answer(engine: Engine, model: Model) 
     before = engine.get_weights_by_name("lm_head.weight", truncate_size=2)
     assert engine.update_weights_from_disk(str(other))[0]
     assert engine.get_weights_by_name("lm_head.weight", truncate_size=2) != before
-    assert asked(engine) == solo(other, "float32", cache_dir=CACHE / "solo").tokens
+    assert asked(engine) == reference(other).tokens
 
 
 def test_settings_that_need_further_processes_are_refused_by_name(

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import CACHE
 from engine_calls import checkpoint, opened, tokens
 from interpreters import Forked
+from references import reference
 from sglang_distguard import Engine
-from sglang_distguard.testing import free_port, solo
+from sglang_distguard.testing import free_port
 from sglang_distguard.testing.updates import weights_of
 
 #: Name of both engines' groups, and SGLang's default.
@@ -67,7 +67,7 @@ def test_two_engines_get_weights_at_once_through_groups_of_one_name(engines: lis
     folders = [checkpoint("llama", seed=1), checkpoint("qwen3_moe", seed=1)]
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(trained, engines, folders))
-    assert found == [solo(it, "float32", cache_dir=CACHE / "solo").tokens for it in folders]
+    assert found == [reference(it).tokens for it in folders]
     one, other = engines
     refused = one.init_weights_update_group(
         "127.0.0.1", free_port(), 0, 1, group_name=GROUP, backend="gloo"

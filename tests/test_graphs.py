@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from conftest import CACHE, CLOSE
+from conftest import CLOSE
 from interpreters import Has, run_well
+from references import reference
 from registry_calls import run_in_threads
-from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args, solo
+from sglang_distguard.testing import bit_equal, generate, max_abs_error, server_args
 from sglang_distguard.testing.graphs import CPU_GRAPHS, allow_cpu_graphs
 
 Model = Callable[[str], Path]
@@ -65,8 +66,8 @@ def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_
     call = f"main({str(captured)!r}, {str(tmp_path / 'alone')!r})\n"
     run_well("from graph_programs import main\n", call, has=Has.SGLANG)
     alone = torch.load(tmp_path / "alone")
-    eager = solo(captured, "float32", cache_dir=CACHE / "solo").logits
-    expected = solo(bystander, "float32", cache_dir=CACHE / "solo").logits
+    eager = reference(captured).logits
+    expected = reference(bystander).logits
 
     capturing: set[int] = set()
     met: list[str] = []
@@ -124,8 +125,8 @@ def test_graphs_captured_beside_forwards_are_right_then_and_when_all_compute_at_
 
     monkeypatch.setattr(CPUGraphRunner, "execute", counted)
     made = all_at_once([*built.values(), third], ROUNDS)
-    for logits, reference in zip(made, (alone, alone, expected), strict=True):
-        assert [bit_equal(it, reference) for it in logits] == [True] * ROUNDS
+    for logits, bits in zip(made, (alone, alone, expected), strict=True):
+        assert [bit_equal(it, bits) for it in logits] == [True] * ROUNDS
     assert all(count >= ROUNDS for count in replays.values())
     for runner in (third, *built.values()):
         sglang_distguard.close(runner)
@@ -143,7 +144,7 @@ def test_weight_updates_that_capture_graphs_anew_begin_in_the_capture_phase(
     monkeypatch.setattr(weight_updater, "current_platform", platform)
     monkeypatch.setattr(model_runner, "_captures", lambda: True)
     path = model("gpt2")
-    expected = solo(path, "float32", cache_dir=CACHE / "solo").logits
+    expected = reference(path).logits
     runners: dict[str, Any] = {
         name: sglang_distguard.build_runner(server_args(path), name=name) for name in ("one", "two")
     }

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CACHE
+from references import reference
 from sglang_distguard import Pool, StateInUse, UnknownEngine, _core
-from sglang_distguard.testing import server_args, solo
+from sglang_distguard.testing import server_args
 from test_engines import MANY, asked
 
 Model = Callable[..., Path]
@@ -23,7 +23,7 @@ def arguments(model: Model, architecture: str, dtype: str = "float32") -> dict[s
 
 
 def alone(model: Model, architecture: str, dtype: str = "float32") -> list[list[int]]:
-    return solo(model(architecture), dtype, cache_dir=CACHE / "solo").tokens
+    return reference(model(architecture), dtype).tokens
 
 
 @pytest.fixture

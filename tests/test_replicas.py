@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CACHE
+from references import reference
 from sglang_distguard import (
     Engine,
     EngineClosed,
@@ -22,7 +22,7 @@ from sglang_distguard import (
     snapshot,
 )
 from sglang_distguard.runner import weights
-from sglang_distguard.testing import server_args, solo
+from sglang_distguard.testing import server_args
 from sglang_distguard.testing.steps import PROMPTS
 from test_engines import GREEDY, LONG, MANY, asked
 
@@ -35,7 +35,7 @@ def arguments(model: Model, architecture: str = "llama", **settings: Any) -> dic
 
 
 def alone(model: Model, architecture: str = "llama", seed: int = 0) -> list[list[int]]:
-    return solo(model(architecture, seed), "float32", cache_dir=CACHE / "solo").tokens
+    return reference(model(architecture, seed)).tokens
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from conftest import CACHE
+from references import reference
 from registry_calls import until
 from runner_calls import Blocked, logits, steps_in_line, thread
-from sglang_distguard.testing import bit_equal, generate, server_args, solo
+from sglang_distguard.testing import bit_equal, generate, server_args
 from sglang_distguard.testing.updates import weights_of
 
 Model = Callable[..., Path]
@@ -63,7 +63,7 @@ def test_runners_that_share_weights_compute_at_once_what_each_computes_alone(
     guard: None, model: Model, architecture: str, dtype: str
 ) -> None:
     folder = model(architecture)
-    alone = solo(folder, dtype, cache_dir=CACHE / "solo")
+    alone = reference(folder, dtype)
     one = dg.build_runner(server_args(folder, dtype=dtype), name="one")
     before, plain = in_process(), dg.memory(one)
     two = dg.build_runner(server_args(folder, dtype=dtype), name="two", share_weights_with=one)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import sglang_distguard
-from conftest import CACHE
+from references import reference
 from sglang_distguard.audit.values import is_cache
 from sglang_distguard.hooks import process_globals, releases
 from sglang_distguard.hooks.process_globals import How
 from sglang_distguard.hooks.releases import installed_version
-from sglang_distguard.testing import bit_equal, generate, server_args, solo
+from sglang_distguard.testing import bit_equal, generate, server_args
 
 Model = Callable[..., Path]
 
@@ -314,7 +314,7 @@ def test_changes_of_unmanaged_globals_change_no_logits(
 ) -> None:
     switched = Switched(monkeypatch, tmp_path)
     alone = [
-        solo(model(name), dtype, cache_dir=CACHE / "solo").logits
+        reference(model(name), dtype).logits
         for name, dtype in (("gpt2", "float32"), ("qwen3_moe", "bfloat16"))
     ]
     with switched.undo, two_runners(model) as runners:  # built before

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Optional
@@ -68,7 +68,33 @@ def solo(
         RuntimeError: the runner failed alone, or took over 300 s; the text has its error output.
     """
     job = _Job(str(model), dtype, prompts, steps, server_overrides or {})
-    return _results([job], Path(cache_dir))[0]
+    return _results([job], Path(cache_dir), _run_all)[0]
+
+
+def keep(
+    model: str | Path,
+    dtype: str,
+    *,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    steps: int = STEPS,
+    server_overrides: Optional[Mapping[str, Any]] = None,
+    cache_dir: Path,
+) -> None:
+    """Make what ``solo`` returns, unless it is kept, in this process instead of a new one.
+
+    Args:
+        model: as for ``solo``, and so are the others.
+        dtype: "float32" or "bfloat16".
+        prompts: token ids.
+        steps: decode steps after the prefill.
+        server_overrides: ``ServerArgs`` fields that override the recipe's (JSON values).
+        cache_dir: folder of the results.
+
+    Raises:
+        RuntimeError: the guard is installed. This process must have built nothing, either.
+    """
+    job = _Job(str(model), dtype, prompts, steps, server_overrides or {})
+    _results([job], Path(cache_dir), _run_here)
 
 
 def solo_many(
@@ -95,10 +121,12 @@ def solo_many(
         RuntimeError: as ``solo``, for the first runner that failed; those before it are kept.
     """
     jobs = [_Job(str(m), dtype, prompts, steps, server_overrides or {}) for m, dtype in requests]
-    return _results(jobs, Path(cache_dir))
+    return _results(jobs, Path(cache_dir), _run_all)
 
 
-def _results(jobs: Sequence[_Job], cache: Path) -> list[Generation]:
+def _results(
+    jobs: Sequence[_Job], cache: Path, run: Callable[[Mapping[Path, _Job]], None]
+) -> list[Generation]:
     cache.mkdir(parents=True, exist_ok=True)
     files = [cache / f"{_fingerprint(job)}.pt" for job in jobs]
 
@@ -109,7 +137,7 @@ def _results(jobs: Sequence[_Job], cache: Path) -> list[Generation]:
         with (cache / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same results
             if remaining := missing():
-                _run_all(remaining)
+                run(remaining)
     return [_load(file) for file in files]
 
 
@@ -169,6 +197,11 @@ def _run_all(missing: Mapping[Path, _Job]) -> None:
             )
 
 
+def _run_here(missing: Mapping[Path, _Job]) -> None:
+    for file, job in missing.items():
+        _run(file, job)
+
+
 def _follow(process: subprocess.Popen[str], jobs: Sequence[_Job]) -> None:
     started = time.monotonic()
 
@@ -222,11 +255,10 @@ def _prepare_compiler() -> None:
     and imports back ends (torch 2.14.1). Nothing of it starts a thread.
     """
     with contextlib.suppress(ImportError):  # of another torch
-        import sympy.tensor.tensor
         import torch._dynamo
         import torch.export._trace
         import torch.fx.experimental.validator
-        import torch.utils.cpp_extension  # noqa: F401
+        import torch.utils.cpp_extension
         from torch._inductor.codecache import CacheBase, torch_key
         from torch._inductor.codegen.common import init_backend_registration
         from torch._inductor.cpu_vec_isa import pick_vec_isa
