@@ -155,6 +155,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replace `torch.get_default_dtype`, as ``install()`` does."""
     replaced = torch_dtype._get_default_dtype(torch.get_default_dtype)
     monkeypatch.setattr(torch, "get_default_dtype", replaced)
+    # torch's own also formats the stack for each library of a GPU: most of the time of these tests.
+    monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
