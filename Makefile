@@ -50,7 +50,7 @@ load: setup ## wrk asks both models of such a server at once (a minute); needs w
 
 test: test-rust test-python ## the tests of Rust and Python, with real SGLang
 
-test-all: test test-models test-others ## every test; CI runs this
+test-all: test test-models test-others test-exhaustive ## every test; CI runs this
 
 test-rust: setup
 	@echo "test: Rust core"
@@ -65,8 +65,8 @@ test-python: setup
 test-audit: ## the tests of the audit
 test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
-test-others: ## those of the last three, in one session
-test-others: KINDS := audit or ranks or exhaustive
+test-others: ## those of the audit and of several ranks, in one session
+test-others: KINDS := audit or ranks
 test-audit test-ranks test-exhaustive test-others: KINDS ?= $(@:test-%=%)
 test-audit test-ranks test-exhaustive test-others: setup
 	@echo "test: $(KINDS)"
