@@ -74,6 +74,8 @@ def build(python: Path, archive: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         shutil.unpack_archive(archive, folder)
         source = Path(folder) / archive.name.removesuffix(".tar.gz")
+        for file in source.rglob("*.rs"):
+            file.touch()  # the archive's times are old: cargo would take an earlier build for this
         _run([BIN / "maturin", "build", "--release", "-i", python, "-o", folder], source)
         (wheel,) = Path(folder).glob("*.whl")
         return Path(shutil.copy(wheel, WHEELS))
