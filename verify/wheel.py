@@ -25,6 +25,8 @@ VERSIONS = ("3.11", "3.12", "3.13")
 BIN = Path(sys.executable).parent
 #: Tests that need neither torch nor SGLang.
 TESTS = ("test_rewrite.py", "test_names.py", "test_code_cache.py", "test_wheel.py")
+#: What these import of the folder of tests.
+HELPERS = ("conftest.py", "rewritten_modules.py")
 
 
 def find_python(version: str) -> Path | None:
@@ -101,7 +103,7 @@ def test(python: Path, wheel: Path) -> str:
         )
         tests = Path(folder) / "tests"
         tests.mkdir()
-        for name in ("conftest.py", *TESTS):
+        for name in (*HELPERS, *TESTS):
             shutil.copy(ROOT / "tests" / name, tests)
         shutil.copy(ROOT / "pyproject.toml", folder)
         said = _run([environment / "bin" / "python", "-m", "pytest", "-q", tests], Path(folder))
