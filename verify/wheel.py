@@ -25,8 +25,8 @@ VERSIONS = ("3.11", "3.12", "3.13")
 BIN = Path(sys.executable).parent
 #: Tests that need neither torch nor SGLang.
 TESTS = ("test_rewrite.py", "test_names.py", "test_code_cache.py", "test_wheel.py")
-#: What these import of the folder of tests.
-HELPERS = ("conftest.py", "rewritten_modules.py")
+#: What these and the fixtures of every session import of the folder of tests.
+HELPERS = ("conftest.py", "fork_server.py", "interpreters.py", "rewritten_modules.py")
 
 
 def find_python(version: str) -> Path | None:
