@@ -56,7 +56,8 @@ test-rust: setup
 	@echo "test: Rust core"
 	@cargo test -q -p distguard-core
 
-# xdist's own order would begin the longest files last.
+# xdist's own order would begin the longest files last. It prints a test of a file that one worker
+# takes as `test@file`; pytest's own name of it has no `@file`.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
@@ -67,7 +68,7 @@ test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
 test-others: ## those of the audit and of several ranks, in one session
 test-others: KINDS := audit or ranks
-test-audit test-ranks test-exhaustive test-others: KINDS ?= $(@:test-%=%)
+test-audit test-ranks test-exhaustive: KINDS = $(@:test-%=%)
 test-audit test-ranks test-exhaustive test-others: setup
 	@echo "test: $(KINDS)"
 	@$(PYTEST) -m "($(KINDS)) and not slow"

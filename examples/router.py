@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIError, OpenAI
-from sglang_distguard.config.ports import free_port
+from sglang_distguard.testing import free_port
 
 SERVER = ("sglang_distguard", "serve", "--tiny", "--port", "0")
 #: Seconds until a process that was started must answer.

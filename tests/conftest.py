@@ -96,6 +96,18 @@ def cache() -> Path:
 
 
 @pytest.fixture
+def code_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in which this test's process caches what it makes from SGLang's text."""
+    from sglang_distguard.patching import code_cache
+
+    made = tmp_path / "kept"
+    monkeypatch.setenv(code_cache.VARIABLE, str(made))
+    code_cache._folder.cache_clear()
+    yield made
+    code_cache._folder.cache_clear()
+
+
+@pytest.fixture
 def guard(sglang: None) -> Iterator[None]:
     """Install the guard for one test; afterwards tear SGLang down and uninstall the guard."""
     with guarded():

@@ -28,21 +28,30 @@ def test_writes_are_found_in_the_text_and_local_names_are_not_taken_for_globals(
     assert sources.read("sglang.made_up", TEXT).declared == {"state"}
 
 
-def test_what_an_earlier_process_found_in_a_text_is_used_until_the_text_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_an_earlier_process_found_is_used_for_the_same_module_text_and_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code_cache_folder: Path
 ) -> None:
-    def found() -> sources.Source:
-        return sources.source_of.__wrapped__("sglang.made_up", str(file))
+    def found(module: str = "sglang.made_up") -> sources.Source:
+        return sources.source_of.__wrapped__(module, str(file))
+
+    def is_read(module: str = "sglang.made_up") -> bool:
+        before = len(list(code_cache_folder.iterdir()))
+        assert found(module) == sources.read(module, file.read_text())
+        return len(list(code_cache_folder.iterdir())) > before
 
     file = tmp_path / "made_up.py"
     file.write_text(TEXT)
-    assert found() == sources.read("sglang.made_up", TEXT)
+    code_cache_folder.mkdir(mode=0o700)
+    assert is_read()
+    assert not is_read()
     with monkeypatch.context() as patched:
         patched.setattr(sources, "read", None)
         assert found().declared == {"state"}
+    assert is_read("sglang.made_up_too")
     file.write_text(TEXT.replace("global state", "global state, other"))
-    assert found() == sources.read("sglang.made_up", file.read_text())
-    assert found().declared == {"state", "other"}
+    assert is_read()
+    monkeypatch.setattr(sources, "_reader", lambda: "another version of it")
+    assert is_read()
 
 
 WAYS = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,8 @@ from sglang_distguard.patching import code_cache
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    made = tmp_path / "kept"
-    monkeypatch.setenv(code_cache.VARIABLE, str(made))
-    code_cache._folder.cache_clear()
-    yield made
-    code_cache._folder.cache_clear()
+def folder(code_cache_folder: Path) -> Path:
+    return code_cache_folder
 
 
 def test_a_value_is_made_once_for_what_it_is_made_from() -> None:

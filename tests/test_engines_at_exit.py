@@ -86,9 +86,9 @@ def test_engines_that_are_left_open_are_closed_when_the_program_ends(folder: str
         begun, never, busy = threading.Event(), threading.Event(), opened("busy", "gpt2")
         scheduler = busy._begun[0].manager
 
-        def slow(*arguments, batch=scheduler.run_batch):
-            never.wait(0.25)  # so that the request would take 50 s
-            return batch(*arguments)
+        def slow(*arguments, run_batch=scheduler.run_batch):
+            never.wait(0.25)  # the request would take 50 s, and so is pending at the end
+            return run_batch(*arguments)
 
         scheduler.run_batch = slow
         threading.Thread(target=wait_for_the_rest).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 
@@ -10,6 +11,8 @@ from sglang_distguard.config.ports import free_port
 
 #: Linux 6.3: the range from which the kernel picks the port of one socket.
 IP_LOCAL_PORT_RANGE = 51
+#: What the kernel says when it has no port left for a socket.
+NONE_LEFT = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 def _restricted_to(port: int) -> socket.socket:
@@ -30,32 +33,29 @@ def _released() -> int:
         return int(probe.getsockname()[1])
 
 
-def _is_taken_by_a_socket_that_names_no_port(port: int) -> bool:
-    with _restricted_to(port) as other:
-        try:
-            other.bind(("127.0.0.1", 0))
-        except OSError:
-            return False
-        return True
-
-
-def _is_taken_by_an_outgoing_connection(port: int) -> bool:
+def _is_taken(port: int, how: str) -> bool:
+    """Whether a socket that names no port is given this one."""
     with socket.create_server(("127.0.0.1", 0)) as server, _restricted_to(port) as other:
         try:
-            other.connect(server.getsockname())
-        except OSError:
+            if how == "connect":
+                other.connect(server.getsockname())
+            else:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, how == "bind and reuse")
+                other.bind(("127.0.0.1", 0))
+        except OSError as error:
+            if error.errno not in NONE_LEFT:
+                raise
             return False
         return True
 
 
-def test_no_other_socket_is_given_a_free_port_and_its_caller_can_listen_on_it() -> None:
+def test_its_caller_can_listen_on_a_free_port() -> None:
     port = free_port()
-    assert not _is_taken_by_a_socket_that_names_no_port(port)
-    assert not _is_taken_by_an_outgoing_connection(port)
     with socket.create_server(("127.0.0.1", port)) as server:
         assert server.getsockname()[1] == port
 
 
-def test_a_port_that_was_only_released_goes_to_the_next_socket() -> None:
-    assert _is_taken_by_a_socket_that_names_no_port(_released())
-    assert _is_taken_by_an_outgoing_connection(_released())
+@pytest.mark.parametrize("how", ["connect", "bind", "bind and reuse"])
+def test_no_other_socket_is_given_a_free_port(how: str) -> None:
+    assert not _is_taken(free_port(), how)
+    assert _is_taken(_released(), how)  # as a port that was only released

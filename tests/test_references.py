@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from references import reference
 from sglang_distguard.testing import bit_equal, fleet
 from sglang_distguard.testing.solo import solo
 
@@ -13,11 +14,12 @@ EXAMPLES = (("llama", "float32"), ("qwen3_moe", "bfloat16"))
 
 
 def check(cache: Path, empty: Path, member: tuple[str, str]) -> None:
-    """Run one member in a fresh process, and compare its results with the reference."""
+    """Run one member in a fresh process, and compare its results with both kinds of reference."""
     (forked,) = fleet.members(cache, [member])
     fresh = solo(forked.model, forked.dtype, cache_dir=empty)
-    assert bit_equal(fresh.logits, forked.alone.logits)
-    assert fresh.tokens == forked.alone.tokens
+    for other in (forked.alone, reference(forked.model, forked.dtype, cache=empty / "forked")):
+        assert bit_equal(fresh.logits, other.logits)
+        assert fresh.tokens == other.tokens
 
 
 @pytest.mark.parametrize("member", EXAMPLES, ids="-".join)

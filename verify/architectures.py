@@ -72,9 +72,11 @@ def compare(name: str, seconds: float) -> None:
     if results and not any("failed" in result for result in results):
         if CATALOG[name].beside:
             one_alone(COMPANION, SEEDS[0], seconds, beside=name)
-        again = step(f"{name}-disturbed", seconds, lambda: disturbed(name, SEEDS[0], FOLDERS))
-        together = step(f"{name}-guarded", seconds, lambda: guarded(name, FOLDERS))
-        audit = step(f"{name}-audited", seconds, lambda: audited(name, FOLDERS))
+        again = in_child(
+            FOLDERS, f"{name}-disturbed", seconds, lambda: disturbed(name, SEEDS[0], FOLDERS)
+        )
+        together = in_child(FOLDERS, f"{name}-guarded", seconds, lambda: guarded(name, FOLDERS))
+        audit = in_child(FOLDERS, f"{name}-audited", seconds, lambda: audited(name, FOLDERS))
     outcome = judge(name, made, results, again, together, audit)
     (FOLDERS.work / f"{name}.outcome.json").write_text(json.dumps(outcome.to_json()))
 
@@ -82,16 +84,10 @@ def compare(name: str, seconds: float) -> None:
 def one_alone(name: str, seed: int, seconds: float, beside: str = "") -> Any:
     """Build and run one runner alone, without the guard."""
     label = f"{name}-alone-{seed}" if not beside else f"{name}-beside-{beside}"
-    result = step(label, seconds, lambda: alone(name, seed, FOLDERS, beside))
+    result = in_child(FOLDERS, label, seconds, lambda: alone(name, seed, FOLDERS, beside))
     if "forked subprocess" in result.get("failed", ""):
         return fresh(label, f"{name}:{seed}", seconds)
     return result
-
-
-def step(label: str, seconds: float, work: Callable[[], Any]) -> Any:
-    """Like ``in_child``; repeat once if another process has taken the free port meanwhile."""
-    result = in_child(FOLDERS, label, seconds, work)
-    return in_child(FOLDERS, label, seconds, work) if "EADDRINUSE" in str(result) else result
 
 
 def fresh(label: str, member: str, seconds: float) -> Any:

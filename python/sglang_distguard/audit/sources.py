@@ -21,7 +21,7 @@ from sglang_distguard.audit.statements import (
     is_name,
     written_by,
 )
-from sglang_distguard.patching.code_cache import kept
+from sglang_distguard.patching.code_cache import digest_of, kept
 
 #: Bare name -> (module, name) it was imported from; name "" for a module.
 _Names = dict[str, tuple[str, str]]
@@ -94,14 +94,14 @@ def source_of(module: str, file: str) -> Source:
             source = read(module, text)
         return tuple(map(astuple, source.writes)), source.declared, source.moments
 
-    writes, declared, moments = kept(("source", _readers(), module, text), found)
+    writes, declared, moments = kept(("source", _reader(), module, text), found)
     return Source(tuple(Write(*it) for it in writes), declared, moments)
 
 
 @functools.cache
-def _readers() -> tuple[str, ...]:
-    """The code that reads: what another version of it found is not used."""
-    return tuple(Path(it).read_text(encoding="utf-8") for it in (__file__, statements.__file__))
+def _reader() -> str:
+    """Digest of the code that reads: what another version of it found is not used."""
+    return digest_of([Path(__file__), Path(statements.__file__)])
 
 
 @contextmanager

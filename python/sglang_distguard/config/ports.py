@@ -11,8 +11,9 @@ def free_port() -> int:
     A port that was only bound and released is the next program's at once: outgoing connections draw
     from the same range, so a store that listens later may find it in use. Here one connection has
     passed through the port, and its closed end keeps Linux from giving the port to anything that
-    does not name it (``TIME_WAIT``, 60 s). torch's stores, zmq, uvicorn and SGLang bind with
-    ``SO_REUSEADDR``, to which such a port is free.
+    does not name it (``TIME_WAIT``, 60 s). torch's stores, zmq, uvicorn and SGLang's
+    servers bind with ``SO_REUSEADDR``, for which such a port is free; without it, to bind fails
+    with EADDRINUSE for that time.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

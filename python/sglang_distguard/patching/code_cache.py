@@ -1,10 +1,9 @@
 """Cache what is made from SGLang's text between processes, as Python caches .pyc files.
 
-There is one file per module and kind: rewritten code, its outline, what the audit finds in it. Its
-name is a digest of everything that it was made from: text, file name, Python and this package's own
-code. A file is written whole or not at all. A file
-that does not match, or is damaged, is made again. A folder that other users may write to is not
-used, because its content is run as code.
+There is one file per value. Its name is a digest of everything that it was made from: what the
+caller names, Python and this package's own code. A file is written whole or not at all. A file that
+does not match, or is damaged, is made again. None is removed. A folder that other users may write
+to is not used, because its content is run as code.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -46,10 +45,16 @@ def _folder() -> Optional[Path]:
 @functools.cache
 def _made_by() -> bytes:
     """Digest of what computes the values: this Python, and the text of this package's modules."""
-    digest = hashlib.sha256(f"{sys.implementation.cache_tag} {sys.hexversion}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    python = f"{sys.implementation.cache_tag} {sys.hexversion}"
+    return (python + digest_of(Path(__file__).parent.glob("*.py"))).encode()
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A digest of the texts of ``files``, for ``kept``: of code outside this package's modules."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
         digest.update(file.read_bytes())
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def kept(made_from: tuple[Any, ...], make: Callable[[], Any]) -> Any:

@@ -117,9 +117,36 @@ def _serve() -> None:
         os.dup2(2, 1)  # sglang's output is not an answer
         prepare_environment(ranks=_MOST)
         import_sglang()
+        _prepare_compiler()
         print(_READY, file=answers, flush=True)
         for line in sys.stdin:
             print(json.dumps(_run(*json.loads(line))), file=answers, flush=True)
+
+
+def _prepare_compiler() -> None:
+    """Do what the first ``torch.compile`` of each rank would: half of a short test's time.
+
+    SGLang compiles the embedding of several ranks. torch 2.14.1 then digests its own text and
+    Triton's, asks a C++ compiler for the processor's instructions and imports back ends. None of
+    these starts a thread.
+    """
+    try:
+        import sympy.tensor.tensor  # noqa: F401
+        import torch._dynamo
+        import torch.export._trace
+        import torch.fx.experimental.validator
+        import torch.utils.cpp_extension
+        from torch._inductor.codecache import CacheBase, torch_key
+        from torch._inductor.codegen.common import init_backend_registration
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+    except ImportError:  # of another torch, whose ranks take longer
+        return
+    torch_key()
+    CacheBase.get_system()
+    init_backend_registration()
+    torch._dynamo.list_backends()
+    with contextlib.suppress(RuntimeError):  # there is no C++ compiler
+        pick_vec_isa()
 
 
 def _run(

@@ -6,7 +6,6 @@ them and writes one file each. It prints one line to standard output when a job 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import gc
@@ -34,7 +33,9 @@ _DONE = "sglang_distguard.testing.solo: done"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
+    """What one runner is asked for; the arguments of ``solo``."""
+
     model: str
     dtype: str
     prompts: Sequence[Sequence[int]]
@@ -45,6 +46,10 @@ class _Job:
         return f"{Path(self.model).name} {self.dtype}"
 
 
+#: Has ``run_here`` called for each job.
+MakeResults = Callable[[Mapping[Path, Job]], None]
+
+
 def solo(
     model: str | Path,
     dtype: str,
@@ -53,6 +58,7 @@ def solo(
     steps: int = STEPS,
     server_overrides: Optional[Mapping[str, Any]] = None,
     cache_dir: Path,
+    run: Optional[MakeResults] = None,
 ) -> Generation:
     """What this runner generates when it is built and run alone in a fresh process.
 
@@ -63,38 +69,14 @@ def solo(
         steps: decode steps after the prefill.
         server_overrides: ``ServerArgs`` fields that override the recipe's (JSON values).
         cache_dir: folder of the results, which are named by everything that decides the bits.
+        run: has ``run_here`` called in a process that has built nothing, for each job whose result
+            is not kept. Default: a new process.
 
     Raises:
         RuntimeError: the runner failed alone, or took over 300 s; the text has its error output.
     """
-    job = _Job(str(model), dtype, prompts, steps, server_overrides or {})
-    return _results([job], Path(cache_dir), _run_all)[0]
-
-
-def keep(
-    model: str | Path,
-    dtype: str,
-    *,
-    prompts: Sequence[Sequence[int]] = PROMPTS,
-    steps: int = STEPS,
-    server_overrides: Optional[Mapping[str, Any]] = None,
-    cache_dir: Path,
-) -> None:
-    """Make what ``solo`` returns, unless it is kept, in this process instead of a new one.
-
-    Args:
-        model: as for ``solo``, and so are the others.
-        dtype: "float32" or "bfloat16".
-        prompts: token ids.
-        steps: decode steps after the prefill.
-        server_overrides: ``ServerArgs`` fields that override the recipe's (JSON values).
-        cache_dir: folder of the results.
-
-    Raises:
-        RuntimeError: the guard is installed. This process must have built nothing, either.
-    """
-    job = _Job(str(model), dtype, prompts, steps, server_overrides or {})
-    _results([job], Path(cache_dir), _run_here)
+    job = Job(str(model), dtype, prompts, steps, server_overrides or {})
+    return _results([job], Path(cache_dir), run or _run_in_new_process)[0]
 
 
 def solo_many(
@@ -120,17 +102,15 @@ def solo_many(
     Raises:
         RuntimeError: as ``solo``, for the first runner that failed; those before it are kept.
     """
-    jobs = [_Job(str(m), dtype, prompts, steps, server_overrides or {}) for m, dtype in requests]
-    return _results(jobs, Path(cache_dir), _run_all)
+    jobs = [Job(str(m), dtype, prompts, steps, server_overrides or {}) for m, dtype in requests]
+    return _results(jobs, Path(cache_dir), _run_in_new_process)
 
 
-def _results(
-    jobs: Sequence[_Job], cache: Path, run: Callable[[Mapping[Path, _Job]], None]
-) -> list[Generation]:
+def _results(jobs: Sequence[Job], cache: Path, run: MakeResults) -> list[Generation]:
     cache.mkdir(parents=True, exist_ok=True)
     files = [cache / f"{_fingerprint(job)}.pt" for job in jobs]
 
-    def missing() -> dict[Path, _Job]:
+    def missing() -> dict[Path, Job]:
         return {file: job for file, job in zip(files, jobs, strict=True) if not file.is_file()}
 
     if missing():
@@ -141,7 +121,7 @@ def _results(
     return [_load(file) for file in files]
 
 
-def _fingerprint(job: _Job) -> str:
+def _fingerprint(job: Job) -> str:
     """Name of everything that decides the bits: model, settings, code, versions, processor."""
     import torch
 
@@ -170,7 +150,7 @@ def _load(file: Path) -> Generation:
     return Generation(tokens=data["tokens"], logits=data["logits"])
 
 
-def _run_all(missing: Mapping[Path, _Job]) -> None:
+def _run_in_new_process(missing: Mapping[Path, Job]) -> None:
     """Run the jobs in one new process, and report progress on stderr."""
     environment = {name: value for name, value in os.environ.items() if name != _GUARD_VARIABLE}
     with tempfile.TemporaryFile("w+") as jobs, tempfile.TemporaryFile("w+") as errors:
@@ -197,12 +177,7 @@ def _run_all(missing: Mapping[Path, _Job]) -> None:
             )
 
 
-def _run_here(missing: Mapping[Path, _Job]) -> None:
-    for file, job in missing.items():
-        _run(file, job)
-
-
-def _follow(process: subprocess.Popen[str], jobs: Sequence[_Job]) -> None:
+def _follow(process: subprocess.Popen[str], jobs: Sequence[Job]) -> None:
     started = time.monotonic()
 
     def say(number: int, what: str) -> None:
@@ -223,14 +198,14 @@ def main() -> None:
     """Run the jobs of standard input, one alone or several each in a forked child."""
     from sglang_distguard.testing.recipe import prepare_environment
 
-    jobs = [(Path(file), _Job(**fields)) for file, fields in json.load(sys.stdin)]
+    jobs = [(Path(file), Job(**fields)) for file, fields in json.load(sys.stdin)]
     signal.alarm(_TIMEOUT_PER_RUNNER)  # SIGALRM ends the process wherever it hangs
     prepare_environment()
     if len(jobs) > 1:
         import_sglang()
     for file, job in jobs:
         if len(jobs) == 1:
-            _run(file, job)
+            run_here(file, job)
         else:
             signal.alarm(0)
             _run_forked(file, job)
@@ -243,37 +218,14 @@ def import_sglang() -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.get_supported_archs()
-    _prepare_compiler()
     gc.collect()
     gc.freeze()  # the children collect garbage while they size their pools
 
 
-def _prepare_compiler() -> None:
-    """Do what the first ``torch.compile`` of each child would: half of its processor time.
-
-    It digests the texts of torch and Triton, asks a C++ compiler for the processor's instructions
-    and imports back ends (torch 2.14.1). Nothing of it starts a thread.
-    """
-    with contextlib.suppress(ImportError):  # of another torch
-        import torch._dynamo
-        import torch.export._trace
-        import torch.fx.experimental.validator
-        import torch.utils.cpp_extension
-        from torch._inductor.codecache import CacheBase, torch_key
-        from torch._inductor.codegen.common import init_backend_registration
-        from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-        torch_key()
-        CacheBase.get_system()
-        pick_vec_isa()
-        init_backend_registration()
-        torch._dynamo.list_backends()
-
-
-def _run_forked(file: Path, job: _Job) -> None:
+def _run_forked(file: Path, job: Job) -> None:
     def work() -> None:
         signal.alarm(_TIMEOUT_PER_RUNNER)
-        _run(file, job)
+        run_here(file, job)
 
     child = fork(work)
     _, status = os.waitpid(child, 0)
@@ -281,7 +233,12 @@ def _run_forked(file: Path, job: _Job) -> None:
         raise SystemExit(f"{job}: exit code {os.waitstatus_to_exitcode(status)} (-14: timed out)")
 
 
-def _run(file: Path, job: _Job) -> None:
+def run_here(file: Path, job: Job) -> None:
+    """Build and run the runner of ``job`` in this process, and keep the result in ``file``.
+
+    Raises:
+        RuntimeError: the guard is installed.
+    """
     import torch
 
     import sglang_distguard
