@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 OUTPUT, PROCESS, LEFT = "output", "process", "left"
 #: Name of the model that fails at SIGUSR1, and the error.
 DOOMED, PLANTED = "doomed", "planted"
+#: Name of the model whose steps take 0.25 s from SIGUSR2 on, and of the file that says so.
+LASTING = "lasting"
 TEXTS = ("Hello", "What is a word?", "word5 and more")
 #: Prompt of the chat model for one message of a user, by its template.
 TURN = "user: {}\nassistant: "
@@ -52,7 +55,18 @@ def serve(folder: str, options: Sequence[str]) -> None:
 
         pools[0][DOOMED]._begun[0].manager.run_batch = breaks
 
+    def last(*_: object) -> None:
+        scheduler, never = pools[0][LASTING]._begun[0].manager, threading.Event()
+
+        def slow(*arguments: object, run_batch: Any = scheduler.run_batch) -> Any:
+            never.wait(0.25)
+            return run_batch(*arguments)
+
+        scheduler.run_batch = slow
+        (place / LASTING).touch()
+
     signal.signal(signal.SIGUSR1, fail)
+    signal.signal(signal.SIGUSR2, last)
     # A socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory() as files:
         tempfile.tempdir = files

@@ -21,7 +21,7 @@ import pytest
 from conftest import CACHE
 from interpreters import Forked, Has, facts_of, run_well
 from prometheus_client.parser import text_string_to_metric_families
-from serving_programs import DOOMED, LEFT, OUTPUT, PLANTED, PROCESS, TEXTS
+from serving_programs import DOOMED, LASTING, LEFT, OUTPUT, PLANTED, PROCESS, TEXTS
 
 KEY, ADMIN = "the-key", "the-administrators-key"
 #: Seconds; nothing here takes more than a fraction of it.
@@ -293,8 +293,14 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def test_a_client_that_disconnects_aborts_its_request(server: Server) -> None:
+    """Its requests would take 50 s, so that they are pending when it disconnects."""
+    path = str(MODELS / "tiny-chat")
+    assert server.change("POST", name=LASTING, model_path=path).status_code == 201
+    server.signal(signal.SIGUSR2)
+    until((server.folder / LASTING).exists)
+
     def pending() -> int:
-        return int(server.get("/health/chat").json()["pending"])
+        return int(server.get(f"/health/{LASTING}").json()["pending"])
 
     def aborted() -> float:
         return sum(
@@ -302,13 +308,13 @@ def test_a_client_that_disconnects_aborts_its_request(server: Server) -> None:
         )
 
     before = aborted()
-    stream = server.client().completions.create(stream=True, **LONG)
+    stream = server.client().completions.create(stream=True, **{**LONG, "model": LASTING})
     next(iter(stream))
     assert pending() == 1
     stream.close()
     until(lambda: pending() == 0)
     # A request that does not stream, whose client goes without reading anything.
-    wanted = {"model": "chat", "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
+    wanted = {"model": LASTING, "prompt": "Hello", "max_tokens": 200, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     connection = http.client.HTTPConnection(server.address.removeprefix("http://"))
     connection.request("POST", "/v1/completions", json.dumps(wanted), headers)
@@ -316,6 +322,7 @@ def test_a_client_that_disconnects_aborts_its_request(server: Server) -> None:
     connection.close()
     until(lambda: pending() == 0)
     until(lambda: aborted() == before + 2)
+    assert server.change("DELETE", f"/{LASTING}").status_code == 200
 
 
 def samples(server: Server) -> Iterator[tuple[str, float]]:
