@@ -56,9 +56,8 @@ test-rust: setup
 	@echo "test: Rust core"
 	@cargo test -q -p distguard-core
 
-# xdist's own order would begin the longest files last. It prints a test of a file that one worker
-# takes as `test@file`; pytest's own name of it has no `@file`.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# xdist's own order would begin the longest files last.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
 	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
@@ -68,6 +67,7 @@ test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
 test-others: ## those of the audit and of several ranks, in one session
 test-others: KINDS := audit or ranks
+test-exhaustive: PYTEST += --dist load
 test-audit test-ranks test-exhaustive: KINDS = $(@:test-%=%)
 test-audit test-ranks test-exhaustive test-others: setup
 	@echo "test: $(KINDS)"

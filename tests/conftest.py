@@ -44,8 +44,6 @@ KINDS = {
         "test_images_and_sounds",
     ),
 }
-#: Files whose tests share nothing that takes long to make: any worker takes the next test.
-DIVISIBLE = KINDS["exhaustive"]
 #: Files that take longest begin first, so that no processor idles at the end.
 LONGEST = (
     "test_install",
@@ -61,14 +59,12 @@ _TOLD: set[int] = set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by file, keep those of one file in one worker, and put the longest files first."""
+    """Mark tests by file, and put the longest files first."""
     kind_of = {file: kind for kind, files in KINDS.items() for file in files}
     order = {file: place for place, file in enumerate([*kind_of, *LONGEST])}
     for item in items:
         if item.path.stem in kind_of:
             item.add_marker(kind_of[item.path.stem])
-        if item.path.stem not in DIVISIBLE:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 

@@ -14,10 +14,12 @@ pytestmark = pytest.mark.exhaustive
 
 #: A memory of checkpoints by the names of their files, as plain as SGLang's own are.
 REMEMBERED = """
-import functools, sys
+import dataclasses, functools, sys
 sys.path.insert(0, "verify")
 import same_key
 
+# The other test may run at the same time.
+same_key.FOLDERS = dataclasses.replace(same_key.FOLDERS, work=same_key.ROOT / "target" / "planted")
 prepared = same_key.prepare
 
 def prepare():
