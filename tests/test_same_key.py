@@ -12,14 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.exhaustive
 
-#: A memory of checkpoints by the names of their files, as plain as SGLang's own are.
-REMEMBERED = """
+#: Lets `same_key` write its results, and no document, in a folder of the test's own: the tests may
+#: run at the same time, and the document is that of the whole sweep.
+BEGIN = """
 import dataclasses, functools, sys
+from pathlib import Path
 sys.path.insert(0, "verify")
 import same_key
 
-# The other test may run at the same time.
-same_key.FOLDERS = dataclasses.replace(same_key.FOLDERS, work=same_key.ROOT / "target" / "planted")
+folder = Path(sys.argv.pop(1))
+same_key.FOLDERS = dataclasses.replace(same_key.FOLDERS, work=folder)
+same_key.DOCUMENT = folder / "document"
+"""
+#: A memory of checkpoints by the names of their files, as plain as SGLang's own are.
+REMEMBERED = """
 prepared = same_key.prepare
 
 def prepare():
@@ -36,14 +42,13 @@ def prepare():
     loader.buffered_multi_thread_safetensors_weights_iterator = loader.safetensors_weights_iterator
 
 same_key.prepare = prepare
-sys.exit(same_key.main())
 """
+END = "sys.exit(same_key.main())"
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=3000
-    )
+def run(folder: Path, *names: str, planted: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BEGIN + planted + END, str(folder), "--only", *names]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -52,9 +57,9 @@ def rows(output: str) -> dict[str, list[str]]:
     return {name: [cell.strip() for cell in cells.split(" | ")] for name, cells in found}
 
 
-def test_runners_of_one_key_and_different_content_are_each_right() -> None:
+def test_runners_of_one_key_and_different_content_are_each_right(tmp_path: Path) -> None:
     names = ["llama", "qwen3_moe", "bert"]
-    ran = run("verify/same_key.py", "--only", *names)
+    ran = run(tmp_path, *names)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-4000:]
     found = rows(ran.stdout)
     assert {name: cells[:-1] for name, cells in found.items()} == {
@@ -62,8 +67,8 @@ def test_runners_of_one_key_and_different_content_are_each_right() -> None:
     }
 
 
-def test_a_memory_that_is_keyed_by_a_path_is_found() -> None:
-    ran = run("-c", REMEMBERED, "--only", "llama")
+def test_a_memory_that_is_keyed_by_a_path_is_found(tmp_path: Path) -> None:
+    ran = run(tmp_path, "llama", planted=REMEMBERED)
     assert ran.returncode == 1, ran.stdout + ran.stderr[-4000:]
     cells = rows(ran.stdout)["llama"]
     assert cells[0] == "OTHER BITS"
