@@ -83,14 +83,9 @@ def test_engines_that_are_left_open_are_closed_when_the_program_ends(folder: str
             except dg.EngineClosed as error:
                 os.write(1, b"EngineClosed\\n")
 
-        begun, never, busy = threading.Event(), threading.Event(), opened("busy", "gpt2")
-        scheduler = busy._begun[0].manager
-
-        def slow(*arguments, run_batch=scheduler.run_batch):
-            never.wait(0.25)  # the request would take 50 s, and so is pending at the end
-            return run_batch(*arguments)
-
-        scheduler.run_batch = slow
+        from serving_programs import slow_down
+        begun, busy = threading.Event(), opened("busy", "gpt2")
+        slow_down(busy)  # so that its request is pending at the end
         threading.Thread(target=wait_for_the_rest).start()
         assert begun.wait(200)
         """,

@@ -16,8 +16,7 @@ import pytest
 import sglang_distguard as dg
 from runner_calls import in_thread
 from sglang_distguard import _core
-from sglang_distguard.config.ports import free_port
-from sglang_distguard.testing import bit_equal, fleet, server_args, steps
+from sglang_distguard.testing import bit_equal, fleet, free_port, server_args, steps
 from sglang_distguard.testing.fleet import Member
 
 Model = Callable[..., Path]
