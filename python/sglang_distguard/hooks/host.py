@@ -25,6 +25,7 @@ from sglang_distguard.config.host import is_host
 from sglang_distguard.hooks import endings
 from sglang_distguard.hooks.managers import DETOKENIZER, SCHEDULER, TOKENIZER
 from sglang_distguard.patching import Around, Replace
+from sglang_distguard.runner import garbage
 from sglang_distguard.runner.handle import find_handle
 
 _COMMON = "sglang.srt.utils.common"
@@ -191,16 +192,8 @@ def running_manager() -> Optional[_core.RunnerHandle]:
 
 
 def _collect(*_args: Any) -> int:
-    """Collect garbage before the sizes of a runner's pools are chosen, without stopping others.
-
-    A full collection looks through all modules of SGLang with the interpreter's lock held: half a
-    second, in which no other engine goes on. What loading leaves is young, and engines that were
-    closed leave nothing. On a GPU, where older garbage would make the pools too small, all is
-    collected, as SGLang does (0.5.23).
-    """
-    import torch
-
-    return gc.collect() if torch.cuda.is_available() or not is_host() else gc.collect(1)
+    """Collect garbage before the sizes of a runner's pools are chosen, without stopping others."""
+    return garbage.collect_before_pools() if is_host() else gc.collect()
 
 
 def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from sglang_distguard.context.scopes import of_published, scope_active
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.errors import forget_frames
 from sglang_distguard.patching import Around, AroundMethods, WithinMethods
-from sglang_distguard.runner import budget, weights
+from sglang_distguard.runner import budget, garbage, weights
 from sglang_distguard.runner.collective_steps import agree_on_one_more, step_among_ranks
 from sglang_distguard.runner.handle import (
     bind,
@@ -222,7 +222,8 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         with step_of(self):
             weights.refuse_if_shared(self, "load_model")
             weights.check_source(self)
-            with budget.sizing(self):  # it reports how much its weights took
+            # It reports how much its weights took.
+            with garbage.LOADS.one(), budget.sizing(self):
                 result = original(self, *args, **kwargs)
             weights.share(self)
             budget.check_weights(self)

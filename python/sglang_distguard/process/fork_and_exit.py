@@ -10,7 +10,7 @@ from sglang_distguard.distributed import coordinators
 from sglang_distguard.distributed.ranks import agreement
 from sglang_distguard.distributed.ranks.log import opened
 from sglang_distguard.process import installation
-from sglang_distguard.runner import pinned_loads, streams
+from sglang_distguard.runner import garbage, pinned_loads, streams
 
 #: Seconds that the exit waits for daemon threads in a runner's method or reading a shared log.
 EXIT_GRACE = 5.0
@@ -25,6 +25,7 @@ def _in_child() -> None:
     _core.start_afresh()
     pinned_loads.FILES.start_afresh()
     streams.start_afresh()
+    garbage.LOADS.start_afresh()
     installation.after_fork_in_child()
     for key, group in coordinators.identities().items():
         if group is not None:

@@ -28,6 +28,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.context import generation
 from sglang_distguard.distributed import world
 from sglang_distguard.errors import DistGuardError, NotEnoughMemory, NotSupported
+from sglang_distguard.runner.garbage import collect_before_load
 from sglang_distguard.runner.handle import find_handle
 from sglang_distguard.runner.memory import bytes_on
 from sglang_distguard.sync.phases import in_phase
@@ -98,6 +99,7 @@ def measure(runner: Any, read: Callable[[], Any]) -> None:
     if handle is None:
         read()
         return
+    collect_before_load(runner.device, runner.gpu_id)
     known = _core.open_budget(handle, _name(runner))
     with sizing(runner, is_limited=False):
         read()
