@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import sglang_distguard
 from sglang_distguard.errors import NotSupported
-from sglang_distguard.hooks import generation_0_5_21, releases, requirements, versions
+from sglang_distguard.hooks import (
+    generation_0_5_21,
+    releases,
+    requirements,
+    torch_compiler,
+    versions,
+)
 from sglang_distguard.hooks.versions import Plan
 from sglang_distguard.patching import (
     Around,
@@ -221,6 +227,17 @@ def test_a_row_that_a_newer_release_has_lost_is_told_once(
             sglang_distguard.uninstall()
     (told,) = caplog.records
     assert "sglang.srt.environ._of_an_old_release" in told.getMessage()
+
+
+def test_an_older_torch_without_compile_sessions_is_told_and_not_refused() -> None:
+    text = "_is_compiling_flag = False\n\ndef is_compiling():\n    return _is_compiling_flag\n"
+    source = ModuleSource("torch.compiler", "made_up.py", text)
+    _, absent = split(source, torch_compiler.CHANGES)
+    assert [it.name for it in absent] == ["_compile_session_context"]
+    lost = Plan(NEWEST, absent=absent)
+    assert lost.fits
+    (told,) = lost.warnings()
+    assert "does not have torch.compiler._compile_session_context" in told
 
 
 def test_everything_required_that_is_missing_is_named_at_once(

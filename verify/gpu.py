@@ -58,19 +58,6 @@ def alone(models: Path, name: str, output: Path) -> None:
     print(f"{name}: {type(runner.decode_cuda_graph_runner).__name__}")
 
 
-def leave_out_what_torch_lacks() -> None:
-    """Leave out a hook for a torch older than SGLang 0.5.23 requires (2.14.1).
-
-    Nothing is compiled here.
-    """
-    import torch
-    from sglang_distguard.hooks import generation_0_5_21
-
-    if not hasattr(torch.compiler, "_compile_session_context"):
-        kept = [it for it in generation_0_5_21.HOOKS if not it.__name__.endswith("torch_compiler")]
-        generation_0_5_21.HOOKS = tuple(kept)
-
-
 def together(models: Path, references: Path, without: str) -> None:
     """Build and run each runner in its own thread; print how many generations had other bits."""
     import sglang_distguard
@@ -78,7 +65,6 @@ def together(models: Path, references: Path, without: str) -> None:
     from sglang_distguard.hooks import process_globals
     from sglang_distguard.testing import bit_equal
 
-    leave_out_what_torch_lacks()
     process_globals.TREATMENTS = tuple(
         row for row in process_globals.TREATMENTS if row.name != without
     )

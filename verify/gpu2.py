@@ -21,8 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu import leave_out_what_torch_lacks
-
 MODELS = ("gpt2", "opt")
 MODES = ("eager", "graphs")
 #: (model, card) of the runners of the process.
@@ -136,7 +134,6 @@ def guarded(models: Path, references: Path, modes: Sequence[str]) -> int:
     """Both modes in one process; return how many were wrong or raised."""
     import sglang_distguard
 
-    leave_out_what_torch_lacks()
     sglang_distguard.install()
     wrong = 0
     for mode in modes:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu import MEMBERS, leave_out_what_torch_lacks, make_models
+from gpu import MEMBERS, make_models
 
 ROUNDS = 25
 CYCLES = 12
@@ -75,7 +75,6 @@ def together(models: Path, references: Path) -> None:
     import sglang_distguard
     from sglang_distguard.testing.updates import weights_of
 
-    leave_out_what_torch_lacks()
     sglang_distguard.install()
     expected = {name: json.loads((references / f"{name}.json").read_text()) for name in MEMBERS}
 
@@ -133,7 +132,6 @@ def cycles(models: Path, references: Path, *, saves: bool) -> None:
     """Open, ask and close one engine again and again; print what stays in use."""
     import sglang_distguard
 
-    leave_out_what_torch_lacks()
     sglang_distguard.install()
     import sglang.srt.entrypoints.engine  # noqa: F401  # its imports take memory, too
 

@@ -24,8 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu import leave_out_what_torch_lacks
-
 COUNT = 4
 SHARDS = 4
 WIDTH = 4096
@@ -142,7 +140,6 @@ class Loads:
     def __init__(self, folders: Sequence[Path], references: Path) -> None:
         import sglang_distguard
 
-        leave_out_what_torch_lacks()
         sglang_distguard.install()
         self.guard = sglang_distguard
         self.folders = list(folders)

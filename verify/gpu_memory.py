@@ -15,8 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gpu import leave_out_what_torch_lacks
-
 
 def work(models: Path, *, own_tags: bool) -> None:
     import sglang_distguard
@@ -25,7 +23,6 @@ def work(models: Path, *, own_tags: bool) -> None:
     from sglang_distguard.testing import bit_equal, create_model, server_args, steps
     from sglang_distguard.testing.updates import memory_of, weights_of
 
-    leave_out_what_torch_lacks()
     if not own_tags:
         memory_saver.tag_of_scope = lambda tag: tag
     sglang_distguard.install()

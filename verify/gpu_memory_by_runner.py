@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from gpu import leave_out_what_torch_lacks
 from gpu_loads import configuration, folder_of, make
 
 MIB, GB = 2**20, 10**9
@@ -276,7 +275,6 @@ def guarded(models: Path, folder: Path, output: Path, sections: Sequence[str]) -
     import torch
     from sglang_distguard.testing import create_model
 
-    leave_out_what_torch_lacks()
     dg.install()
     warm = dg.build_runner(settings(create_model("opt", models), 0.05, max_total_tokens=4096))
     logits_of(warm, activate=dg.activate)

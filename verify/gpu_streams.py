@@ -25,7 +25,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gpu import leave_out_what_torch_lacks
 from gpu_loads import make, opt, run
 
 COUNT = 4
@@ -145,7 +144,6 @@ def together(folders: Sequence[Path], kind: str, steps: int, references: Path) -
     import sglang_distguard
     import torch
 
-    leave_out_what_torch_lacks()
     sglang_distguard.install()
     expected = [torch.load(references / f"{it.name}.{kind}.pt") for it in folders]
     one = 0.0
