@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interpreters
 import pytest
 import sglang_distguard
 import torch
@@ -50,6 +51,74 @@ def test_without_the_guard_a_configuration_reaches_the_next_runner(
     assert mamba_dtype() == "bfloat16"  # although the second configuration does not set it
     envs.SGLANG_MAMBA_SSM_DTYPE.clear()
     reset_context()
+
+
+def test_without_the_guard_settings_that_are_resolved_by_hand_reach_every_runner(
+    sglang: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baseline for the next one."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    server_args(model("gpt2"), mamba_ssm_dtype="bfloat16").resolve_once()
+    server_args(model("gpt2")).resolve_once()
+    assert mamba_dtype() == "bfloat16"
+
+
+def test_settings_that_are_resolved_by_hand_reach_only_those_who_are_built_of_them(
+    guard: None, model: Model
+) -> None:
+    before = dict(os.environ)
+    asks = server_args(model("gpt2"), mamba_ssm_dtype="bfloat16")
+    asks.resolve_once()
+    asks.resolve_once()  # as `publish` does once more
+    other = server_args(model("gpt2"))
+    other.resolve_once()
+    assert mamba_dtype() is None
+    runners = [sglang_distguard.build_runner(it) for it in (asks, other)]
+    assert [dtype_seen_by(it) for it in runners] == ["bfloat16", None]
+    assert dict(os.environ) == before
+    for runner in runners:
+        sglang_distguard.close(runner)
+
+
+def test_an_engine_writes_no_decision_of_its_settings_into_the_process(
+    guard: None, model: Model
+) -> None:
+    from sglang.srt.environ import envs
+
+    names = {it.name for it in vars(type(envs)).values() if hasattr(it, "is_set")}
+    before = {name: os.environ.get(name) for name in names}
+    args = server_args(model("gpt2"), mamba_ssm_dtype="bfloat16")
+    with sglang_distguard.Engine(server_args=args):
+        assert {name: os.environ.get(name) for name in names} == before
+
+
+def test_an_engine_that_starts_child_processes_hands_them_its_decisions(cache: Path) -> None:
+    """They inherit the variables of the process, and may have no guard."""
+    printed = interpreters.run_well(LAUNCH, has=interpreters.Has.SGLANG)
+    assert printed.splitlines()[-1] == "None bfloat16"
+
+
+LAUNCH = """
+import os
+import sglang_distguard
+from sglang_distguard.testing import create_model, server_args
+
+sglang_distguard.install()
+from sglang.srt.entrypoints import engine
+
+
+def before_children(server_args):
+    raise InterruptedError(os.environ.get("SGLANG_MAMBA_SSM_DTYPE"))
+
+
+engine._set_envs_and_config = before_children  # it is called with the resolved settings
+before = os.environ.get("SGLANG_MAMBA_SSM_DTYPE")
+args = server_args(create_model("gpt2", CACHE), mamba_ssm_dtype="bfloat16")
+try:
+    engine.Engine._launch_subprocesses(args, None, None, None)
+except InterruptedError as seen:
+    print(before, seen)
+"""
 
 
 def test_every_runner_reads_what_its_own_configuration_wrote(guard: None, model: Model) -> None:

@@ -66,6 +66,18 @@ def resolve(server_args: Any) -> None:
         adopt(_core.current_scope(), written_by(server_args))
 
 
+def resolve_apart(resolve_once: Callable[[], None], server_args: Any) -> None:
+    """Let ``resolve_once`` resolve ``server_args`` before it is published: nobody runs here yet.
+
+    What that writes goes with ``server_args`` to the scope where it is published.
+    """
+    with _core.in_scope(_core.new_scope("settings")), _core.owning_environment():
+        resolve_once()
+        written = dict(of_scope.value)
+    if written:
+        setattr(server_args, _ATTRIBUTE, written)
+
+
 def written_by(server_args: Any) -> Writes:
     """Return a copy of what resolving ``server_args`` under the guard has written."""
     return dict(getattr(server_args, _ATTRIBUTE, {}))
