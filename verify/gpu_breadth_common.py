@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from gpu import leave_out_what_torch_lacks
-
 #: How often each runner or engine computes beside the other.
 ROUNDS = 20
 #: Why a section cannot be tried on a CPU.
@@ -93,7 +91,6 @@ def install() -> None:
     """Install the guard in this process."""
     import sglang_distguard
 
-    leave_out_what_torch_lacks()
     sglang_distguard.install()
 
 
