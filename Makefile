@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-others test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-others test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 gpu-ranks wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -154,6 +154,9 @@ gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a tr
 
 gpu2: setup ## runners of one process on two GPUs, from threads whose current device is either (two minutes)
 	@$(BIN)/python verify/gpu2.py .cache/models
+
+gpu-ranks: setup ## runners of two ranks over NCCL on two GPUs: bits, cost, memory, a rank that dies (five minutes)
+	@$(BIN)/python verify/gpu_ranks.py .cache/models
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)
 	@$(BIN)/python verify/wheel.py

@@ -79,3 +79,33 @@ def process_groups() -> list[str]:
     found = [it for it in coordinators.read().values() if it is not None]
     found.append(get_parallel().world_group)
     return sorted({c10d._world.pg_names[it] for made in found for it in coordinators.parts(made)})
+
+
+def count_groups(name: str, overrides: dict[str, Any], shares: bool) -> dict[str, Any]:
+    """Build two runners of one layout; ``shares=False`` makes each group of one member anew.
+
+    Returns how many groups of one and of several members each has, digests, and what is left after
+    the first and after both are closed.
+    """
+    import sglang_distguard
+    import torch.distributed.distributed_c10d as c10d
+    from sglang_distguard.distributed.ranks.creation import Creation
+
+    if not shares:
+        Creation.lone = lambda self, key, make: make()  # type: ignore[method-assign]
+    start()
+    build(name, name="before")
+    before = set(c10d._world.pg_names.values())
+    found: dict[str, Any] = {"one": [], "several": [], "digests": [], "left": []}
+    runners = [build(name, name=it, **overrides) for it in ("a", "b")]
+    for runner in runners:
+        with sglang_distguard.activate(runner):
+            mine = set(process_groups())
+        sizes = [it.size() for it, known in c10d._world.pg_names.items() if known in mine]
+        found["one"].append(sizes.count(1))
+        found["several"].append(len(sizes) - sizes.count(1))
+    for runner in runners:
+        found["digests"].append(generated(runner))
+        sglang_distguard.close(runner)
+        found["left"].append(len(set(c10d._world.pg_names.values()) - before))
+    return found

@@ -58,3 +58,28 @@ def test_each_runner_owns_every_group_that_sglang_makes_and_no_other(
             assert found["of no runner"] == []
             assert found["left"] == []
             assert found["digests"] == right
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "several"), [("tp 2", 10, 4), ("pp 2", 4, 4), ("attn cp 2", 8, 4)]
+)
+def test_equal_groups_of_one_member_are_one_group_for_each_runner(
+    ranks: RankRunner, alone: Any, name: str, one: int, several: int
+) -> None:
+    """Each coordinator has two groups, and most coordinators of a layout have one member."""
+    layout = LAYOUTS[name]
+    right = [alone(layout.model, layout.size, **layout.overrides)] * 2
+    for shares, expected in ((False, one), (True, 2)):
+        for found in ranks.run(
+            programs.count_groups,
+            layout.size,
+            name=layout.model,
+            overrides=layout.overrides,
+            shares=shares,
+        ):
+            assert found == {
+                "one": [expected] * 2,
+                "several": [several] * 2,
+                "digests": right,
+                "left": [expected + several, 0],
+            }

@@ -321,7 +321,10 @@ def parts(coordinator: Any) -> list[Any]:
 
 def is_alive(coordinator: Any) -> bool:
     """Whether torch still lists the coordinator's groups; `destroy_process_group` removes them."""
-    c10d = sys.modules["torch.distributed.distributed_c10d"]
-    known = c10d._world.pg_map
     made = parts(coordinator)
-    return len(made) == 2 and all(group in known for group in made)
+    return len(made) == 2 and all(map(is_known, made))
+
+
+def is_known(process_group: Any) -> bool:
+    """Whether torch lists ``process_group``, which it does until the group is destroyed."""
+    return process_group in sys.modules["torch.distributed.distributed_c10d"]._world.pg_map

@@ -7,7 +7,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 from sglang_distguard import _core
@@ -221,7 +221,8 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
             if ranks is not None:
                 made[coordinators.OWN_WORLD] = _own_world(namespace, call.arguments["backend"])
                 generation.current().stamp({"world_group": made[coordinators.OWN_WORLD]})
-            original(*args, **kwargs)
+            with creation.sharing_lone() if creation is not None else nullcontext():
+                original(*args, **kwargs)
             led = True
             return {**coordinators.read(), **made}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import Any, Optional
 
@@ -47,6 +47,8 @@ def _concerned(group: Any) -> tuple[str, ...]:
 def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_process_group(group: Any = None) -> None:
+        if group is not None and creation.is_lone(group) and not coordinators.is_known(group):
+            return  # another of the coordinators that have it has destroyed it
         concerned = _concerned(group)
         if any(keeps_adopted(key) for key in concerned):
             return  # 0.5.23: `cleanup_dist_env_and_memory` destroys again, adopted or not
@@ -84,6 +86,10 @@ def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any
             size, is_member = call["group_size"], not members or _rank() in members
             if agreed and is_member and size > 1:
                 creating.meet(call["group_name"], size, call["store"])
+            if agreed and is_member and members and size == 1:
+                key = _lone_key(call)
+                if key is not None:
+                    return creating.lone(key, lambda: original(*args, **kwargs))
         own = None if members else _name_of_runner(call["group_name"])
         if own is not None and own in coordinators.process_group_names():
             call["group_name"] = own  # torch refuses it
@@ -95,6 +101,19 @@ def _new_process_group_helper(original: Callable[..., Any]) -> Callable[..., Any
             _own_name.reset(token)
 
     return new_process_group_helper
+
+
+def _lone_key(call: dict[str, Any]) -> Optional[Hashable]:
+    """What two groups of one member must agree on to be one; None for a group of its own.
+
+    A group that is bound to a device is split from the default group, in which every rank takes
+    part (2.14.1).
+    """
+    own = ("backend_options", "device_id")
+    if any(call.get(name) is not None for name in own):
+        return None
+    members, backend = call["global_ranks_in_group"], str(call["backend"])
+    return (tuple(members), backend, call.get("timeout"), call.get("pg_tag"))
 
 
 def _name_of_runner(name: str) -> Optional[str]:

@@ -39,9 +39,11 @@ class RankRunner:
 
     def __init__(self, path: Path) -> None:
         """``path``: folder of the modules whose functions are run."""
+        # Further folders of this process's PYTHONPATH: ranks run the package that runs here.
+        folders = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", _MODULE],
-            env={**os.environ, "PYTHONPATH": str(path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,18 +8,24 @@ A rank that creates a group waits for the others for the group's own timeout, 30
 It cannot be shortened for the creation alone, because gloo uses it for all later receives too. So
 the members of a group meet at a key of the store before they create it, and wait there only until
 the deadline.
+
+SGLang makes most groups of a layout that it does not use with one member each (0.5.23: two for each
+coordinator). Nothing is ever sent in them, so those that are equal are one group
+(``Creation.sharing_lone``). Groups of several members stay apart: two threads, or two streams, may
+use two groups of the same ranks at once.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Optional
+from weakref import WeakSet
 
 from sglang_distguard.distributed.ranks.log import PREFIX
 
@@ -28,6 +34,9 @@ _current: ContextVar[Optional[Creation]] = ContextVar("sglang_distguard.creation
 _SLICE = 0.5
 #: Outcomes of a meeting.
 _TOGETHER, _FAILED = "together", "failed"
+
+#: Process groups that several coordinators have: the first of these to be destroyed destroys them.
+_lone: WeakSet[Any] = WeakSet()
 
 
 class NotTogether(TimeoutError):
@@ -50,6 +59,7 @@ class Creation:
     store: Any
     is_over: bool = False
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _made: Optional[dict[Hashable, Any]] = None
 
     def next_name(self) -> Optional[str]:
         """Return the name of the next group, equal on all ranks; None leaves it to torch."""
@@ -63,6 +73,34 @@ class Creation:
     def names(self, group_name: str) -> bool:
         """Whether ``group_name`` is a name that the ranks agreed on."""
         return self.prefix is not None and str(group_name).startswith(self.prefix)
+
+    @contextmanager
+    def sharing_lone(self) -> Iterator[None]:
+        """Make equal groups of one member once inside the with block.
+
+        All coordinators that are made inside must be destroyed together.
+        """
+        self._made = {}
+        try:
+            yield
+        finally:
+            self._made = None
+
+    def lone(self, key: Hashable, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Return the group of one member that ``make`` makes, or made before for an equal ``key``.
+
+        Args:
+            key: what groups must agree on to be one.
+            make: returns the group and its store.
+        """
+        if self._made is None:
+            return make()
+        made = self._made.get(key)
+        if made is None:
+            self._made[key] = made = make()
+        else:
+            _lone.add(made[0])
+        return made
 
     def meet(self, group_name: str, size: int, store: Any) -> None:
         """Wait until all ``size`` members are about to create the group.
@@ -142,6 +180,11 @@ class _Meeting:
         except dist.DistStoreError:
             return bool(self.store.check([self._outcome]))
         return True
+
+
+def is_lone(process_group: Any) -> bool:
+    """Whether several coordinators have ``process_group``, which has one member."""
+    return process_group in _lone
 
 
 def current() -> Optional[Creation]:
