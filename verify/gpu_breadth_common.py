@@ -16,7 +16,9 @@ ROUNDS = 20
 #: Why a section cannot be tried on a CPU.
 NO_CPU = "needs CUDA"
 #: Said in the line of each section whose models use ``use_torchs_own_operations``.
-NATIVE = "RMSNorm, SiluAndMul and rotary embeddings by torch's own operations"
+NATIVE = (
+    "norms, SiluAndMul, rotary embeddings and gate and up projections by torch's own operations"
+)
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,28 @@ def install() -> None:
 
 
 def use_torchs_own_operations() -> None:
-    """Let Llama-like models run on a GPU without flashinfer's kernels, from now on.
+    """Let Llama-like models run on a GPU without flashinfer's and cutlass's kernels, from now on.
 
     Their norms, activations and rotary embeddings use SGLang's own ``forward_native``. Fused writes
-    of keys and values are off, because they are part of the fused rotary embedding. It is the same
-    for a process of plain SGLang and for one with the guard. On a CPU it changes nothing.
+    of keys and values are off, because they are part of the fused rotary embedding, and so is the
+    fused product of gate and up projection. It is the same for a process of plain SGLang and for
+    one with the guard. On a CPU it changes nothing.
     """
     if not has_card():
         return
     from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.dual_gemm import DualGemm
     from sglang.srt.layers.layernorm import RMSNorm
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.models import utils
 
     for kind in (RMSNorm, SiluAndMul, RotaryEmbedding):
         setattr(kind, "forward_cuda", kind.forward_native)
+
+    def no_mode(*_: Any) -> None:
+        return None
+
+    setattr(DualGemm, "_select_mode", no_mode)
     fused = utils.enable_fused_set_kv_buffer
 
     def never(forward_batch: Any) -> bool:

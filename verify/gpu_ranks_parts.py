@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from gpu import leave_out_what_torch_lacks
-
 #: Architecture and seed. SGLang 0.5.23 cannot split a GPT-2; the kernels of OPT need no flashinfer.
 #: Collectives of equal sizes that meet each other are not refused, so that the bits show it.
 MODELS = ("opt-0", "opt-1")
@@ -89,7 +87,6 @@ class Rank:
         import sglang_distguard
         import torch.distributed as dist
 
-        leave_out_what_torch_lacks()
         sglang_distguard.install(groups=groups, **options)  # type: ignore[arg-type]
         self.gate()
         self.device()
