@@ -129,8 +129,7 @@ def one_after_the_other(name: str, folder: str, place: str) -> None:
     for seed in SEEDS:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(create(name, folder, seed=seed), place)
-        with sglang_distguard.runner_scope("the only one"):
-            runner = steps.build(server_args(place))
+        runner = sglang_distguard.build_runner(server_args(place), name="the only one")
         found = logits(name, runner, activate=sglang_distguard.activate)
         outcomes.append(is_right(found, folder, seed))
         sglang_distguard.close(runner)

@@ -28,7 +28,7 @@ from typing import Optional
 
 import gpu_breadth_engines
 import gpu_breadth_runners
-from gpu_breadth_common import NO_CPU, Counted, Section, has_card, same
+from gpu_breadth_common import NO_CPU, Counted, Section, has_card, has_nan, same
 
 #: How many processes with the guard run at a time.
 GUARDED = 3
@@ -203,6 +203,8 @@ def line_of(section: Section, parts: Parts) -> tuple[str, bool]:
     except Failed as error:
         return f"not run: plain SGLang alone does not run here: {error}", True
     answers = {it: torch.load(file) for it, file in files.items()}
+    if any(map(has_nan, answers.values())):
+        return "not compared: plain SGLang's own logits alone are not numbers here", True
     is_same = all(same(answers[it, 0], answers[it, 1]) for it in range(section.seeds))
     said = f"alone twice the same: {is_same}"
     if any(same(answers[0, 0], answers[it, 0]) for it in range(1, section.seeds)):

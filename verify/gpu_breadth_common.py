@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -143,6 +144,17 @@ def same(one: Any, other: Any) -> bool:
             and all(same(*it) for it in zip(one, other, strict=True))
         )
     return one == other
+
+
+def has_nan(answer: Any) -> bool:
+    """Whether an answer has values that are not numbers, which show nothing."""
+    import torch
+
+    if isinstance(answer, torch.Tensor):
+        return bool(answer.isnan().any())
+    if isinstance(answer, list):
+        return any(map(has_nan, answer))
+    return isinstance(answer, float) and math.isnan(answer)
 
 
 def at_once(works: Sequence[Callable[[], Any]], limit: float = 80.0) -> list[Any]:

@@ -21,6 +21,7 @@ from gpu_breadth_common import (
     checkpoint,
     has_card,
     install,
+    same,
     use_torchs_own_operations,
     wrong_of,
 )
@@ -66,8 +67,8 @@ def scheduler_with_torchs_own_operations(*args: Any, **kwargs: Any) -> None:
     run_scheduler_process(*args, **kwargs)
 
 
-def _alone(args: Args, drafts: bool, models: Path, seed: int) -> Any:
-    """Ask SGLang's own engine, in processes of its own."""
+def _alone(args: Args, drafts: bool, models: Path, seed: int, *, times: int = 1) -> Any:
+    """Ask SGLang's own engine, in processes of its own; the answers of one time or of several."""
     from sglang.srt.entrypoints import engine as sgl
 
     if not has_card():
@@ -80,7 +81,8 @@ def _alone(args: Args, drafts: bool, models: Path, seed: int) -> Any:
 
     engine: Any = Engine(server_args=args(models, seed))
     try:
-        return answers(engine, drafts=drafts)
+        made = [answers(engine, drafts=drafts) for _ in range(times)]
+        return made if times > 1 else made[0]
     finally:
         engine.shutdown()
 
@@ -98,6 +100,22 @@ def _guarded(args: Args, drafts: bool, models: Path, expected: Sequence[Any]) ->
     verified = sum(it[2] for answer in expected for it in answer) if drafts else 0
     note = f"{verified} verifications for {_tokens(expected)} tokens alone" if drafts else ""
     return Counted(sum(found), len(found) * ROUNDS, note)
+
+
+def _guarded_in_order(args: Args, models: Path, expected: Sequence[Any]) -> Counted:
+    """As ``_guarded``, where an answer depends on those before: each is compared with its own."""
+    engines = _opened(args, models, range(len(expected)))
+
+    def wrong(seed: int) -> int:
+        return sum(not same(answers(engines[seed], drafts=True), it) for it in expected[seed])
+
+    found = at_once([partial(wrong, seed) for seed in range(len(engines))])
+    for engine in engines:
+        engine.close()
+    verified = sum(it[2] for those in expected for answer in those for it in answer)
+    tokens = sum(_tokens(those) for those in expected)
+    note = f"{verified} verifications for {tokens} tokens alone"
+    return Counted(sum(found), sum(map(len, expected)), note)
 
 
 def _tokens(expected: Sequence[Any]) -> int:
@@ -240,10 +258,11 @@ def _section(
     **others: Any,
 ) -> Section:
     """A section of two engines, which draft unless ``drafts`` is false."""
+    alone = others.pop("alone", partial(_alone, args, drafts))
     guarded = others.pop("guarded", partial(_guarded, args, drafts))
     # SGLang's own engine has processes for its Scheduler and its detokenizer.
     others = {"needs_cuda": drafts, "processes": 3, "limit": 120.0, **others}
-    return Section(name, make, partial(_alone, args, drafts), guarded, **others)
+    return Section(name, make, alone, guarded, **others)
 
 
 def sections() -> list[Section]:
@@ -260,7 +279,14 @@ def sections() -> list[Section]:
     return [
         _section("standalone", partial(_standalone, graphs=False), opt),
         _section("standalone_graphs", partial(_standalone, graphs=True), opt),
-        _section("ngram", _ngram, opt),
+        # Drafts are what followed earlier: with their number, bits of a batch change.
+        _section(
+            "ngram",
+            _ngram,
+            opt,
+            alone=partial(_alone, _ngram, True, times=ROUNDS),
+            guarded=partial(_guarded_in_order, _ngram),
+        ),
         _section("eagle", _eagle, _head, note=NATIVE),
         _section("updates", _plain, gpt2, guarded=partial(_updated, _plain), **plain),
         _section("pool", _plain, gpt2, guarded=partial(_replaced, _plain), **plain),

@@ -135,10 +135,13 @@ def _prefilling(backend: str) -> Settings:
 
 def _adapting(backend: str) -> Settings:
     def settings(models: Path, seed: int) -> Mapping[str, Any]:
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        adapter = LoRARef(lora_name="one", lora_path=str(_adapter(models, seed)), pinned=False)
         return {
             "enable_lora": True,
             "lora_backend": backend,
-            "lora_paths": {"one": str(_adapter(models, seed))},
+            "lora_paths": [adapter],
             "max_lora_rank": RANK,
             "max_loras_per_batch": 2,
             "lora_target_modules": ["q_proj", "v_proj"],

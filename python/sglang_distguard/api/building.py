@@ -349,6 +349,7 @@ def _construct(
     )
     try:
         runner.alloc_memory_pool()
+        _make_embedding_cache(runner)
         runner.init_attention_backends()
         runner.init_cuda_graphs()
         built()
@@ -356,3 +357,15 @@ def _construct(
         release_failed(runner)
         raise
     return runner
+
+
+def _make_embedding_cache(runner: ModelRunner) -> None:
+    """Make the cache of what the model's encoder makes of items, as a Scheduler does (0.5.23).
+
+    A draft uses its target's.
+    """
+    if runner.model_config.is_multimodal and not runner.is_draft_worker:
+        from sglang.srt.environ import envs
+        from sglang.srt.managers.mm_utils import init_mm_embedding_cache
+
+        init_mm_embedding_cache(envs.SGLANG_VLM_CACHE_SIZE_MB.get() << 20)

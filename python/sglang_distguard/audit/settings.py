@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_distguard.audit.graph import digest
+from sglang_distguard.config.frozen import is_anything_frozen
 from sglang_distguard.process.installation import is_installed
 
 Key = tuple[str, str]
@@ -78,7 +79,7 @@ def _python() -> Iterator[tuple[Key, Any]]:
     yield ("warnings", "filters"), tuple(map(repr, warnings.filters))
     yield ("warnings", "showwarning"), warnings.showwarning
     yield ("gc", "get_threshold"), gc.get_threshold()
-    yield ("gc", "get_freeze_count > 0"), gc.get_freeze_count() > 0
+    yield ("gc", "get_freeze_count > 0"), is_anything_frozen()
     yield ("gc", "callbacks"), gc.callbacks
     yield ("gc", "get_debug"), gc.get_debug()
     yield ("atexit", "callbacks"), atexit._ncallbacks()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from sglang_distguard.config.frozen import is_anything_frozen
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.rewrite import with_nested
 from sglang_distguard.patching.syntax import MARK, SCOPES_EXIST, accessor_name
@@ -29,7 +30,7 @@ def functions_of(module: ModuleType) -> list[FunctionType]:
     closure, a decorator or a registry holds. This is one C loop over all tracked objects (measured:
     80 ms with sglang imported). For several modules at once use ``functions_by_module``.
     """
-    if gc.get_freeze_count():
+    if is_anything_frozen():
         return functions_by_module([module])[id(module)]
     namespace = vars(module)
     return [
@@ -58,7 +59,7 @@ def _tracked() -> list[Any]:
     ``get_objects`` and ``get_referrers`` do not return frozen objects (CPython 3.11). They are
     thawed for a moment, and frozen again together with all other live objects.
     """
-    if not gc.get_freeze_count():
+    if not is_anything_frozen():
         return gc.get_objects()
     gc.collect()  # freezing would keep garbage alive
     gc.unfreeze()

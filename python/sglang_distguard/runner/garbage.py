@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sglang_distguard.config.frozen import is_anything_frozen
+
 #: Bytes on a GPU that need no collection: workspaces of cuBLAS, which torch keeps for each thread.
 _SMALL = 256 << 20
 
@@ -51,7 +53,7 @@ class Loads:
         try:
             try:
                 self._under_way.add(load)
-                if not gc.get_freeze_count():
+                if not is_anything_frozen():
                     self._set_aside.add(load)
                     gc.freeze()
                 yield
