@@ -143,14 +143,16 @@ def everything(model_of: Callable[[str], Path]) -> Iterator[Case]:
 
 
 def short(model_of: Callable[[str], Path]) -> Iterator[Case]:
-    """What a test has time for: runs of ``everything`` that are observed in detail.
+    """What a test has time for: the runs of ``everything`` that are observed in detail.
 
-    One runs alone with plain SGLang, and those with more switches or a scheduler with the guard.
+    One runs alone with plain SGLang, and those with more switches or a scheduler with the guard. The
+    one with switches is observed at the ends of building and computing only: it has most phases.
     """
     for case in everything(model_of):
         if case.detailed:
             is_plain = not (case.settings or case.server)
-            yield replace(case, runs=("alone",) if is_plain else ("together",))
+            runs = ("alone",) if is_plain else ("together",)
+            yield replace(case, runs=runs, detailed=not case.settings)
 
 
 #: An encoder, an embedding model, and a reward model.

@@ -95,6 +95,11 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "ParakeetFeatureExtractor._backends",
         "names of the packages that a class needs, noted when it is first asked for",
     ),
+    (
+        "gc",
+        "get_freeze_count > 0",
+        "set aside while a runner loads (runner/garbage.py), and by SGLang while it captures graphs",
+    ),
     ("atexit", "callbacks", "number of functions that end threads and processes at exit"),
     ("logging", "_handlerList", "list of all handlers, to flush them at exit"),
     ("psutil", "_TOTAL_PHYMEM", _MACHINE),
