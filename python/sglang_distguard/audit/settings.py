@@ -79,7 +79,7 @@ def _python() -> Iterator[tuple[Key, Any]]:
     yield ("warnings", "filters"), tuple(map(repr, warnings.filters))
     yield ("warnings", "showwarning"), warnings.showwarning
     yield ("gc", "get_threshold"), gc.get_threshold()
-    yield ("gc", "get_freeze_count > 0"), is_anything_frozen()
+    yield ("gc", "get_freeze_count"), is_anything_frozen()
     yield ("gc", "callbacks"), gc.callbacks
     yield ("gc", "get_debug"), gc.get_debug()
     yield ("atexit", "callbacks"), atexit._ncallbacks()

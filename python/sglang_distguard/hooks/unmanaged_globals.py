@@ -97,7 +97,7 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "gc",
-        "get_freeze_count > 0",
+        "get_freeze_count",
         "set aside while a runner loads (runner/garbage.py), and by SGLang while it captures graphs",
     ),
     ("atexit", "callbacks", "number of functions that end threads and processes at exit"),
