@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -188,11 +189,16 @@ class Switched:
         def no_gradients() -> None:
             self.undo.enter_context(torch.no_grad())
 
+        def freeze() -> None:
+            self.undo.callback(gc.unfreeze)
+            gc.freeze()
+
         def recurse() -> None:
             self.undo.callback(sys.setrecursionlimit, limit)
             sys.setrecursionlimit(max(limit, 2000))
 
         table: dict[str, Callable[[], Any]] = {
+            "gc": freeze,
             "random": random.random,
             "numpy": numpy.random.rand,
             "numpy.random.mtrand": numpy.random.rand,

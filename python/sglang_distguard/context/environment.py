@@ -67,7 +67,7 @@ def resolve(server_args: Any) -> None:
 
 
 def resolve_apart(resolve_once: Callable[[], None], server_args: Any) -> None:
-    """Let ``resolve_once`` resolve ``server_args`` before it is published: nobody runs here yet.
+    """Let ``resolve_once`` resolve ``server_args``, which is not published yet.
 
     What that writes goes with ``server_args`` to the scope where it is published.
     """

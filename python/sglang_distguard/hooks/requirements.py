@@ -110,6 +110,11 @@ _LINES: tuple[tuple[str, str, str], ...] = (
         "live in a scope",
     ),
     (
+        _SRT + "managers.mm_utils",
+        "init_mm_embedding_cache",
+        "makes the cache of what a model of images makes of them",
+    ),
+    (
         _SRT + "managers.io_struct",
         "AbortReq ShutdownReq sock_send",
         "end a request, and an event loop",
