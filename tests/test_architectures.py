@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interpreters import Has, run_well
-from sglang_distguard.testing import bit_equal, server_args, steps
-from sglang_distguard.testing.catalog import CATALOG, create
+from catalog_programs import SEEDS, alone, at_once, program
+from sglang_distguard.testing.catalog import CATALOG
 
-SEEDS = (0, 1)
-ROUNDS = 3
 ROOT = Path(__file__).resolve().parent.parent
 SAME, OTHER = {"same": True}, {"same": False}
 FINE: dict[str, Any] = {"problems": [], "other_bits": []}
@@ -96,63 +91,7 @@ def test_experts_in_transformers_own_code_and_a_model_that_does_not_generate_are
 ) -> None:
     """Models that no other test builds: two of each at once, as the sweep does."""
     for seed in SEEDS:
-        program("alone", name, tmp_path, seed)
-    assert program("at_once", name, tmp_path) == "right"
+        program(alone, name, tmp_path, seed)
+    assert program(at_once, name, tmp_path) == "right"
     if name == "dots1":  # both compute with the last one's experts
-        assert program("at_once", name, tmp_path, "_TRANSFORMERS_MOE_LAYERS") == "wrong"
-
-
-def program(function: str, *arguments: Any) -> str:
-    """Call a function of this file in another process; return the last line that it printed."""
-    given = ", ".join(repr(str(it) if isinstance(it, Path) else it) for it in arguments)
-    call = f"test_architectures.{function}({given})\n"
-    printed = run_well("import test_architectures\n", call, has=Has.SGLANG)
-    return printed.strip().splitlines()[-1]
-
-
-def computed(name: str, runner: Any, **how: Any) -> Any:
-    """Logits of a model that generates, scores of one that does not."""
-    if runner.model_config.is_generation:
-        return steps.generate(runner, **how).logits
-    return steps.embed(runner, **how)
-
-
-def settings(name: str, folder: str, seed: int) -> Any:
-    return server_args(create(name, folder, seed=seed), **CATALOG[name].overrides)
-
-
-def alone(name: str, folder: str, seed: int) -> None:
-    """Make a checkpoint; save what its runner computes with plain SGLang."""
-    import torch
-
-    found = computed(name, steps.build(settings(name, folder, seed)))
-    torch.save(found, Path(folder) / f"{seed}.pt")
-    print("saved")
-
-
-def at_once(name: str, folder: str, shared: str = "") -> None:
-    """Build and run a runner of each checkpoint from two threads; ``shared``: no scope has its own."""
-    import sglang_distguard
-    import torch
-    from sglang_distguard.hooks import generation_0_5_21, versions
-
-    if shared:
-        versions.GENERATIONS = {
-            f"without {shared}": lambda: [
-                it for it in generation_0_5_21.changes() if getattr(it, "name", "") != shared
-            ]
-        }
-    sglang_distguard.install()
-    meet = threading.Barrier(len(SEEDS))
-
-    def work(seed: int) -> list[bool]:
-        expected = torch.load(Path(folder) / f"{seed}.pt", weights_only=True)
-        meet.wait()
-        runner = sglang_distguard.build_runner(settings(name, folder, seed), name=str(seed))
-        meet.wait()
-        made = [computed(name, runner, activate=sglang_distguard.activate) for _ in range(ROUNDS)]
-        return [bit_equal(it, expected) for it in made]
-
-    with ThreadPoolExecutor(len(SEEDS)) as pool:
-        outcomes = [it for found in pool.map(work, SEEDS) for it in found]
-    print("right" if len(outcomes) == ROUNDS * len(SEEDS) and all(outcomes) else "wrong")
+        assert program(at_once, name, tmp_path, "_TRANSFORMERS_MOE_LAYERS") == "wrong"

@@ -105,7 +105,6 @@ def test_a_forked_child_takes_back_what_a_load_of_its_parent_has_set_aside() -> 
 
 PROGRAM = """
 import gc
-import itertools
 import sglang_distguard
 from sglang_distguard.testing import create_model, server_args
 

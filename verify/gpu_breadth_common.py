@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import threading
 import time
@@ -88,6 +89,31 @@ def checkpoint(models: Path, architecture: str, seed: int) -> Path:
     from sglang_distguard.testing.catalog import create
 
     return create(architecture, models / "catalog", seed=seed)
+
+
+def made_of_llama(
+    models: Path, kind: str, seed: int, write: Callable[[Path, dict[str, Any], Any, Path], object]
+) -> Path:
+    """Return a folder that is made of Llama's checkpoint with this seed; write it unless it is there.
+
+    Args:
+        models: folder of all checkpoints.
+        kind: names what is made.
+        seed: of the checkpoint and of the generator.
+        write: called with the checkpoint's folder, its tensors, a generator, and the folder to fill.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    target = models / kind / f"llama-{seed}"
+    if not target.exists():
+        base, scratch = checkpoint(models, "llama", seed), target.with_suffix(".new")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(seed)
+        write(base, load_file(base / "model.safetensors"), generator, scratch)
+        scratch.rename(target)
+    return target
 
 
 def install() -> None:

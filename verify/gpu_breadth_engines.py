@@ -21,6 +21,7 @@ from gpu_breadth_common import (
     checkpoint,
     has_card,
     install,
+    made_of_llama,
     same,
     use_torchs_own_operations,
     wrong_of,
@@ -87,35 +88,27 @@ def _alone(args: Args, drafts: bool, models: Path, seed: int, *, times: int = 1)
         engine.shutdown()
 
 
-def _guarded(args: Args, drafts: bool, models: Path, expected: Sequence[Any]) -> Counted:
-    """Open both engines at once, and ask both at once."""
+def _guarded(
+    args: Args, drafts: bool, models: Path, expected: Sequence[Any], *, in_order: bool = False
+) -> Counted:
+    """Open both engines at once, and ask both at once.
+
+    ``in_order``: an answer depends on those before, and each is compared with its own; otherwise
+    ``ROUNDS`` answers of each engine are compared with its one answer alone.
+    """
     engines = _opened(args, models, range(len(expected)))
+    rounds = [those if in_order else [those] * ROUNDS for those in expected]
 
     def wrong(seed: int) -> int:
-        return wrong_of(partial(answers, engines[seed], drafts=drafts), expected[seed])
+        return sum(not same(answers(engines[seed], drafts=drafts), it) for it in rounds[seed])
 
     found = at_once([partial(wrong, seed) for seed in range(len(engines))])
     for engine in engines:
         engine.close()
-    verified = sum(it[2] for answer in expected for it in answer) if drafts else 0
-    note = f"{verified} verifications for {_tokens(expected)} tokens alone" if drafts else ""
-    return Counted(sum(found), len(found) * ROUNDS, note)
-
-
-def _guarded_in_order(args: Args, models: Path, expected: Sequence[Any]) -> Counted:
-    """As ``_guarded``, where an answer depends on those before: each is compared with its own."""
-    engines = _opened(args, models, range(len(expected)))
-
-    def wrong(seed: int) -> int:
-        return sum(not same(answers(engines[seed], drafts=True), it) for it in expected[seed])
-
-    found = at_once([partial(wrong, seed) for seed in range(len(engines))])
-    for engine in engines:
-        engine.close()
-    verified = sum(it[2] for those in expected for answer in those for it in answer)
-    tokens = sum(_tokens(those) for those in expected)
-    note = f"{verified} verifications for {tokens} tokens alone"
-    return Counted(sum(found), sum(map(len, expected)), note)
+    alone = [answer for those in expected for answer in (those if in_order else [those])]
+    verified = sum(it[2] for answer in alone for it in answer) if drafts else 0
+    note = f"{verified} verifications for {_tokens(alone)} tokens alone" if drafts else ""
+    return Counted(sum(found), sum(map(len, rounds)), note)
 
 
 def _tokens(expected: Sequence[Any]) -> int:
@@ -220,25 +213,23 @@ def _eagle(models: Path, seed: int) -> Any:
 
 
 def _head(models: Path, seed: int) -> Path:
-    """Return the folder of an EAGLE head of Llama with random weights; write it if it is missing."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    """Return the folder of an EAGLE head of Llama with random weights."""
+    return made_of_llama(models, "heads", seed, _write_head)
 
-    target = models / "heads" / f"llama-{seed}"
-    if (target / "config.json").exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    base = checkpoint(models, "llama", seed)
+
+def _write_head(base: Path, weights: dict[str, Any], generator: Any, target: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     config = json.loads((base / "config.json").read_text())
     width = config["hidden_size"]
     # As in the published heads: one layer without its first norm, named without "model.".
     tensors = {
         name.removeprefix("model."): weight
-        for name, weight in load_file(base / "model.safetensors").items()
+        for name, weight in weights.items()
         if name == "model.embed_tokens.weight"
         or (name.startswith("model.layers.0.") and "input_layernorm" not in name)
     }
-    generator = torch.Generator().manual_seed(seed)
     tensors["fc.weight"] = torch.randn(width, 2 * width, generator=generator) * 0.1
     tensors["fc.bias"] = torch.randn(width, generator=generator) * 0.1
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
@@ -246,7 +237,6 @@ def _head(models: Path, seed: int) -> Path:
     (target / "config.json").write_text(json.dumps(config))
     if (base / "generation_config.json").exists():
         shutil.copy(base / "generation_config.json", target)
-    return target
 
 
 def _section(
@@ -285,7 +275,7 @@ def sections() -> list[Section]:
             _ngram,
             opt,
             alone=partial(_alone, _ngram, True, times=ROUNDS),
-            guarded=partial(_guarded_in_order, _ngram),
+            guarded=partial(_guarded, _ngram, True, in_order=True),
         ),
         _section("eagle", _eagle, _head, note=NATIVE),
         _section("updates", _plain, gpt2, guarded=partial(_updated, _plain), **plain),

@@ -20,6 +20,7 @@ from gpu_breadth_common import (
     checkpoint,
     has_card,
     install,
+    made_of_llama,
     same,
     use_torchs_own_operations,
     wrong_of,
@@ -151,18 +152,16 @@ def _adapting(backend: str) -> Settings:
 
 
 def _adapter(models: Path, seed: int) -> Path:
-    """Return the folder of a LoRA adapter of Llama; write it unless it is there."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    """Return the folder of a LoRA adapter of Llama."""
+    return made_of_llama(models, "adapters", seed, _write_adapter)
 
-    target = models / "adapters" / f"llama-{seed}"
-    if (target / "adapter_config.json").exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    base = checkpoint(models, "llama", seed)
-    generator = torch.Generator().manual_seed(seed)
+
+def _write_adapter(base: Path, weights: dict[str, Any], generator: Any, target: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {}
-    for name, weight in load_file(base / "model.safetensors").items():
+    for name, weight in weights.items():
         if name.endswith(("q_proj.weight", "v_proj.weight")):
             rows, columns = weight.shape
             stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -180,23 +179,20 @@ def _adapter(models: Path, seed: int) -> Path:
         "bias": "none",
         "target_modules": ["q_proj", "v_proj"],
     }
-    # Last: it says that the adapter is whole.
     (target / "adapter_config.json").write_text(json.dumps(config))
-    return target
 
 
 def _int8(models: Path, seed: int) -> Path:
     """Return the folder of a Llama with int8 projections, a scale for each row of the weights."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    return made_of_llama(models, "int8", seed, _write_int8)
 
-    target = models / "int8" / f"llama-{seed}"
-    if (target / "config.json").exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    base = checkpoint(models, "llama", seed)
+
+def _write_int8(base: Path, weights: dict[str, Any], _generator: Any, target: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {}
-    for name, weight in load_file(base / "model.safetensors").items():
+    for name, weight in weights.items():
         if name.endswith("_proj.weight"):
             scale = weight.abs().amax(dim=1, keepdim=True) / 127
             tensors[name] = (weight / scale).round().to(torch.int8)
@@ -205,7 +201,6 @@ def _int8(models: Path, seed: int) -> Path:
             tensors[name] = weight
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(base / "config.json", target)
-    return target
 
 
 def _section(

@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from gpu_breadth_common import has_card
 from gpu_loads import make, opt, run
 
 COUNT = 4
@@ -51,12 +52,6 @@ def arguments(folder: Path, kind: str) -> Any:
         max_total_tokens=8192,
         **(graphs if kind == "graphs" and has_card() else {}),
     )
-
-
-def has_card() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def finish() -> None:

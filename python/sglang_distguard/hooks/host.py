@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import gc
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ from sglang_distguard.config.host import is_host
 from sglang_distguard.hooks import endings
 from sglang_distguard.hooks.managers import DETOKENIZER, SCHEDULER, TOKENIZER
 from sglang_distguard.patching import Around, Replace
-from sglang_distguard.runner import garbage
+from sglang_distguard.runner.garbage import collect_before_pools
 from sglang_distguard.runner.handle import find_handle
 
 _COMMON = "sglang.srt.utils.common"
@@ -191,11 +190,6 @@ def running_manager() -> Optional[_core.RunnerHandle]:
     return handle if handle is not None and handle.manager else None
 
 
-def _collect(*_args: Any) -> int:
-    """Collect garbage before the sizes of a runner's pools are chosen, without stopping others."""
-    return garbage.collect_before_pools() if is_host() else gc.collect()
-
-
 def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
     """Note the sockets of a manager: its end closes them, and their context."""
 
@@ -273,7 +267,7 @@ CHANGES = (
     Around(_COMMON, "configure_gc_warning", _skipped),
     Around(_COMMON, "configure_gc_logger", _skipped),
     Around(_COMMON, "set_random_seed", _set_random_seed),
-    Replace("sglang.srt.mem_cache.kv_cache_configurator", "gc", seen(collect=_collect)),
+    Replace("sglang.srt.mem_cache.kv_cache_configurator", "gc", seen(collect=collect_before_pools)),
     # The world is every engine's; `teardown` destroys it.
     Around("sglang.srt.distributed.parallel_state", "abort_distributed_environment", _skipped),
     Replace(SCHEDULER, "psutil", seen(Process=_process)),
