@@ -15,6 +15,7 @@ from typing import Any, Optional
 from sglang_distguard import _core
 from sglang_distguard.context import generation
 from sglang_distguard.context.accessors import accessor, find_accessor
+from sglang_distguard.distributed import nccl
 from sglang_distguard.distributed.keys import GROUPS, WORLD, all_keys
 from sglang_distguard.errors import NotSupported
 
@@ -188,6 +189,7 @@ def destroy(groups: Groups) -> None:
     """Destroy the coordinators in ``groups``, even if other objects refer to them."""
     for coordinator in groups.values():
         if coordinator is not None:
+            nccl.retire(coordinator)
             coordinator.destroy()
 
 
@@ -201,6 +203,9 @@ def sever(groups: Groups) -> None:
     """
     import torch
 
+    for coordinator in groups.values():
+        if coordinator is not None:
+            nccl.retire(coordinator, abort=True)
     for group in {part for it in groups.values() if it is not None for part in parts(it)}:
         if group.name() != "gloo":
             with suppress(RuntimeError):

@@ -26,7 +26,7 @@ from typing import Any, Optional
 from sglang_distguard import _core
 from sglang_distguard.config import settings
 from sglang_distguard.context import generation
-from sglang_distguard.distributed import world
+from sglang_distguard.distributed import nccl, world
 from sglang_distguard.errors import DistGuardError, NotEnoughMemory, NotSupported
 from sglang_distguard.runner.garbage import collect_before_load
 from sglang_distguard.runner.handle import find_handle
@@ -190,6 +190,7 @@ def give_back(timeout: Optional[float] = None) -> None:
         return
     with suppress(DistGuardError, RuntimeError), in_phase("load", timeout=timeout):
         gc.collect()  # modules refer to each other
+        nccl.settle()
         torch.cuda.empty_cache()
 
 

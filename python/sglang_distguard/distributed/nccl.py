@@ -1,0 +1,72 @@
+"""Destroy the NCCL communicators that SGLang makes beside torch's, and never destroys.
+
+0.5.23: `GroupCoordinator.destroy` drops its `PyNcclCommunicator`, and `ncclCommDestroy` has no caller,
+so that its memory (487 MiB for two ranks on H200) and its threads stay until the process ends.
+
+NCCL destroys a communicator only when every CUDA graph that was captured with it is destroyed, and
+waits for that (`commDestroySync`, since 2.26). A runner's graphs go with its attributes, later than
+its groups. So a thread of its own waits in NCCL, without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+_log = logging.getLogger("sglang_distguard")
+_NAME = "distguard-nccl"
+#: Seconds to wait for a communicator whose graphs are gone: it takes a few hundredths.
+SETTLE = 10.0
+
+
+def retire(coordinator: Any, *, abort: bool = False) -> None:
+    """Destroy the NCCL communicator of a GroupCoordinator, soon: no code can use it from now on.
+
+    Does nothing without one, and nothing a second time.
+
+    Args:
+        coordinator: an SGLang GroupCoordinator.
+        abort: end kernels that wait in it for another rank, as `ncclCommAbort` does.
+    """
+    communicator = getattr(coordinator, "pynccl_comm", None)
+    if communicator is None:
+        return
+    communicator.disabled = True
+    # One thread gets it. A later use raises AttributeError; it would use freed memory otherwise.
+    made = vars(communicator).pop("comm", None)
+    if made is None:
+        return
+    library = communicator.nccl
+
+    def end() -> None:  # NCCL chooses the device itself
+        if abort:
+            library.NCCL_CHECK(library.lib.ncclCommAbort(made))
+        else:
+            library.ncclCommDestroy(made)
+
+    threading.Thread(target=_try, args=(end,), name=_NAME, daemon=True).start()
+
+
+def _try(end: Callable[[], None]) -> None:
+    try:
+        end()
+    except Exception as error:  # its memory stays, as it would in SGLang
+        _log.warning("An NCCL communicator of a closed runner was not destroyed: %r", error)
+
+
+def settle(seconds: float = SETTLE) -> bool:
+    """Wait until the communicators that were retired are destroyed; False if some are not.
+
+    Those of graphs that other code refers to are not. A forked child has no such threads.
+
+    Args:
+        seconds: for all of them together.
+    """
+    until = time.monotonic() + seconds
+    waiting = [thread for thread in threading.enumerate() if thread.name == _NAME]
+    for thread in waiting:
+        thread.join(max(until - time.monotonic(), 0.0))
+    return not any(thread.is_alive() for thread in waiting)

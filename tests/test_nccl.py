@@ -1,0 +1,122 @@
+"""NCCL communicators that SGLang makes beside torch's are destroyed once, and used by no code later.
+
+A null communicator is one that NCCL takes and does nothing with, also without a GPU. What becomes of
+the memory is measured on GPUs (`make gpu-ranks`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang_distguard.distributed import coordinators, nccl
+
+pytestmark = pytest.mark.usefixtures("sglang")
+
+
+class Library:
+    """NCCL's library as SGLang loads it; the functions that end a communicator note their calls."""
+
+    def __init__(self, may_end: threading.Event) -> None:
+        from sglang.srt.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        self._real = NCCLLibrary("libnccl.so.2")  # torch has loaded it
+        self._may_end = may_end
+        self.called: list[str] = []
+        self.lib = SimpleNamespace(ncclCommAbort=self._abort)
+
+    def ncclCommDestroy(self, communicator: Any) -> None:
+        assert self._may_end.wait(60)
+        self.called.append("destroy")
+        self._real.ncclCommDestroy(communicator)
+
+    def _abort(self, communicator: Any) -> int:
+        assert self._may_end.wait(60)
+        self.called.append("abort")
+        return self._real.lib.ncclCommAbort(communicator)
+
+    def NCCL_CHECK(self, result: Any) -> None:
+        self._real.NCCL_CHECK(result)
+
+
+def coordinator_of(library: Any) -> Any:
+    import torch
+    from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from sglang.srt.distributed.device_communicators.pynccl_wrapper import ncclComm_t
+
+    made = object.__new__(PyNcclCommunicator)
+    made.nccl, made.comm, made.disabled = library, ncclComm_t(), False
+    made.device = torch.device("cpu")
+    return SimpleNamespace(pynccl_comm=made, destroy=lambda: None)
+
+
+@pytest.fixture
+def may_end() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+def test_groups_that_are_destroyed_destroy_their_communicator_once(
+    may_end: threading.Event,
+) -> None:
+    library = Library(may_end)
+    coordinator = coordinator_of(library)
+    for _ in range(2):  # one coordinator stands under several names
+        coordinators.destroy({"_TP": coordinator, "_ATTN_TP": coordinator, "_PP": None})
+    assert nccl.settle(60)
+    assert library.called == ["destroy"]
+
+
+def test_broken_groups_abort_their_communicator_so_that_its_kernels_end(
+    may_end: threading.Event,
+) -> None:
+    library = Library(may_end)
+    coordinator = coordinator_of(library)
+    coordinators.sever({"_TP": coordinator})
+    coordinators.destroy({"_TP": coordinator})
+    assert nccl.settle(60)
+    assert library.called == ["abort"]
+
+
+def test_a_destroyed_communicator_is_not_used_again(may_end: threading.Event) -> None:
+    import torch
+
+    coordinator = coordinator_of(Library(may_end))
+    nccl.retire(coordinator)
+    communicator = coordinator.pynccl_comm
+    communicator.all_reduce(torch.zeros(1))  # SGLang's own answer to a disabled one: nothing
+    communicator._resolve_stream = lambda: SimpleNamespace(cuda_stream=0)
+    communicator.disabled = False
+    communicator.nccl = coordinator_of(Library(may_end)).pynccl_comm.nccl
+    communicator.nccl.ncclAllReduce = None
+    with pytest.raises(AttributeError, match="comm"):
+        communicator.all_reduce(torch.zeros(1))
+    assert nccl.settle(60)
+
+
+def test_a_communicator_whose_graphs_live_is_not_waited_for_beyond_the_deadline() -> None:
+    may_end = threading.Event()
+    library = Library(may_end)
+    nccl.retire(coordinator_of(library))
+    try:
+        assert not nccl.settle(0.0)
+        assert library.called == []
+    finally:
+        may_end.set()
+    assert nccl.settle(60)
+    assert library.called == ["destroy"]
+
+
+def test_a_communicator_that_nccl_does_not_destroy_is_told_and_stays(
+    may_end: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = Library(may_end)
+    library.lib.ncclCommAbort = lambda _: 1  # ncclUnhandledCudaError
+    with caplog.at_level(logging.WARNING, "sglang_distguard"):
+        nccl.retire(coordinator_of(library), abort=True)
+        assert nccl.settle(60)
+    assert "was not destroyed: RuntimeError('NCCL error: unhandled cuda error" in caplog.text
