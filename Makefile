@@ -12,7 +12,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export CARGO_TERM_PROGRESS_WHEN := never
 
 .DEFAULT_GOAL := help
-.PHONY: help always setup demo serve load test test-all test-audit test-ranks test-exhaustive test-others test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 gpu-ranks wheel engines-load engines-cycles verify clean
+.PHONY: help always setup demo serve load test test-all test-engines test-audit test-ranks test-exhaustive test-others test-rust loom shuttle test-models models-loom models-shuttle test-python lint lint-types lint-others docs format interrupts stress ranks ranks-builds ranks-communicators audit probe probe-newest compat architectures same-key shared-weights gpu gpu2 gpu-ranks wheel engines-load engines-cycles verify clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -48,7 +48,7 @@ serve: setup ## two small models behind OpenAI's routes, in one process, on 127.
 load: setup ## wrk asks both models of such a server at once (a minute); needs wrk
 	@$(BIN)/python benchmarks/serve_load.py
 
-test: test-rust test-python ## the tests of Rust and Python, with real SGLang
+test: test-rust test-python ## the tests of Rust and of runners in Python, with real SGLang
 
 test-all: test test-models test-others test-exhaustive ## every test; CI runs this
 
@@ -60,16 +60,17 @@ test-rust: setup
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-python: setup
 	@echo "test: Python, with real SGLang (the first run makes reference results: a minute more)"
-	@$(PYTEST) -m "not slow and not audit and not ranks and not exhaustive"
+	@$(PYTEST) -m "not slow and not engines and not audit and not ranks and not exhaustive"
 
-test-audit: ## the tests of the audit
+test-engines: ## the tests of schedulers, managers, engines and servers
+test-audit: ## the tests of the audit and of the look at other releases
 test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
-test-others: ## those of the audit and of several ranks, in one session
-test-others: KINDS := audit or ranks
+test-others: ## those of engines, of the audit and of several ranks, in one session
+test-others: KINDS := engines or audit or ranks
 test-exhaustive: PYTEST += --dist load
-test-audit test-ranks test-exhaustive: KINDS = $(@:test-%=%)
-test-audit test-ranks test-exhaustive test-others: setup
+test-engines test-audit test-ranks test-exhaustive: KINDS = $(@:test-%=%)
+test-engines test-audit test-ranks test-exhaustive test-others: setup
 	@echo "test: $(KINDS)"
 	@$(PYTEST) -m "($(KINDS)) and not slow"
 
