@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from sglang_distguard.testing.random_numbers import drawing_from
+
 VOCABULARY = 1000
 #: Returns the transformers model class and its configuration.
 Builder = Callable[[], tuple[Any, Any]]
@@ -96,9 +98,10 @@ def create_model(
 ) -> Path:
     """Write a checkpoint (float32, safetensors) and return its directory; keep an existing one.
 
-    Several processes may call this at once: a checkpoint appears whole or not at all. It restores
-    torch's random state and default dtype. Its changes to them are process-wide, so call it while
-    no other thread draws random numbers or builds a model.
+    Several processes may call this at once: a checkpoint appears whole or not at all. Its weights
+    are those of the seed, whatever other threads draw from torch's own generator meanwhile. Where
+    torch's default dtype is not float32, it is changed for a moment, in the whole process: call
+    this while no other thread builds a model then.
 
     Args:
         architecture: a key of ``builders``.
@@ -153,8 +156,7 @@ def _random_model(
     import torch
 
     default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(torch.Generator().manual_seed(seed)):
         try:
             if default is not torch.float32:
                 torch.set_default_dtype(torch.float32)  # the weights depend on it
