@@ -116,6 +116,17 @@ def made_of_llama(
     return target
 
 
+def is_fx_flag_of_the_process() -> bool:
+    """Whether a thread that compiles stops all others at functions of `torch.compile`.
+
+    torch 2.11.0 has one flag for tracing with `torch.fx` in the process, 2.14.1 one for each thread.
+    With the former, functions are compiled in a row here, before the runners compute at once.
+    """
+    from torch.fx import _symbolic_trace
+
+    return not hasattr(_symbolic_trace, "_is_fx_tracing_tls")
+
+
 def install() -> None:
     """Install the guard in this process."""
     import sglang_distguard
