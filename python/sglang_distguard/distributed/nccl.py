@@ -11,6 +11,7 @@ its groups. So a thread of its own waits in NCCL, without the interpreter's lock
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,9 +40,12 @@ def retire(coordinator: Any, *, abort: bool = False) -> None:
     made = vars(communicator).pop("comm", None)
     if made is None:
         return
-    library = communicator.nccl
+    library, device = communicator.nccl, communicator.device
 
-    def end() -> None:  # NCCL chooses the device itself
+    def end() -> None:
+        if device.type == "cuda":
+            # NCCL goes back to the thread's device, and CUDA makes a context there (524 MiB).
+            sys.modules["torch"].cuda.set_device(device)
         if abort:
             library.NCCL_CHECK(library.lib.ncclCommAbort(made))
         else:
