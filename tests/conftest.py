@@ -51,7 +51,14 @@ KINDS = {
         "test_serving",
         "test_serving_options",
     ),
-    "ranks": ("test_ranks", "test_ranks_communicators", "test_ranks_layouts", "test_agreement"),
+    "ranks": (
+        "test_ranks",
+        "test_ranks_communicators",
+        "test_ranks_layouts",
+        "test_ranks_turns",
+        "test_agreement",
+        "test_liveness",
+    ),
     "exhaustive": (
         "test_default_dtype_operators",
         "test_interrupts",

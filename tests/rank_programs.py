@@ -303,9 +303,6 @@ def raise_on_one(point: str, on: int) -> dict[str, Any]:
 def die_on_one(point: str, on: int) -> dict[str, Any]:
     """End one rank's process in a build; the others make a world of the remaining ranks."""
     import sglang_distguard
-    import torch.distributed as dist
-    from sglang.srt import runtime_context
-    from torch._C._distributed_c10d import FileStore
 
     start()
     kept = build("dense")
@@ -314,13 +311,22 @@ def die_on_one(point: str, on: int) -> dict[str, Any]:
         error = attempt(lambda: build("experts"))
     sglang_distguard.close(kept)
     del kept
+    leave_behind(on)
+    return {"error": error, "after": again(["experts"])}
+
+
+def leave_behind(on: int) -> None:
+    """Make a world of the remaining ranks when one is gone; all runners are closed before."""
+    import torch.distributed as dist
+    from sglang.srt import runtime_context
+    from torch._C._distributed_c10d import FileStore
+
     dist.destroy_process_group()
     runtime_context.reset_context()  # 0.5.23 keeps this rank's number in the old world
     left = [it for it in range(size()) if it != on]
     os.environ.update(WORLD_SIZE=str(len(left)), RANK=str(left.index(rank())))
     store = FileStore(str(shared_file("next world")), len(left))
     dist.init_process_group("gloo", store=store, rank=rank(), world_size=size())
-    return {"error": error, "after": again(["experts"])}
 
 
 def build_anonymously() -> list[Any]:

@@ -21,7 +21,7 @@ from sglang_distguard import (
     StoreLost,
     runner_scope,
 )
-from sglang_distguard.distributed.ranks import agreement
+from sglang_distguard.distributed.ranks import agreement, reader
 from sglang_distguard.distributed.ranks.agreement import turn
 from sglang_distguard.distributed.ranks.creation import Creation, NotTogether
 from sglang_distguard.distributed.ranks.log import Ranks
@@ -356,7 +356,7 @@ def test_leaving_ends_a_reader_that_sleeps_in_the_store() -> None:
         waits.start()
         while not ranks[0].state.is_reading():
             waits.join(0.01)
-        agreement.close(ranks[0], LONG)
+        reader.close(ranks[0], LONG)
         assert readers() == []
         waits.join()
 

@@ -5,10 +5,11 @@ folder MODELS. Every part runs in two processes of its own, one for each GPU, wi
 part that fails does not end the others.
 
 - rounds: each model alone with plain SGLang, twice; then both in one process per rank, built and
-  used from two threads that begin in opposite order on the two ranks.
-- cost: milliseconds of a forward, with plain SGLang and with the guard.
+  used from two threads that begin in opposite order on the two ranks, half of it in blocks of
+  ``turn``.
+- cost: milliseconds of a forward, with plain SGLang and with the guard, also in blocks.
 - memory: what each further runner adds, and what stays when all are closed.
-- death: one rank is killed in a forward; the other builds a runner of its own.
+- death: one rank is killed in a forward, also in a block; the other builds a runner of its own.
 
 With ``--tiny`` it runs a few rounds over gloo on a CPU, to try the program itself. Otherwise it
 needs two GPUs, says so and ends.
@@ -122,7 +123,7 @@ def plan(sections: Sequence[str], modes: Sequence[str]) -> list[list[Part]]:
         lists += [[Part("rounds", groups, mode) for groups in GROUPS] for mode in modes]
     if "death" in sections:
         references.append(Part("reference", MODELS[0], "eager", 1))
-        lists.append([Part("death", groups, "eager") for groups in GROUPS])
+        lists += [[Part("death", groups, how) for groups in GROUPS] for how in ("eager", "block")]
     if "cost" in sections:
         lists += [[Part("cost", how, mode)] for mode in modes for how in ("plain", *GROUPS)]
     if "memory" in sections:

@@ -148,6 +148,12 @@ def generation(runner: Any, steps: int = STEPS, **how: Any) -> Any:
     return sglang_steps.generate(runner, steps=steps, **how).logits
 
 
+def in_a_block(guard: Any, runner: Any, steps: int = STEPS) -> Any:
+    """Generate in one block of ``turn``: a turn for all forwards and samples."""
+    with guard.turn(runner):
+        return generation(runner, steps, activate=guard.activate)
+
+
 def in_threads(works: Sequence[Callable[[], Any]], apart: float, limit: float) -> list[Any]:
     """Call each in a thread of its own, ``apart`` seconds one after the other.
 
@@ -198,7 +204,10 @@ def reference(at: Rank, model: str, mode: str) -> bool:
 
 
 def rounds(at: Rank, groups: str, mode: str) -> bool:
-    """Use both runners from two threads, in opposite order; say how many bits differ."""
+    """Use both runners from two threads, in opposite order; say how many bits differ.
+
+    Every other generation is in a block of ``turn``.
+    """
     import torch
     from sglang_distguard.testing import bit_equal
 
@@ -209,8 +218,15 @@ def rounds(at: Rank, groups: str, mode: str) -> bool:
 
     def use(model: str) -> int:
         at.device()
-        made = (generation(runners[model], activate=guard.activate) for _ in range(count))
-        return sum(not bit_equal(it, expected[model]) for it in made)
+        wrong = 0
+        for number in range(count):
+            runner = runners[model]
+            if number % 2:
+                made = in_a_block(guard, runner)
+            else:
+                made = generation(runner, activate=guard.activate)
+            wrong += not bit_equal(made, expected[model])
+        return wrong
 
     begun = time.perf_counter()
     order = list(runners)
@@ -222,20 +238,23 @@ def rounds(at: Rank, groups: str, mode: str) -> bool:
         if isinstance(wrong, BaseException):
             wrong = short(wrong)
         say(f"{model}: of {count} generations had other bits than alone: {wrong}")
-    say(f"{count * len(order)} generations in {seconds:.1f} s")
+    say(f"{count * len(order)} generations in {seconds:.1f} s, half of them in blocks")
     return found == [0] * len(order)
 
 
 def cost(at: Rank, groups: str, mode: str) -> bool:
-    """Take the time of a forward of one runner, and with the guard of two at once."""
-    how: dict[str, Any] = {}
+    """Take the time of a forward of one runner; with the guard also in blocks, and of two at once."""
+    steps, times = (2, 3) if at.tiny else (LONG, 15)
     if groups == "plain":
         runners = [at.plain(MODELS[0], mode)]
+        ways: dict[str, Callable[[Any], Any]] = {"": lambda runner: generation(runner, steps)}
     else:
         guard = at.start(groups)
         runners = [at.build(MODELS[0], mode, name) for name in ("one", "two")]
-        how["activate"] = guard.activate
-    steps, times = (2, 3) if at.tiny else (LONG, 15)
+        ways = {
+            "": lambda runner: generation(runner, steps, activate=guard.activate),
+            f", {steps + 1} in a block": lambda runner: in_a_block(guard, runner, steps),
+        }
 
     def milliseconds(work: Callable[[], Any], forwards: int) -> float:
         at.wait()
@@ -244,32 +263,30 @@ def cost(at: Rank, groups: str, mode: str) -> bool:
         at.wait()
         return 1e3 * (time.perf_counter() - begun) / forwards
 
-    for runner in runners:
-        for _ in range(2):
-            generation(runner, steps, **how)
-    alone = [
-        milliseconds(lambda: generation(runners[0], steps, **how), steps + 1) for _ in range(times)
-    ]
-    said = f"{statistics.median(alone):.2f} ms a forward of one runner ({min(alone):.2f} to {max(alone):.2f})"
-
-    def use(runner: Any) -> None:
+    def use(runner: Any, way: Callable[[Any], Any]) -> None:
         at.device()
         for _ in range(times):
-            generation(runner, steps, **how)
+            way(runner)
 
     failed = []
-    if len(runners) > 1:
-        ended: list[Any] = []
-
-        def both() -> None:
-            ended.extend(in_threads([lambda it=it: (use(it), 1)[1] for it in runners], 0, at.limit))
-
-        at.meet("one measured")
-        together = milliseconds(both, (steps + 1) * times * len(runners))
-        failed = [it for it in ended if it != 1]
-        said += f"; {together:.2f} ms a forward of two at once"
-    if at.rank == 0:
-        say(said)
+    for how, way in ways.items():
+        for runner in runners:
+            for _ in range(2):
+                way(runner)
+        alone = [milliseconds(lambda way=way: way(runners[0]), steps + 1) for _ in range(times)]
+        said = f"{statistics.median(alone):.2f} ms a forward of one runner ({min(alone):.2f} to {max(alone):.2f})"
+        if len(runners) > 1:
+            works = [lambda it=it, way=way: (use(it, way), 1)[1] for it in runners]
+            ended: list[Any] = []
+            at.meet(f"one measured{how}")
+            together = milliseconds(
+                lambda works=works, ended=ended: ended.extend(in_threads(works, 0, at.limit)),
+                (steps + 1) * times * len(runners),
+            )
+            failed += [it for it in ended if it != 1]
+            said += f"; {together:.2f} ms a forward of two at once"
+        if at.rank == 0:
+            say(f"{said}{how}")
     for error in failed:
         say(short(error) if isinstance(error, BaseException) else "not at its end")
     return not failed
@@ -322,7 +339,10 @@ def memory(at: Rank, groups: str, mode: str) -> bool:
 
 
 def death(at: Rank, groups: str, mode: str) -> bool:
-    """Kill rank 1 in a forward; say what the threads of rank 0 hear, and let it go on alone."""
+    """Kill rank 1 in a forward; say what the threads of rank 0 hear, and let it go on alone.
+
+    With the mode "block" the forward is in a block of ``turn``, and so is rank 0.
+    """
     import torch
     import torch.distributed as dist
     from sglang.srt import runtime_context
@@ -330,14 +350,17 @@ def death(at: Rank, groups: str, mode: str) -> bool:
     from torch._C._distributed_c10d import FileStore
 
     guard = at.start(groups, agreement_timeout=AGREEMENT)
-    runners = build_both(at, mode)
+    runners = build_both(at, "eager")
     heard: dict[str, float] = {}
 
     def use(model: str) -> None:
         at.device()
         try:
             while True:
-                generation(runners[model], activate=guard.activate)
+                if mode == "block" and model == MODELS[0]:
+                    in_a_block(guard, runners[model])
+                else:
+                    generation(runners[model], activate=guard.activate)
         finally:
             heard[model] = time.time()
 
@@ -374,9 +397,9 @@ def death(at: Rank, groups: str, mode: str) -> bool:
     os.environ.update(WORLD_SIZE="1", RANK="0")
     store = FileStore(str(at.file("next world")), 1)
     dist.init_process_group("gloo" if at.tiny else "nccl", store=store, rank=0, world_size=1)
-    runner = at.build(MODELS[0], mode, "alone again", tp_size=1)
+    runner = at.build(MODELS[0], "eager", "alone again", tp_size=1)
     made = generation(runner, activate=guard.activate)
-    right = bit_equal(made, torch.load(at.folder / f"{MODELS[0]}-{mode}-1-0.pt"))
+    right = bit_equal(made, torch.load(at.folder / f"{MODELS[0]}-eager-1-0.pt"))
     say(f"a runner of one rank in the same process: {'right' if right else 'WRONG'}")
     return right
 

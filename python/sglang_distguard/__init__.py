@@ -20,6 +20,7 @@ from sglang_distguard.api.closing import close, closing
 from sglang_distguard.api.metrics import metrics
 from sglang_distguard.api.status import Snapshot, reset, snapshot
 from sglang_distguard.api.teardown import teardown
+from sglang_distguard.api.turns import turn
 from sglang_distguard.api.weights import detach_weights, memory
 from sglang_distguard.config.settings import runner_scope
 from sglang_distguard.engines.engine import Engine
@@ -95,6 +96,7 @@ __all__ = [
     "runner_scope",
     "snapshot",
     "teardown",
+    "turn",
     "uninstall",
 ]
 

@@ -17,6 +17,7 @@ from sglang_distguard.errors import (
 )
 from sglang_distguard.hooks import endings
 from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.collective_steps import is_in_block_with
 from sglang_distguard.runner.handle import clear_closed, handle_of, handle_of_any, release
 from sglang_distguard.sync import waiting
 from sglang_distguard.sync.phases import in_phase
@@ -78,8 +79,8 @@ def close(runner: Resident, *, timeout: Optional[float] = None, force: bool = Fa
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
-        StateInUse: the calling thread is in a method of the runner, or another thread still is
-            after ``timeout``. Nothing was changed, except that a manager's event loop was told to
+        StateInUse: the calling thread is in a method of the runner, or in a block of ``turn`` with
+            it, or another thread still is in a method after ``timeout``. Nothing was changed, except that a manager's event loop was told to
             end.
         AcquireTimeout: another runner's capture still prevents closing after ``timeout``. Nothing
             was changed.
@@ -178,6 +179,14 @@ def _close_runner(handle: _core.RunnerHandle, timeout: Optional[float], *, force
             "force=True",
             runner=handle.name,
             step=execution.step,
+        )
+    if is_in_block_with(handle):
+        raise StateInUse(
+            f"runner '{handle.name}' cannot be closed within a block of sglang_distguard.turn in which "
+            "it computes: other ranks may still be in its steps. Close it after the block, or with "
+            "force=True",
+            runner=handle.name,
+            step="turn",
         )
     try:
         with in_phase("load", handle, timeout=timeout):

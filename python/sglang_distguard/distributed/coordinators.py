@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Optional
 
@@ -215,6 +215,17 @@ def sever(groups: Groups) -> None:
             with suppress(RuntimeError):
                 if other != group.rank():
                     group.recv([torch.zeros(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
+
+
+def on_their_device(groups: Groups) -> AbstractContextManager[object]:
+    """Make the device of the coordinators in ``groups`` current, if it is a CUDA device.
+
+    A thread that no runner's code has used has device 0, on which CUDA would make a context.
+    """
+    import torch
+
+    device = getattr(groups["_TP"], "device", None)
+    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 def forget_dead_names() -> None:

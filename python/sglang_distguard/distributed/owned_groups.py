@@ -91,7 +91,7 @@ def _destroy(
     if made is None:
         return
     try:
-        with tearing_down(key) as (state,):
+        with tearing_down(key) as (state,), coordinators.on_their_device(made):
             if sever:
                 coordinators.sever(made)
             if state.origin != "adopted":  # user code's groups are only forgotten

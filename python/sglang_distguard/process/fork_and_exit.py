@@ -7,12 +7,12 @@ import os
 
 from sglang_distguard import _core
 from sglang_distguard.distributed import coordinators
-from sglang_distguard.distributed.ranks import agreement
+from sglang_distguard.distributed.ranks import reader
 from sglang_distguard.distributed.ranks.log import opened
 from sglang_distguard.process import installation
 from sglang_distguard.runner import garbage, pinned_loads, streams
 
-#: Seconds that the exit waits for daemon threads in a runner's method or reading a shared log.
+#: Seconds that the exit waits for daemon threads in a runner's method or at a store of ranks.
 EXIT_GRACE = 5.0
 
 
@@ -23,6 +23,8 @@ def _in_child() -> None:
     in it, and gloo's sockets are the parent's. So world and groups are registered as inherited.
     """
     _core.start_afresh()
+    for ranks in opened():
+        ranks.alive.start_afresh()
     pinned_loads.FILES.start_afresh()
     streams.start_afresh()
     garbage.LOADS.start_afresh()
@@ -34,7 +36,7 @@ def _in_child() -> None:
 
 def _at_exit() -> None:
     for ranks in opened():
-        agreement.close(ranks, EXIT_GRACE)
+        reader.close(ranks, EXIT_GRACE)
     _core.begin_exit(EXIT_GRACE)
 
 

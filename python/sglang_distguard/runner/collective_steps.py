@@ -11,6 +11,7 @@ from sglang_distguard.context import generation
 from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.distributed.keys import GROUPS
 from sglang_distguard.distributed.ranks import agreement, specs
+from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.errors import (
     AmbiguousBuild,
     StateInUse,
@@ -70,35 +71,173 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
 
     Raises:
         StateInUse, AmbiguousBuild: another thread is in a step over the same communicators.
-        LeaseBroken: the communicators were destroyed while this step waited for its turn.
+        LeaseBroken: the communicators were destroyed, maybe while this step waited for its turn.
         RankFailed, AgreementTimeout, StoreLost: see ``errors``.
     """
     ranks = world.ranks()
-    if ranks is None or agreement.has_turn():
+    if ranks is None:
         yield
-    elif handle.turns is not None:
-        turn = agreement.turn(
-            ranks,
-            f"{handle.turns}, {step}",
-            {},
-            creates=False,
-            undo=lambda: owned_groups.break_communicators(handle),
-        )
-        with ExitStack() as stack:
-            with _let_in(handle):
-                stack.enter_context(turn)
-            handle.check()
-            # Break before the turn reports: ranks that wait for this rank get an error at once.
+        return
+    handle.check()  # before it meets other ranks, so that nothing is half-done
+    outer = agreement.turn_in_force()
+    if handle.turns is None:
+        with _claiming(handle) as is_outermost, _whole(handle) if is_outermost else nullcontext():
+            yield
+    elif outer is None:
+        with _in_a_turn(ranks, handle, step):
+            yield
+    elif isinstance(outer.users, _Users):
+        with _within_turn(handle, outer.users):
+            yield
+    else:  # a turn in which a runner is built
+        yield
+
+
+@contextmanager
+def in_one_turn(handle: _core.RunnerHandle) -> Iterator[None]:
+    """Let all steps in the with block have one turn together, where each would take one.
+
+    A block in a step, or in another block, is part of its turn. What raises in the block leaves the
+    ranks out of step, as in a step.
+
+    Args:
+        handle: handle of a runner; all ranks begin the block with this one.
+
+    Raises:
+        DistGuardError and its subclasses: see ``in_order``.
+        Whatever a step in the block raised, at the end of the block if its code has caught that.
+    """
+    handle.check()
+    ranks = world.ranks()
+    outer = agreement.turn_in_force()
+    if ranks is None or handle.turns is None:
+        yield
+    elif outer is None:
+        with _in_a_turn(ranks, handle, "turn", is_block=True):
+            yield
+    elif isinstance(outer.users, _Users):
+        outer.users.add(handle)
+        with outer.users.whole(handle):
+            yield
+    else:  # a turn in which a runner is built
+        yield
+
+
+def is_in_block_with(handle: _core.RunnerHandle) -> bool:
+    """Whether the running code is in a block whose turn is of ``handle``'s runner, or has its steps."""
+    ask = agreement.turn_in_force()
+    if ask is None or not ask.is_block:
+        return False
+    return isinstance(ask.users, _Users) and handle in ask.users.handles
+
+
+class _Users:
+    """The runners that compute in one turn.
+
+    If a rank leaves it half-done, the communicators of all of them are out of step.
+
+    Attributes:
+        handles: that of the runner that has taken the turn, and those of the others.
+    """
+
+    def __init__(self, handle: _core.RunnerHandle) -> None:
+        self.handles = [handle]
+        self._error: Optional[BaseException] = None
+
+    def add(self, handle: _core.RunnerHandle) -> None:
+        if handle not in self.handles:
+            self.handles.append(handle)
+
+    def break_communicators(self) -> None:
+        with ExitStack() as stack:  # all of them, even if one raises
+            for handle in self.handles:
+                stack.callback(owned_groups.break_communicators, handle)
+
+    @contextmanager
+    def whole(self, handle: _core.RunnerHandle) -> Iterator[None]:
+        """Run a part of the turn; its error is the turn's, even if code in between catches it."""
+        try:
             with _whole(handle):
                 yield
-    else:
-        with _let_in(handle):
-            is_outermost = handle.begin_collectives()
+        except BaseException as error:
+            self._error = self._error or error
+            raise
+
+    @contextmanager
+    def all_whole(self) -> Iterator[None]:
+        """Run the turn; raise at its end what a part of it has raised."""
         try:
-            with _whole(handle) if is_outermost else nullcontext():
+            yield
+            if self._error is not None:
+                raise self._error
+        except BaseException:
+            self.break_communicators()
+            raise
+
+
+@contextmanager
+def _in_a_turn(
+    ranks: Ranks, handle: _core.RunnerHandle, step: str, *, is_block: bool = False
+) -> Iterator[None]:
+    """Take a turn for the with block: one step, or a block with several."""
+    users = _Users(handle)
+    turn = agreement.turn(
+        ranks,
+        f"{handle.turns}, {step}",
+        {},
+        creates=False,
+        undo=users.break_communicators,
+        users=users,
+        is_block=is_block,
+    )
+    with ExitStack() as stack:
+        with _let_in(handle):
+            ask = stack.enter_context(turn)
+        handle.check()
+        # Break before the turn reports: ranks that wait for this rank get an error at once.
+        with users.all_whole():
+            with nullcontext() if is_block else _claiming(handle):
                 yield
-        finally:
-            handle.end_collectives()
+            with _claiming(handle):  # refused while another thread is in a step of the turn
+                ask.has_left_turn = True
+
+
+@contextmanager
+def _within_turn(handle: _core.RunnerHandle, users: _Users) -> Iterator[None]:
+    """Run a step in the turn of a block, or of another step.
+
+    Threads that were started there carry the turn. One at a time is in a step, because nothing
+    orders the collectives of two on all ranks.
+    """
+    with ExitStack() as stack:
+        is_outermost = stack.enter_context(_claiming(handle))
+        stack.enter_context(_claiming(users.handles[0]))
+        with _let_in(handle):
+            _refuse_after_the_turn(handle)
+        users.add(handle)
+        if is_outermost:
+            stack.enter_context(users.whole(handle))
+        yield
+
+
+def _refuse_after_the_turn(handle: _core.RunnerHandle) -> None:
+    if agreement.turn_in_force() is None:
+        raise StateInUse(
+            f"runner '{handle.name}': the block in whose turn this step was to be ended at the same "
+            "moment. Let the threads that a block starts end their steps within the block",
+            runner=handle.name,
+        )
+
+
+@contextmanager
+def _claiming(handle: _core.RunnerHandle) -> Iterator[bool]:
+    """Claim the communicators of the runner's scope; False if an outer step has."""
+    with _let_in(handle):
+        is_outermost = handle.begin_collectives()
+    try:
+        yield is_outermost
+    finally:
+        handle.end_collectives()
 
 
 @contextmanager
@@ -112,7 +251,8 @@ def step_among_ranks(
 ) -> Iterator[None]:
     """Run a step that needs more than one native step: with several ranks, or for a capture.
 
-    The step enters its phase last, within its turn if it takes one.
+    The step enters its phase last, within its turn if it takes one. A thread that waits for the
+    turn does not occupy the runner: a block that has the turn may come to the same step.
 
     Args:
         handle: the runner's handle.
@@ -126,12 +266,13 @@ def step_among_ranks(
         DistGuardError and its subclasses: see ``in_order`` and ``_core.Step``.
     """
     with ExitStack() as stack:
-        with _let_in(handle) if is_exclusive else nullcontext():
-            stack.enter_context(_core.step(handle, step, None, exclusive=is_exclusive))
         if phase == "capture":  # before it meets other ranks, so that nothing is half-done
             refuse_capture_without_turns(handle)
         if is_collective:
             stack.enter_context(in_order(handle, step))
+        if is_exclusive:
+            with _let_in(handle):
+                stack.enter_context(_core.step(handle, step, None, exclusive=True))
         if phase is not None:
             stack.enter_context(_core.step(handle, step, phase))
         yield

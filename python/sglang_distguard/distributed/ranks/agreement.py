@@ -7,27 +7,23 @@ first entry for a stage counts for all ranks.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.config import settings
-from sglang_distguard.distributed.ranks import failures
+from sglang_distguard.distributed.ranks import failures, reader
+from sglang_distguard.distributed.ranks.ask import Ask
 from sglang_distguard.distributed.ranks.creation import creating
-from sglang_distguard.distributed.ranks.log import PREFIX, Ranks
+from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.sync import waiting
 
 #: Part of the deadline in which a turn's groups are created; the rest is for reports of the ranks.
 _CREATE = 0.8
-_READER = "distguard-ranks"
-#: Stages that end with an entry in the log.
-_ENDS = ("ask", "turn", "build")
 #: Seconds for which a rank whose own stage failed reads on in the log for the decision.
 _HEAR = 5.0
 
@@ -40,112 +36,6 @@ class _Block:
     """A with block; a context that a task has copied inside may outlive it."""
 
     is_over = False
-
-
-@dataclass
-class Ask:
-    """One round of one name.
-
-    Attributes:
-        ranks: the ranks that must agree.
-        what: the name that all ranks use: "runner NAME", "world" …
-        round: number of earlier attempts under this name.
-        deadline: seconds for each stage.
-        creates: whether the turn creates something; otherwise it computes with what exists.
-        has_left_turn: whether the turn is over on this rank.
-        has_built: whether the build that uses it is over on this rank.
-    """
-
-    ranks: Ranks
-    what: str
-    round: int
-    deadline: float
-    creates: bool = True
-    has_left_turn: bool = False
-    has_built: bool = False
-
-    @property
-    def name(self) -> str:
-        """The runner's name without "runner "."""
-        return self.what.removeprefix("runner ")
-
-    @property
-    def known_as(self) -> str:
-        """Name and round: equal on all ranks, and unique in this world."""
-        return f"{self.what} #{self.round}"
-
-    @property
-    def prefix(self) -> str:
-        """Prefix of the names of process groups that are created in the turn."""
-        return f"{PREFIX}/{self.ranks.generation}/{self.what}/{self.round}:"
-
-    def _key(self, stage: str, *, before: int = 0) -> str:
-        return f"{self.what}/{self.round - before}/{stage}"
-
-    def tell(self, stage: str, report: Mapping[str, Any]) -> None:
-        """Report to the other ranks; the last rank to report judges and writes the stage's end."""
-        key = self._key(stage)
-        if self.ranks.state.arrive(self.what, self.round, stage) and self.ranks.tell(key, report):
-            judge = failures.disagree if stage == "ask" else failures.failed
-            self.write(stage, judge(self.ranks.told(key)))
-            self._tidy(stage)
-
-    def _tidy(self, stage: str) -> None:
-        """Delete earlier stages from the store: all ranks have reported ``stage`` and left them."""
-        left = {
-            "ask": [self._key("turn", before=1), self._key("build", before=1)],
-            "turn": [self._key("ask")],
-            "build": [self._key("turn")],
-        }[stage]
-        read = self.ranks.state.outlived(self.what, self.round, stage)
-        keys = [] if stage == "ask" and self.round == 0 else left
-        told = [part for key in keys for part in (key, f"{key}/told")]
-        self.ranks.tidy(*told, *(f"log/{index}" for index in read))
-
-    def write(self, stage: str, failure: Optional[str]) -> None:
-        """Write into the log that ``stage`` has ended; ``failure`` is None if it passed."""
-        self.ranks.write(
-            {"name": self.what, "round": self.round, "stage": stage, "failure": failure}
-        )
-
-    def stands(self, stage: str) -> Optional[tuple[str, Optional[str]]]:
-        """Return how ``stage`` ended; None while it is open.
-
-        When "begin" has passed, this rank is in the turn.
-        """
-        state = self.ranks.state
-        standing = (
-            state.enter(self.what, self.round)
-            if stage == "begin"
-            else state.stands(self.what, self.round, stage)
-        )
-        return None if standing[0] == "open" else standing
-
-    def error(self, stage: str, failure: str) -> DistGuardError:
-        """Return the error that this rank raises for a ``failure`` of ``stage``."""
-        rank = self.ranks.rank
-        return failures.error_of(self.what, stage, rank, failure, creates=self.creates)
-
-    def time_out(self, stage: str, waited: float) -> None:
-        """Write that ``stage`` timed out here after ``waited`` seconds, and what is missing."""
-        ranks = self.ranks
-        if stage == "begin":
-            self.write("turn", failures.queued(ranks.rank, ranks.state.turn(), waited))
-            return
-        told = ranks.told(self._key(stage))
-        self.write(stage, failures.missing(ranks.rank, told, ranks.size, waited))
-
-    def abort(self, stage: str, error: BaseException) -> None:
-        """Write that this rank left ``stage`` because of ``error``; earlier entries still count."""
-        with suppress(Exception):  # without a store no rank can be told
-            failure = failures.failed({self.ranks.rank: failures.report(error)})
-            # The stage may have passed on the other ranks already: then the next stage fails.
-            for later in _ENDS[_ENDS.index("turn" if stage == "begin" else stage) :]:
-                self.write(later, failure)
-
-    def may_have_begun(self) -> bool:
-        """Whether any rank may have entered the turn."""
-        return self.ranks.state.began(self.what, self.round) is not False
 
 
 class _Wait:
@@ -177,6 +67,7 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
     Raises the failure that the stage ended with, or what interrupted the wait.
     """
     ranks = ask.ranks
+    ask.stage = stage
     what = f"the other ranks ({ask.what}, {stage})"
 
     def wait(seconds: float) -> tuple[str, Optional[str]]:
@@ -186,7 +77,7 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
 
     try:
         if ranks.state.begin_wait(ask.what, ask.round, stage):
-            _start_reader(ranks)
+            reader.start(ranks)
         try:
             standing = wait(timeout)
         except _TimedOut as error:
@@ -228,30 +119,6 @@ def _learn_whether_it_began(ask: Ask) -> None:
         )
 
 
-def _start_reader(ranks: Ranks) -> None:
-    # It ends with the last wait. It is a daemon because it may be asleep in the store.
-    try:
-        threading.Thread(target=_read, args=(ranks,), name=_READER, daemon=True).start()
-    except BaseException:
-        ranks.state.end_reading()
-        raise
-
-
-def _read(ranks: Ranks) -> None:
-    """Read the log and apply its entries while a thread of this process waits for them."""
-    while (index := ranks.state.next_to_read()) is not None:
-        try:
-            entry = ranks.read(index)
-            if entry is not None:
-                if entry["by"] == ranks.rank:
-                    ranks.state.read_own(index)
-                ranks.state.apply(
-                    index, entry["name"], entry["round"], entry["stage"], entry["failure"]
-                )
-        except Exception as error:  # any error must reach the threads that wait
-            ranks.state.lose(failures.lost(failures.describe(error)))
-
-
 @contextmanager
 def _store_errors(ask: Ask, stage: str) -> Iterator[None]:
     """Raise StoreLost when torch reports that the store cannot be reached."""
@@ -273,6 +140,8 @@ def turn(
     keep: bool = False,
     creates: bool = True,
     undo: Callable[[], object] = lambda: None,
+    users: Any = None,
+    is_block: bool = False,
 ) -> Iterator[Ask]:
     """Run the with block once all ranks have asked for the same; turns have one order on all ranks.
 
@@ -287,38 +156,51 @@ def turn(
         keep: remember the ask for the runner that the running code builds (``building``).
         creates: whether something is created; otherwise the turn computes with what exists.
         undo: called when this or another rank failed and any rank may have entered the turn;
-            no other turn begins here before it returns.
+            no other turn begins here before it returns. If nothing is created, another thread may
+            call it, while the with block runs.
+        users: kept with the ask.
+        is_block: whether the with block is one of user code, with several steps.
 
     Raises:
+        DistGuardError: something was to be created within a with block of user code.
         AmbiguousBuild: another thread of this process works under the same name.
         RanksDisagree, AgreementTimeout, RankFailed, StoreLost: see ``errors``. All ranks raise.
         Whatever the with block raised, on the rank where it did; the others raise RankFailed.
     """
-    outer = _turn_in_force()
-    if outer is not None and not outer.has_left_turn:
+    outer = turn_in_force()
+    if outer is not None:
+        if creates and outer.is_block:
+            raise _build_within(outer, what)
         yield outer
         return
     chosen = settings.current()
     deadline = chosen.agreement_timeout
-    ask = Ask(ranks, what, ranks.state.begin(what), deadline, creates)
+    ask = Ask(
+        ranks, what, ranks.state.begin(what), deadline, creates, undo, users, is_block=is_block
+    )
     turn_of_code = ExitStack()
     try:
+        ranks.alive.begin(ask)
         turn_of_code.enter_context(_core.in_turn(ask))
         with _store_errors(ask, "ask"):
             _tell_and_await(ask, "ask", {"spec": dict(spec)})
             # Other turns may come first: this waits for them, not for ranks.
             _await(ask, "begin", chosen.timeout)
         try:
-            with creating(deadline * _CREATE, ask.prefix, ranks.store):
+            ask.enter_turn()
+            with creating(deadline * _CREATE, ask.prefix, ranks.store) as ask.creation:
                 yield ask
         except BaseException as error:
+            ask.leave_turn()
             explain(ask, "turn", error)
+        ask.leave_turn()
         with _store_errors(ask, "turn"):
             _tell_and_await(ask, "turn", {})
     except BaseException:
+        ranks.alive.end(ask)
         try:
             if ask.may_have_begun():
-                undo()
+                ask.undo_once()
         finally:
             ranks.state.end(what)
         raise
@@ -326,6 +208,8 @@ def turn(
         ask.has_left_turn = True
         turn_of_code.close()
         ranks.state.leave(what, ask.round)
+        if not (keep and _is_building()):  # otherwise the build ends it
+            ranks.alive.end(ask)
     if keep:
         _asked.set(ask)
     else:
@@ -351,7 +235,8 @@ def explain(ask: Ask, stage: str, error: BaseException) -> NoReturn:
     verdict = None
     with suppress(Exception):  # without a store no rank can be told; ``error`` is enough
         ask.tell(stage, failures.report(error))
-        if failures.is_consequence(error):
+        is_ended = stage == "turn" and ask.was_ended and isinstance(error, Exception)
+        if is_ended or failures.is_consequence(error):
             verdict = _verdict(ask, stage)
     if verdict is None:
         raise error
@@ -380,8 +265,7 @@ def building(*, asks: bool = False) -> Iterator[None]:
         RankFailed, AgreementTimeout: the block raised because another rank failed or is gone.
         Whatever the block raised, in all other cases.
     """
-    outer = _building.get()
-    if outer is not None and not outer.is_over:
+    if _is_building():
         yield
         return
     if asks:
@@ -389,6 +273,9 @@ def building(*, asks: bool = False) -> Iterator[None]:
     block = _Block()
     token = _building.set(block)
     try:
+        earlier = asked()
+        if earlier is not None:
+            earlier.ranks.alive.begin(earlier)
         yield
     except BaseException as error:
         ask = asked()
@@ -401,9 +288,15 @@ def building(*, asks: bool = False) -> Iterator[None]:
         _forget_asked()
 
 
+def _is_building() -> bool:
+    block = _building.get()
+    return block is not None and not block.is_over
+
+
 def _forget_asked() -> None:
     ask = asked()
     if ask is not None:
+        ask.ranks.alive.end(ask)
         ask.has_built = True
         _asked.set(None)
         ask.ranks.state.end(ask.what)
@@ -431,39 +324,21 @@ def asked() -> Optional[Ask]:
 
 def has_turn() -> bool:
     """Whether the running code is in a turn."""
-    ask = _turn_in_force()
-    return ask is not None and not ask.has_left_turn
+    return turn_in_force() is not None
 
 
-def _turn_in_force() -> Optional[Ask]:
-    """Return the turn that the running execution carries, even if it is over."""
+def turn_in_force() -> Optional[Ask]:
+    """Return the turn that the running code is in; None if it is in none, or that is over."""
     execution = _core.current_execution()
-    return None if execution is None else execution.turn
+    ask: Optional[Ask] = None if execution is None else execution.turn
+    return None if ask is None or ask.has_left_turn else ask
 
 
-def close(ranks: Ranks, seconds: float) -> None:
-    """End the reader within ``seconds`` seconds, because the process exits.
-
-    A daemon thread that returns from a call into torch after the interpreter's end aborts the
-    process.
-    """
-    ranks.state.lose(failures.lost("this process exits"))
-    with suppress(Exception):
-        if ranks.state.is_reading():
-            ranks.write({"name": "(exit)", "round": 0, "stage": "build", "failure": None})
-        until = time.monotonic() + seconds
-        for thread in threading.enumerate():
-            if thread.name == _READER:
-                _join(thread, until)
-
-
-def _join(thread: threading.Thread, until: float) -> None:
-    """Join ``thread``, even if another thread is just starting it and it cannot be joined yet."""
-    while thread in threading.enumerate():
-        left = until - time.monotonic()
-        if left <= 0:
-            return
-        try:
-            thread.join(left)
-        except RuntimeError:
-            time.sleep(0.001)
+def _build_within(block: Ask, what: str) -> DistGuardError:
+    return DistGuardError(
+        f"{what} cannot be built within a block of sglang_distguard.turn ({block.what}): the ranks "
+        "would have to agree on it in a turn of its own, which begins when this one has ended. "
+        "Build before the block or after it.",
+        name=what,
+        turn=block.what,
+    )

@@ -64,6 +64,34 @@ def missing(rank: int, reports: Mapping[int, Mapping[str, Any]], size: int, wait
     )
 
 
+def silent(
+    rank: int, silences: Mapping[int, float], reports: Mapping[int, Mapping[str, Any]]
+) -> str:
+    """Return the failure of ``rank``, which has heard no sign of life of ranks that it needs.
+
+    Args:
+        rank: the rank that listened.
+        silences: seconds without a sign of life, by rank.
+        reports: reports by rank, so far.
+    """
+    return json.dumps(
+        {
+            "kind": "missing",
+            "by": rank,
+            "missing": sorted(silences),
+            "waited": round(min(silences.values()), 3),
+            "failures": _causes(reports),
+            "silent": True,
+        }
+    )
+
+
+def cause(reports: Mapping[int, Mapping[str, Any]]) -> Optional[str]:
+    """Return one failure with those that do not only follow from others; None without any."""
+    failures = _causes(reports)
+    return json.dumps({"kind": "failed", "failures": failures}) if failures else None
+
+
 def report(error: BaseException) -> dict[str, Any]:
     """Return what a rank reports to the others about ``error``."""
     return {"failure": describe(error), "consequence": is_consequence(error)}
@@ -213,9 +241,12 @@ def _absence(
     }[stage]
     same = "build runners under the same names" if creates else "call the same methods"
     who = f"{_ranks(absent)} did not {doing}" if absent else "no decision was written"
+    since = f"within {facts['waited']:.1f} s"
+    if facts.get("silent"):
+        since = f"and gave no sign of life for {facts['waited']:.1f} s"
     told = "".join(f"; rank {rank}: {text}" for rank, text in failures.items())
     return AgreementTimeout(
-        f"{what}: {who} within {facts['waited']:.1f} s, so rank {facts['by']} aborted it on all "
+        f"{what}: {who} {since}, so rank {facts['by']} aborted it on all "
         f"ranks{told}. Check whether those ranks are alive, and {same} there (py-spy dump shows "
         "what they wait for). agreement_timeout=... changes the deadline.",
         **details,

@@ -19,6 +19,7 @@ from typing import Any, Optional
 from weakref import WeakKeyDictionary
 
 from sglang_distguard import _core
+from sglang_distguard.distributed.ranks.liveness import Liveness
 
 #: Prefix of the guard's keys, in a store that torch and other code use too.
 PREFIX = "sglang_distguard"
@@ -41,6 +42,7 @@ class Ranks:
         generation: number of the world among those that its ranks opened over one store.
         store: the world's store under a prefix, over a separate connection.
         reading: the same over another connection, so that a sleeping reader blocks no request.
+        alive: signs of life of this rank and the others.
         state: what was agreed on, as far as this process has read the log.
     """
 
@@ -49,6 +51,7 @@ class Ranks:
     generation: int
     store: Any
     reading: Any
+    alive: Liveness
     state: _core.Agreement = field(default_factory=_core.Agreement)
 
     def tell(self, key: str, report: Mapping[str, Any]) -> bool:
@@ -136,12 +139,14 @@ def connect(rank: int, size: int, world_store: Any) -> Ranks:
         connection.set_timeout(timedelta(seconds=OPERATION))
     store = c10d.PrefixStore(PREFIX, connection)
     generation = store.add(f"generation/{rank}", 1)
+    own = c10d.PrefixStore(f"{generation}", store)
     return Ranks(
         rank,
         size,
         generation,
-        c10d.PrefixStore(f"{generation}", store),
+        own,
         c10d.PrefixStore(f"{PREFIX}/{generation}", _another_connection(world_store)),
+        Liveness(rank, size, own),
     )
 
 
