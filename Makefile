@@ -115,8 +115,8 @@ stress: setup ## 50 rounds of the 8-thread test, 32 runners at once, every refer
 
 ranks: ranks-builds ranks-communicators ## the tests of several ranks, 50 times each (make -j2 ranks: an hour and a half)
 
-ranks-builds: RANKS_TESTS := tests/test_agreement.py tests/test_ranks.py
-ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test_ranks_layouts.py
+ranks-builds: RANKS_TESTS := tests/test_agreement.py tests/test_liveness.py tests/test_ranks.py
+ranks-communicators: RANKS_TESTS := tests/test_ranks_communicators.py tests/test_ranks_layouts.py tests/test_ranks_turns.py
 ranks-builds ranks-communicators: setup
 	@DISTGUARD_TIMES=50 $(BIN)/python -m pytest -q --timeout 7200 --durations 20 --durations-min 60 $(RANKS_TESTS)
 
