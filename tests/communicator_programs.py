@@ -166,7 +166,7 @@ def build_with_own_and_shared_groups(order: Sequence[str]) -> dict[str, Any]:
     for policy in order:
         with sglang_distguard.runner_scope(groups=policy):  # type: ignore[arg-type]
             built[policy] = build(names[policy])
-    return {"made": forward_both(built), "groups": len({tp_group(it) for it in built.values()})}
+    return {"made": forward_both(built), "groups": len({id(tp_coordinator(it)) for it in built.values()})}
 
 
 def forward_both(built: dict[str, Any]) -> dict[str, str]:
@@ -177,13 +177,13 @@ def forward_both(built: dict[str, Any]) -> dict[str, str]:
     return dict(zip(order, results, strict=True))
 
 
-def tp_group(runner: Any) -> int:
-    """The id of the runner's tensor-parallel group object."""
+def tp_coordinator(runner: Any) -> Any:
+    """The GroupCoordinator of the runner's tensor-parallel group."""
     import sglang_distguard
     from sglang_distguard.distributed import coordinators
 
     with sglang_distguard.activate(runner):
-        return id(coordinators.read()["_TP"])
+        return coordinators.read()["_TP"]
 
 
 def forward_two_of_one_name() -> dict[str, Any]:
@@ -291,8 +291,37 @@ def build_in_other_layouts(policy: str, closed: bool) -> list[str]:
     return made
 
 
-def raise_in_a_forward(policy: str, on: int) -> dict[str, Any]:
-    """Raise in one rank's forward, before its first collective; then use both runners."""
+def use_destroyed_groups() -> dict[str, Any]:
+    """Begin collectives over the groups of a closed runner, as a forward does that comes late."""
+    import sglang_distguard
+    import torch
+    import torch.distributed as dist
+
+    start(groups="own")
+    runner = build("dense")
+    coordinator = tp_coordinator(runner)
+    sglang_distguard.close(runner)
+    coordinator.destroy()  # again, as SGLang may
+    number = torch.ones(1)
+    errors = {
+        "all_reduce": attempt(lambda: coordinator.all_reduce(number)),
+        "broadcast": attempt(lambda: dist.broadcast(number, 0, group=coordinator.cpu_group)),
+        "broadcast_object": attempt(lambda: coordinator.broadcast_object([1], 0)),
+    }
+    return {"errors": errors, "number": number.item()}
+
+
+def raise_in_a_forward(policy: str, on: int, is_late: bool = False) -> dict[str, Any]:
+    """Raise in one rank's forward, before its first collective; then use both runners.
+
+    Args:
+        policy: of groups.
+        on: the rank.
+        is_late: the other rank comes to its first collective when its groups are destroyed.
+    """
+    from registry_calls import until
+    from sglang_distguard.distributed import coordinators
+
     start(groups=policy)
     built = {"dense": build("dense"), "experts": build("experts")}
     real = built["dense"].model.forward
@@ -300,8 +329,16 @@ def raise_in_a_forward(policy: str, on: int) -> dict[str, Any]:
     def fail_once(*args: Any, **kwargs: Any) -> Any:
         raise OSError("no forward today")
 
+    coordinator = tp_coordinator(built["dense"])
+
+    def come_late(*args: Any, **kwargs: Any) -> Any:
+        until(lambda: not coordinators.is_alive(coordinator))
+        return real(*args, **kwargs)
+
     if rank() == on:
         built["dense"].model.forward = fail_once
+    elif is_late:
+        built["dense"].model.forward = come_late
     error = attempt(lambda: generated(built["dense"]))
     built["dense"].model.forward = real
     return {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sglang_distguard.distributed import coordinators, nccl
 
-pytestmark = pytest.mark.usefixtures("sglang")
+pytestmark = pytest.mark.usefixtures("guard")
 
 
 class Library:
@@ -46,11 +46,16 @@ def coordinator_of(library: Any) -> Any:
     import torch
     from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
     from sglang.srt.distributed.device_communicators.pynccl_wrapper import ncclComm_t
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
 
     made = object.__new__(PyNcclCommunicator)
     made.nccl, made.comm, made.disabled = library, ncclComm_t(), False
     made.device = torch.device("cpu")
-    return SimpleNamespace(pynccl_comm=made, destroy=lambda: None)
+    coordinator = object.__new__(GroupCoordinator)
+    for name in ("device_group", "cpu_group", "ca_comm", "mq_broadcaster"):
+        setattr(coordinator, name, None)
+    coordinator.pynccl_comm, coordinator.pymscclpp_comm, coordinator.pcie_ipc_comm = made, None, None
+    return coordinator
 
 
 @pytest.fixture

@@ -159,3 +159,22 @@ def test_a_forward_that_fails_on_one_rank_breaks_the_runners_over_its_communicat
             else:
                 assert it["other"]["type"] == "LeaseBroken"
             assert it["after"] == {"half": alone("half")}
+
+
+def test_a_forward_that_comes_late_to_a_failed_turn_is_not_computed_over_the_world(
+    repeated: Any, alone: Any
+) -> None:
+    """The groups are destroyed by then; torch takes the None that SGLang leaves for the world's."""
+    for results in repeated(programs.raise_in_a_forward, 2, policy="share", on=1, is_late=True):
+        assert results[0]["error"]["type"] == "RankFailed"
+        assert "LeaseBroken" in results[0]["error"]["cause"]
+        assert results[1]["error"]["type"] == "OSError"
+        for it in results:
+            assert it["after"] == {"half": alone("half")}
+
+
+def test_collectives_over_the_groups_of_a_closed_runner_are_refused(repeated: Any) -> None:
+    for results in repeated(programs.use_destroyed_groups, 2):
+        for it in results:
+            assert {error["type"] for error in it["errors"].values()} == {"LeaseBroken"}
+            assert it["number"] == 1.0

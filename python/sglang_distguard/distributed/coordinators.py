@@ -16,6 +16,7 @@ from sglang_distguard import _core
 from sglang_distguard.context import generation
 from sglang_distguard.context.accessors import accessor, find_accessor
 from sglang_distguard.distributed import nccl
+from sglang_distguard.distributed.destroyed_groups import PROCESS_GROUPS, DestroyedGroup
 from sglang_distguard.distributed.keys import GROUPS, WORLD, all_keys
 from sglang_distguard.errors import NotSupported
 
@@ -189,8 +190,7 @@ def destroy(groups: Groups) -> None:
     """Destroy the coordinators in ``groups``, even if other objects refer to them."""
     for coordinator in groups.values():
         if coordinator is not None:
-            nccl.retire(coordinator)
-            coordinator.destroy()
+            coordinator.destroy()  # hooks.parallel_state: it refuses collectives from now on
 
 
 def sever(groups: Groups) -> None:
@@ -331,8 +331,8 @@ def identities() -> dict[str, Optional[int]]:
 
 def parts(coordinator: Any) -> list[Any]:
     """Return torch's process groups behind a GroupCoordinator; none after ``destroy``."""
-    both = (getattr(coordinator, "device_group", None), getattr(coordinator, "cpu_group", None))
-    return [group for group in both if group is not None]
+    made = [getattr(coordinator, name, None) for name in PROCESS_GROUPS]
+    return [it for it in made if it is not None and not isinstance(it, DestroyedGroup)]
 
 
 def is_alive(coordinator: Any) -> bool:

@@ -13,7 +13,13 @@ from typing import Any, Optional
 from sglang_distguard import _core
 from sglang_distguard.config import settings
 from sglang_distguard.context import generation
-from sglang_distguard.distributed import coordinators, owned_groups, process_settings, world
+from sglang_distguard.distributed import (
+    coordinators,
+    destroyed_groups,
+    owned_groups,
+    process_settings,
+    world,
+)
 from sglang_distguard.distributed.coordinators import MODULE
 from sglang_distguard.distributed.keys import GROUPS, WORLD, all_keys, key_in_use, own_key
 from sglang_distguard.distributed.ranks import agreement, specs
@@ -348,6 +354,14 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
     return destroy_distributed_environment
 
 
+def _destroy(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def destroy(self: Any) -> None:
+        destroyed_groups.destroy(self, original)
+
+    return destroy
+
+
 def _cleanup_dist_env_and_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     """Destroy all or nothing, even where SGLang destroys the groups and then fails (0.5.23)."""
 
@@ -365,5 +379,6 @@ CHANGES = (
     Around(MODULE, "initialize_model_parallel", _initialize_model_parallel),
     Around(MODULE, "destroy_model_parallel", _destroy_model_parallel),
     Around(MODULE, "destroy_distributed_environment", _destroy_distributed_environment),
+    Around(MODULE, "GroupCoordinator.destroy", _destroy),
     Around(MODULE, "cleanup_dist_env_and_memory", _cleanup_dist_env_and_memory),
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -54,8 +54,9 @@ class Ask:
     has_built: bool = False
     _is_undone: bool = False
     _hears: bool = False
-    #: Held while the beating thread ends the turn, so that this rank leaves it afterwards.
-    _leaving: Any = field(default_factory=threading.Lock)
+    #: Held while the beating thread ends the turn, so that this rank leaves it afterwards. One that
+    #: an interrupt leaves held is taken again by the same thread.
+    _leaving: Any = field(default_factory=threading.RLock)
 
     @property
     def name(self) -> str:
@@ -154,7 +155,7 @@ class Ask:
 
     def leave_turn(self) -> None:
         """Note that this rank has left the with block of the turn."""
-        with self._leaving:
+        with self._after_its_end():
             self.stage = "turn"
             if self._hears:
                 self._hears = False
@@ -162,8 +163,21 @@ class Ask:
 
     def undo_once(self) -> None:
         """Undo what this rank did in the turn, unless that is done."""
-        with self._leaving:
+        with self._after_its_end():
             self._undo()
+
+    @contextmanager
+    def _after_its_end(self) -> Iterator[None]:
+        """Wait until the beating thread has ended the turn, for the deadline; then go on anyway.
+
+        What it destroys is being destroyed then, and refuses its users already.
+        """
+        is_held = self._leaving.acquire(timeout=self.deadline)
+        try:
+            yield
+        finally:
+            if is_held:
+                self._leaving.release()
 
     def _undo(self) -> None:
         if not self._is_undone:
@@ -176,13 +190,17 @@ class Ask:
         The beating thread calls this. A thread in the turn may be asleep in a collective.
         """
         silent = self.ranks.alive.silent(self.deadline)
-        with self._leaving:
+        if not self._leaving.acquire(blocking=False):
+            return  # this rank is leaving; the next beat looks again
+        try:
             if self.stage == _INSIDE:
                 self._look_inside(silent)
             elif silent and self.stage in ENDS and self.stands(self.stage) is None:
                 failure = self._silence(self.stage, silent)
                 if failure is not None:
                     self.write(self.stage, failure)
+        finally:
+            self._leaving.release()
 
     def _look_inside(self, silent: Mapping[int, float]) -> None:
         if self.was_ended:
