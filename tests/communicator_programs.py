@@ -166,7 +166,10 @@ def build_with_own_and_shared_groups(order: Sequence[str]) -> dict[str, Any]:
     for policy in order:
         with sglang_distguard.runner_scope(groups=policy):  # type: ignore[arg-type]
             built[policy] = build(names[policy])
-    return {"made": forward_both(built), "groups": len({id(tp_coordinator(it)) for it in built.values()})}
+    return {
+        "made": forward_both(built),
+        "groups": len({id(tp_coordinator(it)) for it in built.values()}),
+    }
 
 
 def forward_both(built: dict[str, Any]) -> dict[str, str]:

@@ -54,7 +54,11 @@ def coordinator_of(library: Any) -> Any:
     coordinator = object.__new__(GroupCoordinator)
     for name in ("device_group", "cpu_group", "ca_comm", "mq_broadcaster"):
         setattr(coordinator, name, None)
-    coordinator.pynccl_comm, coordinator.pymscclpp_comm, coordinator.pcie_ipc_comm = made, None, None
+    coordinator.pynccl_comm, coordinator.pymscclpp_comm, coordinator.pcie_ipc_comm = (
+        made,
+        None,
+        None,
+    )
     return coordinator
 
 
