@@ -50,7 +50,7 @@ load: setup ## wrk asks both models of such a server at once (a minute); needs w
 
 test: test-rust test-python ## the tests of Rust and of runners in Python, with real SGLang
 
-test-all: test test-models test-others test-exhaustive ## every test; CI runs this
+test-all: test test-models test-others ## every test; CI runs this
 
 test-rust: setup
 	@echo "test: Rust core"
@@ -66,9 +66,8 @@ test-engines: ## the tests of schedulers, managers, engines and servers
 test-audit: ## the tests of the audit and of the look at other releases
 test-ranks: ## the tests of several ranks
 test-exhaustive: ## all functions of torch, interrupts at bytecodes of hooks, random input, models of images and sounds
-test-others: ## those of engines, of the audit and of several ranks, in one session
-test-others: KINDS := engines or audit or ranks
-test-exhaustive: PYTEST += --dist load
+test-others: ## all of these, in one session
+test-others: KINDS := engines or audit or ranks or exhaustive
 test-engines test-audit test-ranks test-exhaustive: KINDS = $(@:test-%=%)
 test-engines test-audit test-ranks test-exhaustive test-others: setup
 	@echo "test: $(KINDS)"

@@ -77,6 +77,9 @@ LONGEST = (
     "test_graphs",
 )
 
+#: Kinds of which each test may run apart from the others of its file, to fill both processors.
+APART = ("exhaustive",)
+
 #: Ids of scopes that outlived their tests; each is reported once.
 _TOLD: set[int] = set()
 
@@ -89,6 +92,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem in kind_of:
             item.add_marker(kind_of[item.path.stem])
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run the whole of a file, except for the kinds in ``APART``."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    apart = {file for kind in APART for file in KINDS[kind]}
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if Path(file).stem in apart else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
