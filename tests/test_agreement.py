@@ -23,6 +23,7 @@ from sglang_distguard import (
 )
 from sglang_distguard.distributed.ranks import agreement, reader
 from sglang_distguard.distributed.ranks.agreement import turn
+from sglang_distguard.distributed.ranks.ask import Ask
 from sglang_distguard.distributed.ranks.creation import Creation, NotTogether
 from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.sync import waiting
@@ -173,6 +174,31 @@ def test_an_interrupt_in_any_wait_ends_that_of_all_ranks(
         else:
             assert isinstance(second, RankFailed)
             assert second.details["failures"] == {0: "KeyboardInterrupt: "}
+        assert on_ranks(ranks, attempt) == [1, 1]
+
+
+def test_an_interrupt_between_two_stages_of_a_turn_ends_it_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = Ask.leave_turn
+
+    def interrupted(ask: Ask) -> None:
+        if (ask.ranks.rank, ask.round) == (0, 0):
+            raise KeyboardInterrupt
+        real(ask)
+
+    def attempt(it: Ranks) -> Any:
+        try:
+            return take(it, "runner a")
+        except BaseException as error:
+            return error
+
+    monkeypatch.setattr(Ask, "leave_turn", interrupted)
+    with world(2) as ranks:
+        first, second = on_ranks(ranks, attempt)
+        assert isinstance(first, KeyboardInterrupt)
+        assert isinstance(second, RankFailed)
+        assert second.details["failures"] == {0: "KeyboardInterrupt: "}
         assert on_ranks(ranks, attempt) == [1, 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import TIMES
+from forking import in_child
 from rank_programs import in_threads
 from sglang_distguard import AgreementTimeout, RankFailed, runner_scope
-from sglang_distguard.distributed.ranks import agreement, reader
+from sglang_distguard.distributed.ranks import agreement, log, reader
 from sglang_distguard.distributed.ranks.agreement import turn
 from sglang_distguard.distributed.ranks.liveness import THREAD, Liveness
 from sglang_distguard.distributed.ranks.log import Ranks
+from sglang_distguard.process import fork_and_exit
 from sglang_distguard.testing.simulated import serve, simulated
 
 #: Seconds that no wait takes unless it hangs, and after which a lost rank is missed.
@@ -247,6 +250,42 @@ def test_a_forked_child_gives_no_signs_of_life() -> None:
             alive.start_afresh()
             alive.begin(Flight())
         assert beating() == []
+
+
+def test_a_forked_child_that_exits_writes_nothing_into_its_parents_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exit_as_a_child() -> int:
+        fork_and_exit._at_exit()
+        return len(log.opened())
+
+    with world() as ranks:
+        key = threading.Event()  # stands for the process group
+        monkeypatch.setitem(log._opened, key, ranks[0])  # type: ignore[arg-type]
+        waits = threading.Thread(target=outcome, args=(lambda: take(ranks[0], "runner a"),))
+        waits.start()
+        while not ranks[0].state.is_reading():
+            waits.join(0.01)
+        assert in_child(exit_as_a_child) == 0
+        waits.join()  # it times out, and writes the first entry
+        first = ranks[0].store.get("log/0").decode()
+        assert "(exit)" not in first
+        assert "runner a" in first
+
+
+def test_a_flight_that_cannot_look_does_not_end_the_signs_of_life() -> None:
+    with world() as ranks:
+        flight = Flight()
+        looks = itertools.count()
+
+        def look() -> None:
+            if next(looks) == 0:
+                raise RuntimeError("can't start new thread")
+            flight.was_looked_at.set()
+
+        flight.look = look  # type: ignore[method-assign]
+        ranks[0].alive.begin(flight)
+        assert flight.was_looked_at.wait(LONG)
 
 
 def test_a_thread_that_cannot_be_started_fails_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ def ways_to_destroy() -> dict[str, Callable[[], None]]:
         "torch, the coordinator of the world": lambda: torch.distributed.destroy_process_group(
             _core.resource("world").coordinator.cpu_group
         ),
+        "a coordinator in use": shared["_TP"].destroy,
+        "the coordinator of the world": _core.resource("world").coordinator.destroy,
         "teardown()": sglang_distguard.teardown,
     }
 

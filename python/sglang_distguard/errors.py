@@ -67,10 +67,11 @@ class AcquireTimeout(DistGuardError, TimeoutError):
 
 
 class AgreementTimeout(AcquireTimeout):
-    """Other ranks did not ask for the same, or did not finish it, before the deadline passed.
+    """Other ranks did not ask for the same, did not finish it, or gave no sign of life, in time.
 
-    ``details``: ``name``, ``stage``, ``rank``, ``missing`` (ranks), ``waited`` (seconds),
-    ``failures`` (rank -> error); after a wait for the turn also ``holder``.
+    ``details``: ``name``, ``stage``, ``rank``, ``missing`` (ranks), ``silent`` (whether those gave no
+    sign of life), ``waited`` (seconds), ``failures`` (rank -> error); after a wait for the turn also
+    ``holder``.
     """
 
 

@@ -344,3 +344,20 @@ def is_alive(coordinator: Any) -> bool:
 def is_known(process_group: Any) -> bool:
     """Whether torch lists ``process_group``, which it does until the group is destroyed."""
     return process_group in sys.modules["torch.distributed.distributed_c10d"]._world.pg_map
+
+
+def keys_of(group: Any) -> tuple[str, ...]:
+    """Return the registry keys of all state that is destroyed with ``group``.
+
+    torch destroys every group with the default one (2.14.1).
+    """
+    if group is None or group is default_process_group():
+        return (*all_keys(), WORLD)
+    world = _core.resource(WORLD)
+    if world is not None and any(group is part for part in parts(world.coordinator)):
+        return (WORLD,)
+    for key in all_keys():
+        made = (_core.resource(key) or {}).values()
+        if any(group is part for coordinator in made for part in parts(coordinator)):
+            return (key,)
+    return ()

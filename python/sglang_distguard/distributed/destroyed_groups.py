@@ -55,22 +55,31 @@ class DestroyedGroup:
 def destroy(coordinator: Any, original: Callable[[Any], object]) -> None:
     """Destroy a GroupCoordinator, which refuses collectives from the first moment on.
 
-    Does nothing to one that is destroyed.
+    Does nothing to one that is destroyed. If ``original`` raises, the coordinator keeps the process
+    groups that still exist.
 
     Args:
         coordinator: an SGLang GroupCoordinator, which other threads may be using.
         original: SGLang's `GroupCoordinator.destroy`.
     """
-    if isinstance(coordinator.device_group, DestroyedGroup):
+    ending = copy.copy(coordinator)
+    before = {name: getattr(coordinator, name) for name in PROCESS_GROUPS}
+    if all(isinstance(group, DestroyedGroup) for group in before.values()):
         return
     nccl.retire(coordinator)
     # SGLang destroys a copy: the original never has None for a group, not even for a moment.
-    ending = copy.copy(coordinator)
     destroyed = DestroyedGroup(str(getattr(coordinator, "unique_name", "unnamed")))
-    for name in PROCESS_GROUPS:
+    for name, group in before.items():
         setattr(coordinator, name, destroyed)
+        if isinstance(group, DestroyedGroup):
+            setattr(ending, name, None)
     try:
         original(ending)
+    except BaseException:
+        for name in PROCESS_GROUPS:
+            if getattr(ending, name) is not None:
+                setattr(coordinator, name, before[name])
+        raise
     finally:
         for name, value in vars(ending).items():
             if value is None and name not in PROCESS_GROUPS:

@@ -16,11 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 _log = logging.getLogger("sglang_distguard")
 _NAME = "distguard-nccl"
 #: Seconds to wait for a communicator whose graphs are gone: it takes a few hundredths.
 SETTLE = 10.0
+#: Threads that have been waited for in vain: user code keeps graphs, say.
+_overdue: WeakSet[threading.Thread] = WeakSet()
 
 
 def retire(coordinator: Any, *, abort: bool = False) -> None:
@@ -64,7 +67,8 @@ def _try(end: Callable[[], None]) -> None:
 def settle(seconds: float = SETTLE) -> bool:
     """Wait until the communicators that were retired are destroyed; False if some are not.
 
-    Those of graphs that other code refers to are not. A forked child has no such threads.
+    Those of graphs that other code refers to are not, and they are waited for once only. A forked
+    child has no such threads.
 
     Args:
         seconds: for all of them together.
@@ -72,5 +76,8 @@ def settle(seconds: float = SETTLE) -> bool:
     until = time.monotonic() + seconds
     waiting = [thread for thread in threading.enumerate() if thread.name == _NAME]
     for thread in waiting:
-        thread.join(max(until - time.monotonic(), 0.0))
-    return not any(thread.is_alive() for thread in waiting)
+        if thread not in _overdue:
+            thread.join(max(until - time.monotonic(), 0.0))
+    late = [thread for thread in waiting if thread.is_alive()]
+    _overdue.update(late)
+    return not late

@@ -27,7 +27,7 @@ from sglang_distguard.distributed.ranks.creation import creating
 from sglang_distguard.distributed.ranks.creation import current as current_creation
 from sglang_distguard.distributed.ranks.failures import describe
 from sglang_distguard.distributed.ranks.log import open_ranks
-from sglang_distguard.distributed.teardown import tearing_down
+from sglang_distguard.distributed.teardown import keeps_adopted, tearing_down
 from sglang_distguard.errors import AgreementTimeout, DistGuardError, NotSupported
 from sglang_distguard.patching import Around
 from sglang_distguard.runner.collective_steps import may_overlap
@@ -357,7 +357,13 @@ def _destroy_distributed_environment(original: Callable[..., Any]) -> Callable[.
 def _destroy(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy(self: Any) -> None:
-        destroyed_groups.destroy(self, original)
+        keys = {
+            key: None for part in coordinators.parts(self) for key in coordinators.keys_of(part)
+        }
+        if any(map(keeps_adopted, keys)):
+            return
+        with tearing_down(*keys):  # refused while runners hold it
+            destroyed_groups.destroy(self, original)
 
     return destroy
 

@@ -16,7 +16,6 @@ from typing import Any, Optional
 
 from sglang_distguard import _core
 from sglang_distguard.distributed import coordinators
-from sglang_distguard.distributed.keys import WORLD, all_keys
 from sglang_distguard.distributed.ranks import creation
 from sglang_distguard.distributed.teardown import keeps_adopted, tearing_down
 from sglang_distguard.distributed.world import World
@@ -27,29 +26,12 @@ MODULE = "torch.distributed.distributed_c10d"
 _own_name: ContextVar[Optional[str]] = ContextVar("sglang_distguard.own_name", default=None)
 
 
-def _concerned(group: Any) -> tuple[str, ...]:
-    """Return the registry keys of all state that is destroyed with ``group``.
-
-    torch destroys every group with the default one (2.14.1).
-    """
-    if group is None or group is coordinators.default_process_group():
-        return (*all_keys(), WORLD)
-    world = _core.resource(WORLD)
-    if world is not None and any(group is part for part in coordinators.parts(world.coordinator)):
-        return (WORLD,)
-    for key in all_keys():
-        made = (_core.resource(key) or {}).values()
-        if any(group is part for coordinator in made for part in coordinators.parts(coordinator)):
-            return (key,)
-    return ()
-
-
 def _destroy_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def destroy_process_group(group: Any = None) -> None:
         if group is not None and creation.is_lone(group) and not coordinators.is_known(group):
             return  # another of the coordinators that have it has destroyed it
-        concerned = _concerned(group)
+        concerned = coordinators.keys_of(group)
         if any(keeps_adopted(key) for key in concerned):
             return  # 0.5.23: `cleanup_dist_env_and_memory` destroys again, adopted or not
         with tearing_down(*concerned) as states:

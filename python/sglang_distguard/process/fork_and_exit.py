@@ -6,13 +6,12 @@ import atexit
 import os
 
 from sglang_distguard import _core
-from sglang_distguard.distributed import coordinators
-from sglang_distguard.distributed.ranks import reader
-from sglang_distguard.distributed.ranks.log import opened
+from sglang_distguard.distributed import coordinators, nccl
+from sglang_distguard.distributed.ranks import log, reader
 from sglang_distguard.process import installation
 from sglang_distguard.runner import garbage, pinned_loads, streams
 
-#: Seconds that the exit waits for daemon threads in a runner's method or at a store of ranks.
+#: Seconds that the exit waits for daemon threads in a runner's method, at a store of ranks or in NCCL.
 EXIT_GRACE = 5.0
 
 
@@ -23,8 +22,7 @@ def _in_child() -> None:
     in it, and gloo's sockets are the parent's. So world and groups are registered as inherited.
     """
     _core.start_afresh()
-    for ranks in opened():
-        ranks.alive.start_afresh()
+    log.start_afresh()
     pinned_loads.FILES.start_afresh()
     streams.start_afresh()
     garbage.LOADS.start_afresh()
@@ -35,8 +33,9 @@ def _in_child() -> None:
 
 
 def _at_exit() -> None:
-    for ranks in opened():
+    for ranks in log.opened():
         reader.close(ranks, EXIT_GRACE)
+    nccl.settle(EXIT_GRACE)
     _core.begin_exit(EXIT_GRACE)
 
 

@@ -177,21 +177,23 @@ def pooling(runner: Any) -> Iterator[None]:
 
 
 def give_back(timeout: Optional[float] = None) -> None:
-    """Give memory that objects had which were dropped back to the GPUs; torch would keep it.
+    """Return the memory of dropped objects to the GPUs; torch would keep it.
 
     No other runner captures meanwhile: memory may not be freed then. Where that cannot be had in
     time, torch keeps it, and so it does where a kernel has failed and the GPU is lost.
 
     Args:
-        timeout: seconds to wait for captures; default: the setting in force.
+        timeout: seconds to wait for captures, and for NCCL; default: the setting in force.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
-    with suppress(DistGuardError, RuntimeError), in_phase("load", timeout=timeout):
-        gc.collect()  # modules refer to each other
-        nccl.settle()
-        torch.cuda.empty_cache()
+    with suppress(DistGuardError, RuntimeError):
+        with in_phase("load", timeout=timeout):
+            gc.collect()  # modules refer to each other
+        nccl.settle(nccl.SETTLE if timeout is None else min(timeout, nccl.SETTLE))
+        with in_phase("load", timeout=timeout):
+            torch.cuda.empty_cache()
 
 
 def _count(runner: Any, handle: _core.RunnerHandle, *, sized: bool = False) -> int:

@@ -82,6 +82,7 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
             standing = wait(timeout)
         except _TimedOut as error:
             ask.time_out(stage, error.waited)
+            ask.is_decided = True
             standing = wait(_HEAR)
     except _TimedOut:
         unheard = failures.unheard(_HEAR)
@@ -94,6 +95,7 @@ def _await(ask: Ask, stage: str, timeout: float) -> None:
     finally:
         ranks.state.end_wait(ask.what, ask.round, stage)
     if standing[0] == "failed":
+        ask.is_decided = True
         raise ask.error(stage, standing[1] or "")
 
 
@@ -196,7 +198,9 @@ def turn(
         ask.leave_turn()
         with _store_errors(ask, "turn"):
             _tell_and_await(ask, "turn", {})
-    except BaseException:
+    except BaseException as error:
+        if not ask.is_decided:  # an interrupt between two stages: other ranks must not wait
+            ask.abort(ask.stage, error)
         ranks.alive.end(ask)
         try:
             if ask.may_have_begun():

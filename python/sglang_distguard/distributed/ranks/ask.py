@@ -35,6 +35,7 @@ class Ask:
         stage: the stage that this rank is in.
         creation: names of what is created in the turn.
         was_ended: whether the beating thread has ended the turn while this rank was inside.
+        is_decided: whether the other ranks can know how the turn ended here, or has ended.
         has_left_turn: whether the turn is over on this rank.
         has_built: whether the build that uses it is over on this rank.
     """
@@ -50,6 +51,7 @@ class Ask:
     stage: str = "ask"
     creation: Optional[Creation] = None
     was_ended: bool = False
+    is_decided: bool = False
     has_left_turn: bool = False
     has_built: bool = False
     _is_undone: bool = False
@@ -83,6 +85,7 @@ class Ask:
             judge = failures.disagree if stage == "ask" else failures.failed
             self.write(stage, judge(self.ranks.told(key)))
             self._tidy(stage)
+        self.is_decided = self.is_decided or stage != "ask"
 
     def _tidy(self, stage: str) -> None:
         """Delete earlier stages from the store: all ranks have reported ``stage`` and left them."""
@@ -134,8 +137,9 @@ class Ask:
         with suppress(Exception):  # without a store no rank can be told
             failure = failures.failed({self.ranks.rank: failures.report(error)})
             # The stage may have passed on the other ranks already: then the next stage fails.
-            for later in ENDS[ENDS.index("turn" if stage == "begin" else stage) :]:
+            for later in ENDS[ENDS.index("turn" if stage in ("begin", _INSIDE) else stage) :]:
                 self.write(later, failure)
+            self.is_decided = True
 
     def may_have_begun(self) -> bool:
         """Whether any rank may have entered the turn."""

@@ -248,8 +248,10 @@ def _absence(
     return AgreementTimeout(
         f"{what}: {who} {since}, so rank {facts['by']} aborted it on all "
         f"ranks{told}. Check whether those ranks are alive, and {same} there (py-spy dump shows "
-        "what they wait for). agreement_timeout=... changes the deadline.",
+        "what they wait for). agreement_timeout=... changes the deadline. "
+        f"{_remedy(stage, creates=creates)}",
         **details,
+        silent=facts.get("silent", False),
         missing=absent,
         waited=facts["waited"],
         failures={int(rank): text for rank, text in failures.items()},

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Optional, Protocol
 
 from sglang_distguard import _core
@@ -152,7 +153,8 @@ class Liveness:
                 if flights:
                     heard = self._listen(heard)
                     for flight in flights:
-                        flight.look()
+                        with suppress(Exception):  # a lost store raises again at the next beat
+                            flight.look()
                 if not self._rest(is_off=not flights):
                     return
         except RuntimeError:

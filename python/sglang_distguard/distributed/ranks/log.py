@@ -30,6 +30,9 @@ OPERATION = 30.0
 
 #: Ranks by torch's default group. After a failed agreement on a world, they retry in the same log.
 _opened: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+#: Those of the parent process, in a forked child. They are kept, because dropping a store would close
+#: the parent's connection.
+_inherited: list[tuple[Any, Ranks]] = []
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,17 @@ def _another_connection(store: Any) -> Any:
         return store.clone()
     except (AttributeError, RuntimeError):  # a store without connections
         return store
+
+
+def start_afresh() -> None:
+    """Forget the worlds of the parent process, in a forked child: it uses none of their stores.
+
+    Their connections are the parent's, and threads that do not exist here may hold their locks.
+    """
+    for ranks in opened():
+        ranks.alive.start_afresh()
+    _inherited.extend(_opened.items())
+    _opened.clear()
 
 
 def opened() -> list[Ranks]:
