@@ -55,6 +55,19 @@ def test_what_raises_in_a_block_breaks_its_communicators_and_all_ranks_hear_the_
             assert it["after"] == {"half": alone("half")}
 
 
+def test_a_step_of_another_runner_is_refused_in_a_block_that_another_rank_has_left(
+    repeated: Any, alone: Any
+) -> None:
+    """Its own groups are whole, so that it would wait for that rank."""
+    for results in repeated(programs.step_in_an_ended_block, 2, on=1):
+        assert results[1]["error"]["type"] == "OSError"
+        assert results[0]["error"]["type"] == "RankFailed"
+        assert results[0]["error"]["cause"].startswith("LeaseBroken(\"runner 'experts' cannot")
+        for it in results:
+            assert it["again"]["type"] == "LeaseBroken"
+            assert it["after"] == {"half": alone("half")}
+
+
 def test_a_block_in_a_block_and_the_steps_of_other_runners_are_part_of_its_turn(
     repeated: Any, alone: Any
 ) -> None:

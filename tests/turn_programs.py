@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from communicator_programs import tp_coordinator
 from rank_programs import (
     DEADLINE,
     _built,
@@ -199,6 +200,40 @@ def raise_in_a_block(where: str, on: int) -> dict[str, Any]:
         "error": error,
         "again": attempt(lambda: generated(built["dense"])),
         "other": attempt(lambda: generated(built["experts"])),
+        "after": again(["half"]),
+    }
+
+
+def step_in_an_ended_block(on: int) -> dict[str, Any]:
+    """Raise on one rank in a block; on the other, call another runner when the turn is ended.
+
+    Its own groups take turns, as on GPUs.
+    """
+    import sglang_distguard
+    from registry_calls import until
+    from sglang_distguard.distributed import coordinators
+    from sglang_distguard.hooks import parallel_state
+    from sglang_distguard.runner import collective_steps, handle
+
+    start(groups="own")
+    error: Any = None
+    with ExitStack() as stack:
+        for module in (collective_steps, handle, parallel_state):
+            stack.enter_context(patched(module, "may_overlap", lambda key: False))
+        built = {"dense": build("dense"), "experts": build("experts")}
+        coordinator = tp_coordinator(built["dense"])
+        try:
+            with sglang_distguard.turn(built["dense"]):
+                generated(built["dense"], steps=1)
+                if rank() == on:
+                    raise OSError("no forward today")
+                until(lambda: not coordinators.is_alive(coordinator))
+                generated(built["experts"], steps=1)
+        except Exception as caught:
+            error = error_facts(caught)
+    return {
+        "error": error,
+        "again": attempt(lambda: generated(built["dense"])),
         "after": again(["half"]),
     }
 

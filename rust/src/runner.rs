@@ -428,9 +428,10 @@ impl RunnerHandle {
         let entered = communicators().entry(self.scope_id).or_default().enter(&me);
         let depth = self.or_in_use(py, entered, |name, other| {
             format!(
-                "runner '{name}' uses communicators over which {other} is computing now: a runner \
-                 and its drafts share them, and the collectives of two threads would be mixed up. \
-                 Use such runners from one thread at a time"
+                "runner '{name}' uses communicators over which {other} is computing now, and the \
+                 collectives of two threads would be mixed up. A runner shares its communicators \
+                 with its drafts, and a block of turn its turn with all runners in it: let one \
+                 thread at a time call their steps, and end a block after them"
             )
         })?;
         Ok(depth == 1)

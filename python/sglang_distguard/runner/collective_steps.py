@@ -11,11 +11,9 @@ from sglang_distguard.context import generation
 from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.distributed.keys import GROUPS
 from sglang_distguard.distributed.ranks import agreement, specs
+from sglang_distguard.distributed.ranks.ask import Ask
 from sglang_distguard.distributed.ranks.log import Ranks
-from sglang_distguard.errors import (
-    AmbiguousBuild,
-    StateInUse,
-)
+from sglang_distguard.errors import AmbiguousBuild, LeaseBroken, StateInUse
 from sglang_distguard.runner.captures import refuse_capture_without_turns
 from sglang_distguard.sync.phases import Phase
 
@@ -87,7 +85,7 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
         with _in_a_turn(ranks, handle, step):
             yield
     elif isinstance(outer.users, _Users):
-        with _within_turn(handle, outer.users):
+        with _within_turn(handle, outer, outer.users):
             yield
     else:  # a turn in which a runner is built
         yield
@@ -118,6 +116,7 @@ def in_one_turn(handle: _core.RunnerHandle) -> Iterator[None]:
     elif isinstance(outer.users, _Users):
         outer.users.add(handle)
         with outer.users.whole(handle):
+            _refuse_if_ended(outer, handle)
             yield
     else:  # a turn in which a runner is built
         yield
@@ -198,12 +197,13 @@ def _in_a_turn(
         with users.all_whole():
             with nullcontext() if is_block else _claiming(handle):
                 yield
-            with _claiming(handle):  # refused while another thread is in a step of the turn
+            # Refused while another thread is in a step of the turn.
+            with _claiming(handle, "the end of this block"):
                 ask.has_left_turn = True
 
 
 @contextmanager
-def _within_turn(handle: _core.RunnerHandle, users: _Users) -> Iterator[None]:
+def _within_turn(handle: _core.RunnerHandle, turn: Ask, users: _Users) -> Iterator[None]:
     """Run a step in the turn of a block, or of another step.
 
     Threads that were started there carry the turn. One at a time is in a step, because nothing
@@ -217,7 +217,25 @@ def _within_turn(handle: _core.RunnerHandle, users: _Users) -> Iterator[None]:
         users.add(handle)
         if is_outermost:
             stack.enter_context(users.whole(handle))
+        _refuse_if_ended(turn, handle)
         yield
+
+
+def _refuse_if_ended(turn: Ask, handle: _core.RunnerHandle) -> None:
+    """Refuse a step in a turn that the beating thread has ended: no other rank comes to it.
+
+    Call it when the runner is one of the turn's users. Those whose communicators that thread
+    destroys are read after the turn is marked as ended, so the runner is one of them, or refused.
+    """
+    if turn.was_ended:
+        raise LeaseBroken(
+            f"runner '{handle.name}' cannot compute in {turn.what}: another rank failed in it or gives "
+            "no sign of life, so its communicators are destroyed. Leave the block, whose error names "
+            "that rank, and build its runners again",
+            key=turn.what,
+            by=None,
+            how="ended",
+        )
 
 
 def _refuse_after_the_turn(handle: _core.RunnerHandle) -> None:
@@ -230,9 +248,9 @@ def _refuse_after_the_turn(handle: _core.RunnerHandle) -> None:
 
 
 @contextmanager
-def _claiming(handle: _core.RunnerHandle) -> Iterator[bool]:
+def _claiming(handle: _core.RunnerHandle, what: str = "this step") -> Iterator[bool]:
     """Claim the communicators of the runner's scope; False if an outer step has."""
-    with _let_in(handle):
+    with _let_in(handle, what):
         is_outermost = handle.begin_collectives()
     try:
         yield is_outermost
@@ -294,16 +312,16 @@ def collective_step_of(name: str, phase: Phase, runner: str) -> _core.StepOf:
 
 
 @contextmanager
-def _let_in(handle: _core.RunnerHandle) -> Iterator[None]:
-    """Destroy the communicators if the with block refuses a step: other ranks may admit it."""
+def _let_in(handle: _core.RunnerHandle, what: str = "this step") -> Iterator[None]:
+    """Destroy the communicators if the with block refuses ``what``: other ranks may admit it."""
     try:
         yield
     except (AmbiguousBuild, StateInUse) as error:
         if world.ranks() is not None:
             error.add_note(
-                "Other ranks may have admitted this step. Its collectives would meet those of "
-                "another step, so the runner's communicators are destroyed on this rank, and "
-                "therefore on all ranks."
+                f"Other ranks may have admitted {what}, and collectives of different steps would "
+                "meet. So the runner's communicators are destroyed on this rank, and therefore on "
+                "all ranks."
             )
             owned_groups.break_communicators(handle)
         raise
