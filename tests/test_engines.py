@@ -220,7 +220,7 @@ def test_callers_are_told_also_when_what_a_failed_engine_had_cannot_be_freed(
     def breaks(*_: Any) -> None:
         raise ValueError("planted")
 
-    monkeypatch.setattr(parts, "give_back", breaks)
+    monkeypatch.setattr(parts, "release_memory", breaks)
     engine._begun[0].manager.run_batch = breaks
     with pytest.raises(EngineFailed, match="'llama' has failed: ValueError: planted"):
         asked(engine)

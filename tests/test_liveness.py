@@ -21,7 +21,7 @@ from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.process import fork_and_exit
 from sglang_distguard.testing.simulated import serve, simulated
 
-#: Seconds that no wait takes unless it hangs, and after which a lost rank is missed.
+#: Seconds that no wait takes unless it hangs, and after which a rank is silent.
 LONG, SHORT = 60.0, 0.5
 
 
@@ -55,12 +55,12 @@ def world(size: int = 2) -> Iterator[list[Ranks]]:
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits for ranks take far longer than it takes to miss a lost one."""
+    """Waits for ranks take far longer than until a rank is silent."""
     real = agreement._await
     monkeypatch.setattr(agreement, "_await", lambda ask, stage, _: real(ask, stage, LONG))
 
 
-def lose(rank: Ranks) -> None:
+def fall_silent(rank: Ranks) -> None:
     """Let ``rank`` beat, and then give no sign of life, as if its process had died."""
     flight = Flight()
     rank.alive.begin(flight)
@@ -89,7 +89,7 @@ def take(it: Ranks, name: str) -> None:
         pass
 
 
-def assert_misses(error: Any, rank: int) -> None:
+def assert_names_silent(error: Any, rank: int) -> None:
     assert isinstance(error, AgreementTimeout)
     assert error.details["missing"] == [rank]
     assert "gave no sign of life" in str(error)
@@ -100,11 +100,11 @@ def beating() -> list[threading.Thread]:
 
 
 @pytest.mark.usefixtures("patience")
-def test_a_wait_for_a_lost_rank_ends_before_its_deadline_and_so_does_the_next() -> None:
+def test_a_wait_for_a_silent_rank_ends_before_its_deadline_and_so_does_the_next() -> None:
     with world() as ranks:
-        lose(ranks[1])
-        assert_misses(outcome(lambda: take(ranks[0], "runner a")), 1)
-        assert_misses(outcome(lambda: take(ranks[0], "runner b")), 1)
+        fall_silent(ranks[1])
+        assert_names_silent(outcome(lambda: take(ranks[0], "runner a")), 1)
+        assert_names_silent(outcome(lambda: take(ranks[0], "runner b")), 1)
 
 
 @pytest.mark.usefixtures("patience")
@@ -125,7 +125,7 @@ def test_a_rank_that_beats_is_waited_for() -> None:
         ranks[1].alive.end(flight)
 
 
-def test_a_rank_that_is_idle_is_missed_at_the_deadline_only() -> None:
+def test_a_rank_that_is_idle_is_missing_at_the_deadline_only() -> None:
     with world() as ranks:
         assert in_threads([lambda it=it: take(it, "runner a") for it in ranks]) == [None, None]
         for thread in beating():
@@ -139,7 +139,7 @@ def test_a_rank_that_is_idle_is_missed_at_the_deadline_only() -> None:
 
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("raises", [None, ValueError("of a backend")])
-def test_a_turn_that_waits_for_a_lost_rank_is_ended_by_another_thread_and_undone_once(
+def test_a_turn_that_waits_for_a_silent_rank_is_ended_by_another_thread_and_undone_once(
     raises: Any,
 ) -> None:
     with world() as ranks:
@@ -162,7 +162,7 @@ def test_a_turn_that_waits_for_a_lost_rank_is_ended_by_another_thread_and_undone
         error = outcome(stay)
         leave.set()
         dying.join()
-        assert_misses(error, 1)
+        assert_names_silent(error, 1)
         assert error.__cause__ is raises
         assert undone == [THREAD]
 
@@ -188,7 +188,7 @@ def test_a_rank_that_raised_ends_the_turn_of_one_that_is_inside() -> None:
 
 
 @pytest.mark.usefixtures("patience")
-def test_a_group_is_not_waited_for_when_a_member_is_lost() -> None:
+def test_a_group_is_not_waited_for_when_a_member_is_silent() -> None:
     with world() as ranks:
         leave, meeting = threading.Event(), serve()
 
@@ -203,13 +203,13 @@ def test_a_group_is_not_waited_for_when_a_member_is_lost() -> None:
         error = outcome(create)
         leave.set()
         dying.join()
-        assert_misses(error, 1)
+        assert_names_silent(error, 1)
         assert "another rank failed before it created group a group" in str(error.__cause__)
 
 
 def test_a_pause_of_the_listener_counts_for_two_beats() -> None:
     with world() as ranks:
-        lose(ranks[1])
+        fall_silent(ranks[1])
         alive = ranks[0].alive
         now = alive._listen(time.monotonic())
         for _ in range(3):

@@ -76,7 +76,7 @@ def test_groups_that_are_destroyed_destroy_their_communicator_once(
     coordinator = coordinator_of(library)
     for _ in range(2):  # one coordinator stands under several names
         coordinators.destroy({"_TP": coordinator, "_ATTN_TP": coordinator, "_PP": None})
-    assert nccl.settle(60)
+    assert nccl.wait_for_destroyed(60)
     assert library.called == ["destroy"]
 
 
@@ -85,9 +85,9 @@ def test_broken_groups_abort_their_communicator_so_that_its_kernels_end(
 ) -> None:
     library = Library(may_end)
     coordinator = coordinator_of(library)
-    coordinators.sever({"_TP": coordinator})
+    coordinators.disconnect({"_TP": coordinator})
     coordinators.destroy({"_TP": coordinator})
-    assert nccl.settle(60)
+    assert nccl.wait_for_destroyed(60)
     assert library.called == ["abort"]
 
 
@@ -95,7 +95,7 @@ def test_a_destroyed_communicator_is_not_used_again(may_end: threading.Event) ->
     import torch
 
     coordinator = coordinator_of(Library(may_end))
-    nccl.retire(coordinator)
+    nccl.destroy_soon(coordinator)
     communicator = coordinator.pynccl_comm
     communicator.all_reduce(torch.zeros(1))  # SGLang's own answer to a disabled one: nothing
     communicator._resolve_stream = lambda: SimpleNamespace(cuda_stream=0)
@@ -104,19 +104,21 @@ def test_a_destroyed_communicator_is_not_used_again(may_end: threading.Event) ->
     communicator.nccl.ncclAllReduce = None
     with pytest.raises(AttributeError, match="comm"):
         communicator.all_reduce(torch.zeros(1))
-    assert nccl.settle(60)
+    assert nccl.wait_for_destroyed(60)
 
 
-def test_a_communicator_whose_graphs_live_is_not_waited_for_beyond_the_deadline() -> None:
+def test_a_communicator_whose_graphs_live_is_waited_for_once_until_the_deadline() -> None:
     may_end = threading.Event()
     library = Library(may_end)
-    nccl.retire(coordinator_of(library))
+    nccl.destroy_soon(coordinator_of(library))
+    (thread,) = [it for it in threading.enumerate() if it.name == nccl._NAME]
     try:
-        assert not nccl.settle(0.0)
+        assert not nccl.wait_for_destroyed(0.0)
+        assert not nccl.wait_for_destroyed(3600.0)
         assert library.called == []
     finally:
         may_end.set()
-    assert nccl.settle(60)
+    thread.join(60)
     assert library.called == ["destroy"]
 
 
@@ -126,6 +128,6 @@ def test_a_communicator_that_nccl_does_not_destroy_is_told_and_stays(
     library = Library(may_end)
     library.lib.ncclCommAbort = lambda _: 1  # ncclUnhandledCudaError
     with caplog.at_level(logging.WARNING, "sglang_distguard"):
-        nccl.retire(coordinator_of(library), abort=True)
-        assert nccl.settle(60)
+        nccl.destroy_soon(coordinator_of(library), abort=True)
+        assert nccl.wait_for_destroyed(60)
     assert "was not destroyed: RuntimeError('NCCL error: unhandled cuda error" in caplog.text

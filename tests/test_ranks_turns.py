@@ -1,4 +1,4 @@
-"""Blocks of several steps that take one turn, and ranks that are lost in a turn."""
+"""Blocks of several steps that take one turn, and ranks that end or fall silent in a turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_block_asks_the_store_as_often_as_one_step(repeated: Any) -> None:
         "another's step, caught",
     ],
 )
-def test_what_raises_in_a_block_breaks_its_communicators_and_all_ranks_hear_the_cause(
+def test_what_raises_in_a_block_destroys_its_communicators_and_all_ranks_hear_the_cause(
     repeated: Any, alone: Any, where: str
 ) -> None:
     own = "KeyboardInterrupt" if where == "an interrupt" else "OSError"
@@ -138,12 +138,12 @@ def test_a_task_that_outlives_its_block_takes_turns_of_its_own(repeated: Any, al
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-def test_a_rank_that_is_lost_in_a_block_is_named_by_all_threads_of_the_others(
+def test_a_rank_that_ends_or_falls_silent_in_a_block_is_named_by_all_threads_of_the_others(
     ranks: RankRunner, alone: Any, how: str
 ) -> None:
     """gloo notices a killed process by itself; a stopped one gives no signs of life, only."""
     for _ in range(TIMES):
-        told = ranks.run(programs.lose_a_rank_in_a_block, 2, how=how, on=1, may_die=True)
+        told = ranks.run(programs.end_a_rank_in_a_block, 2, how=how, on=1, may_die=True)
         assert told[1] is None
         for error in told[0]["heard"]:
             assert error["type"] == "AgreementTimeout"

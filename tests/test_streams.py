@@ -33,7 +33,7 @@ class Order:
         self.seen.append(("take", None, inside()))
         return "taken"
 
-    def give_back(self, taken: Any) -> None:
+    def release(self, taken: Any) -> None:
         self.seen.append(("give back", taken, inside()))
 
 

@@ -1,4 +1,4 @@
-"""Programs for ranks in the tests of blocks of ``sglang_distguard.turn``, and of lost ranks."""
+"""Programs for ranks in the tests of blocks of ``sglang_distguard.turn``, and of ranks that end or fall silent in one."""
 
 from __future__ import annotations
 
@@ -392,7 +392,7 @@ def tasks_of_a_block() -> dict[str, Any]:
     return {"made": made, "taken": taken}
 
 
-def lose_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
+def end_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
     """One rank dies, or stops, in a block; the others hear it in theirs and in line for a turn."""
     import sglang_distguard
     from sglang_distguard.distributed.ranks import agreement
@@ -410,8 +410,8 @@ def lose_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
             time.sleep(0.01)
         if rank() != on:
             return forward(*args, **kwargs)
-        shared_file("lost new").write_text(str(os.getpid()))
-        shared_file("lost new").rename(shared_file("lost"))
+        shared_file("ended new").write_text(str(os.getpid()))
+        shared_file("ended new").rename(shared_file("ended"))
         os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
         raise AssertionError("this rank goes on")
 
@@ -428,7 +428,7 @@ def lose_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
             assert inside.wait(60)
             return attempt(lambda: generated(built[name], steps=1))
 
-    # A wait for its own deadline would take far longer than a rank needs to be missed.
+    # A wait for its own deadline would take far longer than until a rank is silent.
     with patched(agreement, "_await", patient):
         heard = in_threads([lambda n=n: use(n) for n in built])
     for runner in built.values():
@@ -437,7 +437,7 @@ def lose_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
     built.clear()
     leave_behind(on)
     if how == "stop":
-        os.kill(int(shared_file("lost").read_text()), signal.SIGKILL)
+        os.kill(int(shared_file("ended").read_text()), signal.SIGKILL)
     return {"heard": heard, "after": again(["experts"])}
 
 
@@ -472,7 +472,7 @@ def fail_beside_a_wait_that_nothing_ends(on: int) -> dict[str, Any]:
 
     start(groups="share")
     dense = build("dense")
-    real = owned_groups.break_communicators
+    real = owned_groups.destroy_communicators
     broken = threading.Event()
     by: list[str] = []
 
@@ -487,6 +487,6 @@ def fail_beside_a_wait_that_nothing_ends(on: int) -> dict[str, Any]:
                 raise OSError("no block today")
             assert broken.wait(60)
 
-    with patched(owned_groups, "break_communicators", noted):
+    with patched(owned_groups, "destroy_communicators", noted):
         error = attempt(work)
     return {"error": error, "by": by[0], "after": again(["half"])}

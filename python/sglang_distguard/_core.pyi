@@ -362,7 +362,7 @@ class RunnerHandle:
     def hold(self, key: str) -> None:
         """Hold one more lease, on ``key``."""
 
-    def let_go(self, key: str) -> bool:
+    def release_key(self, key: str) -> bool:
         """Release the leases on ``key`` alone; False if there are none."""
 
     def check(self) -> None:

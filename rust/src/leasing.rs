@@ -10,7 +10,7 @@ use crate::errors::to_python;
 use crate::process::{registry, scopes, set_resource};
 
 /// Releases `lease`. Shared weights are forgotten with their last holder: no runner asks for them again.
-pub fn give_back(key: &Key, lease: LeaseId) {
+pub fn release(key: &Key, lease: LeaseId) {
     registry().release(lease);
     if matches!(key, Key::Weights(_)) && registry().remove(key) {
         set_resource(key, None);

@@ -19,7 +19,7 @@ use crate::convert;
 use crate::device::OnDevice;
 use crate::errors::{make, to_python};
 use crate::exit::wait_detached;
-use crate::leasing::{give_back, lease};
+use crate::leasing::{lease, release};
 use crate::process::{budgets, calls, communicators, forks, registry, scopes};
 use crate::scope::Scope;
 use crate::sync::lock;
@@ -181,7 +181,7 @@ impl RunnerHandle {
     fn release_leases(&self) {
         let leases = std::mem::take(&mut *self.leases());
         for (key, lease) in leases {
-            give_back(&key, lease);
+            release(&key, lease);
         }
     }
 
@@ -300,14 +300,14 @@ impl RunnerHandle {
     }
 
     /// Releases its leases on `key` alone; false if it has none.
-    fn let_go(&self, key: &str) -> PyResult<bool> {
+    fn release_key(&self, key: &str) -> PyResult<bool> {
         let key = convert::key(key)?;
         let mut leases = self.leases();
         let before = leases.len();
         leases.retain(|(held, lease)| {
             let goes = *held == key;
             if goes {
-                give_back(&key, *lease);
+                release(&key, *lease);
             }
             !goes
         });

@@ -23,7 +23,7 @@ from sglang_distguard.distributed.ranks.agreement import building, built
 from sglang_distguard.errors import DistGuardError, forget_frames
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner import streams, weights
-from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.budget import release_memory
 from sglang_distguard.runner.handle import release_failed
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def build_runner(
                 return runner
         except BaseException as error:
             forget_frames(error)
-            give_back()
+            release_memory()
             raise
 
 

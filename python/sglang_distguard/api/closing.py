@@ -16,7 +16,7 @@ from sglang_distguard.errors import (
     StateInUse,
 )
 from sglang_distguard.hooks import endings
-from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.budget import release_memory
 from sglang_distguard.runner.collective_steps import is_in_block_with
 from sglang_distguard.runner.handle import clear_closed, handle_of, handle_of_any, release
 from sglang_distguard.sync import waiting
@@ -80,8 +80,8 @@ def close(runner: Resident, *, timeout: Optional[float] = None, force: bool = Fa
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
         StateInUse: the calling thread is in a method of the runner, or in a block of ``turn`` with
-            it, or another thread still is in a method after ``timeout``. Nothing was changed, except that a manager's event loop was told to
-            end.
+            it, or another thread still is in a method after ``timeout``. Nothing was changed, except
+            that a manager's event loop was told to end.
         AcquireTimeout: another runner's capture still prevents closing after ``timeout``. Nothing
             was changed.
         DeadlockError: the wait would never end. Nothing was changed.
@@ -105,7 +105,7 @@ def _close(resident: Resident, timeout: Optional[float], *, force: bool) -> bool
         closed = _close_runner(handle, timeout, force=force)
         if closed and not force:  # else a method may still run
             clear_closed(resident)
-            give_back(timeout)
+            release_memory(timeout)
         return closed
     if handle.closed:
         return False

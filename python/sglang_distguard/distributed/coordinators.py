@@ -193,7 +193,7 @@ def destroy(groups: Groups) -> None:
             coordinator.destroy()  # hooks.parallel_state: it refuses collectives from now on
 
 
-def sever(groups: Groups) -> None:
+def disconnect(groups: Groups) -> None:
     """Close the connections of the coordinators in ``groups``, even if other objects refer to them.
 
     Destroying a process group closes nothing while a model's layers refer to it (0.5.23: the logits
@@ -205,13 +205,15 @@ def sever(groups: Groups) -> None:
 
     for coordinator in groups.values():
         if coordinator is not None:
-            nccl.retire(coordinator, abort=True)
+            nccl.destroy_soon(coordinator, abort=True)
     for group in {part for it in groups.values() if it is not None for part in parts(it)}:
         if group.name() != "gloo":
             with suppress(RuntimeError):
                 group.abort()
             continue
-        for other in range(group.size()):  # for a dead rank it fails at once and closes nothing
+        for other in range(
+            group.size()
+        ):  # for a rank that has ended it fails at once and closes nothing
             with suppress(RuntimeError):
                 if other != group.rank():
                     group.recv([torch.zeros(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))

@@ -66,7 +66,7 @@ def destroy(coordinator: Any, original: Callable[[Any], object]) -> None:
     before = {name: getattr(coordinator, name) for name in PROCESS_GROUPS}
     if all(isinstance(group, DestroyedGroup) for group in before.values()):
         return
-    nccl.retire(coordinator)
+    nccl.destroy_soon(coordinator)
     # SGLang destroys a copy: the original never has None for a group, not even for a moment.
     destroyed = DestroyedGroup(str(getattr(coordinator, "unique_name", "unnamed")))
     for name, group in before.items():

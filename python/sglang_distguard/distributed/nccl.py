@@ -21,12 +21,12 @@ from weakref import WeakSet
 _log = logging.getLogger("sglang_distguard")
 _NAME = "distguard-nccl"
 #: Seconds to wait for a communicator whose graphs are gone: it takes a few hundredths.
-SETTLE = 10.0
+WAIT = 10.0
 #: Threads that have been waited for in vain: user code keeps graphs, say.
 _overdue: WeakSet[threading.Thread] = WeakSet()
 
 
-def retire(coordinator: Any, *, abort: bool = False) -> None:
+def destroy_soon(coordinator: Any, *, abort: bool = False) -> None:
     """Destroy the NCCL communicator of a GroupCoordinator, soon: no code can use it from now on.
 
     Does nothing without one, and nothing a second time.
@@ -64,8 +64,8 @@ def _try(end: Callable[[], None]) -> None:
         _log.warning("An NCCL communicator of a closed runner was not destroyed: %r", error)
 
 
-def settle(seconds: float = SETTLE) -> bool:
-    """Wait until the communicators that were retired are destroyed; False if some are not.
+def wait_for_destroyed(seconds: float = WAIT) -> bool:
+    """Wait until the communicators that are to be destroyed are; False if some are not.
 
     Those of graphs that other code refers to are not, and they are waited for once only. A forked
     child has no such threads.

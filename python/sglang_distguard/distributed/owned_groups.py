@@ -67,11 +67,11 @@ def destroy_unless_leased(key: str, scope: Optional[_core.Scope]) -> None:
     _destroy(key, unset)
 
 
-def break_communicators(handle: _core.RunnerHandle) -> None:
+def destroy_communicators(handle: _core.RunnerHandle) -> None:
     """Destroy the communicators of ``handle``'s runner, because this rank left a step half-done.
 
     The next collective here would meet one of that step on another rank. Ranks that wait for this
-    rank get an error at once (``coordinators.sever``). Every runner that uses the same
+    rank get an error at once (``coordinators.disconnect``). Every runner that uses the same
     communicators raises LeaseBroken from now on.
     """
     try:
@@ -81,19 +81,19 @@ def break_communicators(handle: _core.RunnerHandle) -> None:
     except DistGuardError:  # the runner was closed meanwhile
         pass
     with settings.runner_scope(handle.name), forced():
-        _destroy(key_in_use(handle.scope), coordinators.destroy, sever=True)
+        _destroy(key_in_use(handle.scope), coordinators.destroy, disconnect=True)
 
 
 def _destroy(
-    key: str, destroy: Callable[[coordinators.Groups], None], *, sever: bool = False
+    key: str, destroy: Callable[[coordinators.Groups], None], *, disconnect: bool = False
 ) -> None:
     made: Optional[coordinators.Groups] = _core.resource(key)
     if made is None:
         return
     try:
         with tearing_down(key) as (state,), coordinators.on_their_device(made):
-            if sever:
-                coordinators.sever(made)
+            if disconnect:
+                coordinators.disconnect(made)
             if state.origin != "adopted":  # user code's groups are only forgotten
                 destroy(made)
     except StateInUse:  # a runner being built took a lease, or another thread tears it down

@@ -20,7 +20,7 @@ from sglang_distguard.config import settings
 from sglang_distguard.errors import DistGuardError
 from sglang_distguard.hooks import torch_profiler
 from sglang_distguard.runner import weights
-from sglang_distguard.runner.budget import give_back
+from sglang_distguard.runner.budget import release_memory
 from sglang_distguard.runner.handle import clear_closed
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Part:
                 if manager is not None:
                     close(manager)
                     forget(manager)
-                    give_back()
+                    release_memory()
             except BaseException as error:  # callers wait for what follows
                 self.error = self.error or error
             if not self.ready.done():

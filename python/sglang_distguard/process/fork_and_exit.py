@@ -35,7 +35,7 @@ def _in_child() -> None:
 def _at_exit() -> None:
     for ranks in log.opened():
         reader.close(ranks, EXIT_GRACE)
-    nccl.settle(EXIT_GRACE)
+    nccl.wait_for_destroyed(EXIT_GRACE)
     _core.begin_exit(EXIT_GRACE)
 
 

@@ -176,7 +176,7 @@ def pooling(runner: Any) -> Iterator[None]:
         _count(runner, handle, sized=True)
 
 
-def give_back(timeout: Optional[float] = None) -> None:
+def release_memory(timeout: Optional[float] = None) -> None:
     """Return the memory of dropped objects to the GPUs; torch would keep it.
 
     No other runner captures meanwhile: memory may not be freed then. Where that cannot be had in
@@ -191,7 +191,7 @@ def give_back(timeout: Optional[float] = None) -> None:
     with suppress(DistGuardError, RuntimeError):
         with in_phase("load", timeout=timeout):
             gc.collect()  # modules refer to each other
-        nccl.settle(nccl.SETTLE if timeout is None else min(timeout, nccl.SETTLE))
+        nccl.wait_for_destroyed(nccl.WAIT if timeout is None else min(timeout, nccl.WAIT))
         with in_phase("load", timeout=timeout):
             torch.cuda.empty_cache()
 

@@ -147,10 +147,10 @@ class _Users:
         if handle not in self.handles:
             self.handles.append(handle)
 
-    def break_communicators(self) -> None:
+    def destroy_communicators(self) -> None:
         with ExitStack() as stack:  # all of them, even if one raises
             for handle in self.handles:
-                stack.callback(owned_groups.break_communicators, handle)
+                stack.callback(owned_groups.destroy_communicators, handle)
 
     @contextmanager
     def whole(self, handle: _core.RunnerHandle) -> Iterator[None]:
@@ -170,7 +170,7 @@ class _Users:
             if self._error is not None:
                 raise self._error
         except BaseException:
-            self.break_communicators()
+            self.destroy_communicators()
             raise
 
 
@@ -185,7 +185,7 @@ def _in_a_turn(
         f"{handle.turns}, {step}",
         {},
         creates=False,
-        undo=users.break_communicators,
+        undo=users.destroy_communicators,
         users=users,
         is_block=is_block,
     )
@@ -323,7 +323,7 @@ def _let_in(handle: _core.RunnerHandle, what: str = "this step") -> Iterator[Non
                 "meet. So the runner's communicators are destroyed on this rank, and therefore on "
                 "all ranks."
             )
-            owned_groups.break_communicators(handle)
+            owned_groups.destroy_communicators(handle)
         raise
 
 
@@ -332,5 +332,5 @@ def _whole(handle: _core.RunnerHandle) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        owned_groups.break_communicators(handle)
+        owned_groups.destroy_communicators(handle)
         raise

@@ -111,7 +111,7 @@ class RunnerStream:
         block.__enter__()
         return _Taken(threading.get_ident(), block, caller)
 
-    def give_back(self, taken: Optional[_Taken]) -> None:
+    def release(self, taken: Optional[_Taken]) -> None:
         """Make the caller's stream current again; ``taken`` is what ``take`` has returned."""
         if taken is None:
             return
@@ -157,7 +157,7 @@ class OnItsStream:
     def __exit__(self, *error: Any) -> None:
         try:
             # Left more often than entered: the activation says so.
-            self._stream.give_back(self._taken.pop() if self._taken else None)
+            self._stream.release(self._taken.pop() if self._taken else None)
         finally:
             self._activation.__exit__(*error)
 
@@ -182,7 +182,7 @@ def while_building(device: int) -> Iterator[Optional[RunnerStream]]:
         try:
             yield stream
         finally:
-            stream.give_back(taken)
+            stream.release(taken)
     except BaseException:
         stream.leave()
         raise

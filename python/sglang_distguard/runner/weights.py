@@ -211,7 +211,7 @@ def detach(runner: Any, *, timeout: Optional[float] = None) -> bool:
                     )
             _copy(runner.model, sharing.places)
         del vars(runner)[_ATTRIBUTE]
-        handle.let_go(sharing.key)
+        handle.release_key(sharing.key)
         return is_shared
 
 

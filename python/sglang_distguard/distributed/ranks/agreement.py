@@ -29,10 +29,10 @@ _HEAR = 5.0
 
 #: The ask with which the running code builds a runner, until the outcome is reported.
 _asked: ContextVar[Optional[Ask]] = ContextVar("sglang_distguard.asked", default=None)
-_building: ContextVar[Optional[_Block]] = ContextVar("sglang_distguard.building", default=None)
+_building: ContextVar[Optional[_Build]] = ContextVar("sglang_distguard.building", default=None)
 
 
-class _Block:
+class _Build:
     """A with block; a context that a task has copied inside may outlive it."""
 
     is_over = False
@@ -233,7 +233,7 @@ def explain(ask: Ask, stage: str, error: BaseException) -> NoReturn:
     """Report ``error`` to the other ranks, and raise it or the failure of another rank behind it.
 
     Raises:
-        RankFailed, AgreementTimeout: ``error`` occurred because another rank failed or is gone.
+        RankFailed, AgreementTimeout: ``error`` occurred because another rank failed or is silent.
         ``error`` itself: in all other cases.
     """
     verdict = None
@@ -266,7 +266,7 @@ def building(*, asks: bool = False) -> Iterator[None]:
             build has used is over then.
 
     Raises:
-        RankFailed, AgreementTimeout: the block raised because another rank failed or is gone.
+        RankFailed, AgreementTimeout: the block raised because another rank failed or is silent.
         Whatever the block raised, in all other cases.
     """
     if _is_building():
@@ -274,8 +274,8 @@ def building(*, asks: bool = False) -> Iterator[None]:
         return
     if asks:
         _forget_asked()
-    block = _Block()
-    token = _building.set(block)
+    build = _Build()
+    token = _building.set(build)
     try:
         earlier = asked()
         if earlier is not None:
@@ -287,14 +287,14 @@ def building(*, asks: bool = False) -> Iterator[None]:
             raise
         explain(ask, "build", error)
     finally:
-        block.is_over = True
+        build.is_over = True
         _building.reset(token)
         _forget_asked()
 
 
 def _is_building() -> bool:
-    block = _building.get()
-    return block is not None and not block.is_over
+    build = _building.get()
+    return build is not None and not build.is_over
 
 
 def _forget_asked() -> None:

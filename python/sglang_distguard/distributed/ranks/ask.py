@@ -55,7 +55,7 @@ class Ask:
     has_left_turn: bool = False
     has_built: bool = False
     _is_undone: bool = False
-    _hears: bool = False
+    _waits_for_entries: bool = False
     #: Held while the beating thread ends the turn, so that this rank leaves it afterwards. One that
     #: an interrupt leaves held is taken again by the same thread.
     _leaving: Any = field(default_factory=threading.RLock)
@@ -161,8 +161,8 @@ class Ask:
         """Note that this rank has left the with block of the turn."""
         with self._after_its_end():
             self.stage = "turn"
-            if self._hears:
-                self._hears = False
+            if self._waits_for_entries:
+                self._waits_for_entries = False
                 self.ranks.state.end_wait(self.what, self.round, "turn")
 
     def undo_once(self) -> None:
@@ -209,8 +209,8 @@ class Ask:
     def _look_inside(self, silent: Mapping[int, float]) -> None:
         if self.was_ended:
             return
-        if not self._hears:  # no thread waits for entries while this rank computes
-            self._hears = True
+        if not self._waits_for_entries:  # no thread waits for entries while this rank computes
+            self._waits_for_entries = True
             if self.ranks.state.begin_wait(self.what, self.round, "turn"):
                 reader.start(self.ranks)
         standing = self.stands("turn")

@@ -16,7 +16,7 @@ from sglang_distguard.errors import (
     StoreLost,
 )
 
-#: Matches what a backend reports when another rank is gone or does not arrive (gloo and NCCL of
+#: Matches what a backend reports when another rank has ended or does not arrive (gloo and NCCL of
 #: torch 2.14.1, and sglang 0.5.23 where it has caught such an error: `load_model_utils`).
 _CONSEQUENCE = re.compile(
     r"gloo|NCCL|[Cc]onnection|[Tt]im(ed|e) ?out|[Ss]ocket|[Bb]arrier|didn't finish loading"
@@ -136,7 +136,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether ``error`` may only mean that another rank is gone, and not be the cause."""
+    """Whether ``error`` may only mean that another rank has ended, and not be the cause."""
     import torch.distributed as dist
 
     if isinstance(error, DistGuardError):

@@ -1,16 +1,16 @@
 """Signs of life: a rank that has an ask in flight counts under a key of the world's store.
 
 Waits for ranks have a deadline, but a rank that is inside of a turn does not wait in the store: it
-computes, and may sleep in a collective, or for a GPU, for a rank that is gone. And each wait that
-begins after a death would take a deadline of its own. So while any thread of this process has an
+computes, and may sleep in a collective, or for a GPU, for a rank that has ended. And each wait that
+begins after that would take a deadline of its own. So while any thread of this process has an
 ask in flight, one thread beats: it counts, and reads what the other ranks have counted.
 
-- A rank that is idle has said "off", and is never presumed dead.
+- A rank that is idle has said "off", and is never silent.
 - A rank is silent when its count has stood still for the deadline of the ask that needs it, by the
   clock of the rank that listens. A pause of the listener itself (it was stopped, or its interpreter
   was held) counts for two beats at most, because the other ranks may have paused with it.
 - The beating thread needs the interpreter from time to time. A rank that holds it for the whole
-  deadline, in native code, is presumed dead.
+  deadline, in native code, is silent, too.
 """
 
 from __future__ import annotations
