@@ -242,11 +242,11 @@ def never_come(absent: int) -> dict[str, Any]:
     build("dense")
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         if rank() == absent:
-            wait_for_others("gave up", size() - 1)
+            wait_for_others("timed out", size() - 1)
             error = None
         else:
             error = attempt(lambda: build("experts"))
-            tell_others("gave up")
+            tell_others("timed out")
     late = attempt(lambda: build("experts")) if rank() == absent else None
     return {"error": error, "late": late, "after": again(["experts"])}
 
