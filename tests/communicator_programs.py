@@ -16,6 +16,7 @@ from rank_programs import (
     build,
     generated,
     in_threads,
+    noting_asks,
     raise_errors,
     rank,
     start,
@@ -218,30 +219,35 @@ def late(work: Callable[[], str]) -> str:
         return work()
 
 
-def build_two_unnamed(delay: float = 0.5) -> list[Any]:
+def build_two_unnamed() -> list[Any]:
     """Build two runners without names over shared groups, in opposite order."""
     import sglang_distguard
 
     start(groups="share")
     settings = [args_of("dense"), args_of("dense", seed=1)]
-    first = threading.Event()
+    has_asked = threading.Event()  # for the runner that this rank builds first
 
     def one(index: int) -> Any:
         if index != rank() % 2:
-            first.wait(delay)
+            assert has_asked.wait(60)
         runner = sglang_distguard.build_runner(settings[index], gpu_id=rank())
         _built.append(runner)
         return generated(runner)
 
-    return in_threads([lambda: one(0), lambda: one(1)])
+    with noting_asks(lambda _name: has_asked.set()):
+        return in_threads([lambda: one(0), lambda: one(1)])
 
 
-def be_idle_in_a_pipeline(pause: float) -> str:
-    """The last stage waits for the first for longer than groups may take to be created."""
+def be_idle_in_a_pipeline(deadline: float, pause: float) -> str:
+    """The last stage waits ``pause`` for the first: for longer than groups may take to be created.
+
+    The pause puts no threads in order; the deadline is long enough for a build on a busy machine.
+    """
     import sglang_distguard
 
+    assert pause > deadline
     start()
-    with sglang_distguard.runner_scope(agreement_timeout=pause / 2):
+    with sglang_distguard.runner_scope(agreement_timeout=deadline):
         runner = build("dense", tp_size=1, pp_size=2)
     if rank() == 0:
         time.sleep(pause)

@@ -7,7 +7,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -167,6 +168,25 @@ def wait_for_others(event: str, count: int) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def noting_asks(note: Callable[[str], None]) -> Iterator[None]:
+    """``note(name)`` whenever this rank has asked the others for a runner, and waits for them."""
+    from sglang_distguard.distributed.ranks.ask import Ask
+
+    real = Ask.tell
+
+    def tell(self: Ask, stage: str, report: Any) -> None:
+        real(self, stage, report)
+        if stage == "ask" and self.what.startswith("runner "):
+            note(self.name)
+
+    Ask.tell = tell
+    try:
+        yield
+    finally:
+        Ask.tell = real
+
+
 # --- programs -----------------------------------------------------------------------------------
 
 
@@ -188,22 +208,32 @@ def alone(name: str, overrides: Optional[dict[str, Any]] = None, steps: int = 3)
     return {"digest": digest(made), "error": error}
 
 
-def build_from_threads(names: Sequence[str], seed: int, delay: float = 0.3) -> dict[str, str]:
-    """Build each from its own thread, started in a different order on every rank, and generate."""
+def build_from_threads(names: Sequence[str], seed: int) -> dict[str, str]:
+    """Build each from its own thread, in another order on every rank, and generate.
+
+    With an even seed, a thread begins when this rank has asked for the runner of the one before:
+    with 0 in exactly the opposite order on odd ranks. With an odd seed all begin at once.
+    """
     start()
     order = list(names)
-    chance = random.Random(f"{seed} {_repetition} {rank()}")
-    chance.shuffle(order)
-    if seed == 0 and rank() % 2:  # at least once exactly the opposite order
-        order = list(reversed(names))
-    pauses = [chance.random() * delay for _ in order]
-    gate = threading.Event()
+    if seed != 0:
+        random.Random(f"{seed} {_repetition} {rank()}").shuffle(order)
+    elif rank() % 2:
+        order.reverse()
+    in_line = seed % 2 == 0 and size() > 1  # one rank asks no other
+    asked = {name: threading.Event() for name in order}
+    before = [None, *order[:-1]] if in_line else [None] * len(order)
+    together = threading.Barrier(1 if in_line else len(order))
 
-    def one(name: str, pause: float) -> tuple[str, str]:
-        gate.wait(pause)
+    def one(name: str, earlier: Optional[str]) -> tuple[str, str]:
+        together.wait()
+        assert earlier is None or asked[earlier].wait(60)
         return name, generated(build(name))
 
-    results = in_threads([lambda n=n, p=p: one(n, p) for n, p in zip(order, pauses, strict=True)])
+    with noting_asks(lambda name: asked[name].set()):
+        results = in_threads(
+            [lambda n=n, e=e: one(n, e) for n, e in zip(order, before, strict=True)]
+        )
     raise_errors(results)
     return dict(results)
 
@@ -242,11 +272,11 @@ def never_come(absent: int) -> dict[str, Any]:
     build("dense")
     with sglang_distguard.runner_scope(agreement_timeout=DEADLINE):
         if rank() == absent:
-            wait_for_others("gave up", size() - 1)
+            wait_for_others("timed out", size() - 1)
             error = None
         else:
             error = attempt(lambda: build("experts"))
-            tell_others("gave up")
+            tell_others("timed out")
     late = attempt(lambda: build("experts")) if rank() == absent else None
     return {"error": error, "late": late, "after": again(["experts"])}
 

@@ -298,7 +298,7 @@ def test_a_member_that_is_interrupted_on_its_way_to_a_group_is_not_waited_for() 
         late.meet("p 0", 3, server)
 
 
-def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_gave_up() -> None:
+def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_aborted() -> None:
     with world(2) as ranks:
         inside, leave = threading.Event(), threading.Event()
         undone: list[str] = []
@@ -308,7 +308,7 @@ def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_gave_up() 
                 inside.set()
                 assert leave.wait(LONG)
 
-        def give_up(it: Ranks) -> None:
+        def time_out(it: Ranks) -> None:
             with deadline(SHORT):
                 take(it, "runner a")
 
@@ -325,11 +325,11 @@ def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_gave_up() 
             leave.set()
             return standing, state.stands("runner a", 0, "turn")[0]
 
-        works = [lambda: stay(ranks[0]), lambda: give_up(ranks[1]), watch]
+        works = [lambda: stay(ranks[0]), lambda: time_out(ranks[1]), watch]
         works += [lambda it=it: follow(it) for it in ranks]
-        stayed, gave_up, watched, first, _ = in_threads(works)
+        stayed, timed_out, watched, first, _ = in_threads(works)
     assert isinstance(stayed, AgreementTimeout)
-    assert isinstance(gave_up, AgreementTimeout)
+    assert isinstance(timed_out, AgreementTimeout)
     assert watched == ("open", "failed")
     assert first == ["a"]
 

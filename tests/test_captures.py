@@ -1,4 +1,7 @@
-"""Captures outside the runner's methods are alone in the process, too."""
+"""Captures outside the runner's methods are alone in the process, too.
+
+SGLang's and torch's context managers are real; only their calls of CUDA do nothing.
+"""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def test_threads_that_the_interpreter_waits_for_are_told_and_end() -> None:
             """,
     )
     assert result.returncode == 0
-    assert result.stderr.count("gave up waiting for groups:never: the interpreter is exiting") == 4
-    assert result.stderr.count("gave up waiting for phase:forward: the interpreter is exiting") == 4
+    assert result.stderr.count("stopped waiting for groups:never: the interpreter is exiting") == 4
+    assert result.stderr.count("stopped waiting for phase:forward: the interpreter is exiting") == 4
     assert "Exception ignored" not in result.stderr
 
 

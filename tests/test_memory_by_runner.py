@@ -111,12 +111,13 @@ def test_what_exceeds_the_rest_is_refused_before_anything_is_loaded(
         "promised": [{"runner": "small", "bytes": held}],
     }
     assert f"memory={room - held}" in str(caught.value)
+    assert "close one of those" in str(caught.value)
     assert isinstance(caught.value, MemoryError)
     with pytest.raises(NotEnoughMemory, match=r"memory=1\.0"):
         dg.build_runner(server_args(folder), name="whole", memory=1.0)
     assert loads == []
     monkeypatch.undo()
-    # What was refused is not promised to anyone, and neither is what failed.
+    # What was refused is not promised, and neither is what failed.
     with pytest.raises(NotEnoughMemory, match=r"its weights take .*Ask for more than") as caught:
         dg.build_runner(unlimited(folder, 0.5), name="tiny", memory=1000)
     least = caught.value.details["least"]
@@ -129,6 +130,17 @@ def test_what_exceeds_the_rest_is_refused_before_anything_is_loaded(
     assert list(promised()) == ["fits"]
     assert promised()["fits"] >= least + 4 * MB
     dg.close(fits)
+
+
+def test_a_runner_alone_that_asks_for_more_than_there_is_hears_of_no_other(
+    guard: None, model: Model
+) -> None:
+    with pytest.raises(NotEnoughMemory, match="no other runner was promised any") as caught:
+        dg.build_runner(server_args(model("llama")), name="alone", memory=10**18)
+    assert caught.value.details["promised"] == []
+    left = caught.value.details["left"]
+    assert f"Ask for at most {left} bytes" in str(caught.value)
+    assert "close" not in str(caught.value)
 
 
 def test_a_pool_that_is_limited_in_tokens_is_at_most_what_others_leave(

@@ -108,7 +108,8 @@ def test_a_stage_may_wait_longer_for_another_than_groups_may_take_to_be_created(
     ranks: RankRunner, alone: Any
 ) -> None:
     expected = alone("dense", tp_size=1, pp_size=2)
-    assert ranks.run(programs.be_idle_in_a_pipeline, 2, pause=4.0) == [expected] * 2
+    results = ranks.run(programs.be_idle_in_a_pipeline, 2, deadline=10.0, pause=12.0)
+    assert results == [expected] * 2
 
 
 @pytest.mark.parametrize(

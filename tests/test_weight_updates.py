@@ -1,4 +1,8 @@
-"""Two runners whose weights are updated from tensors at once patch torch only once."""
+"""Two runners whose weights are updated from tensors at once patch torch only once.
+
+SGLang's function is real. It is given another module in the place of torch's, because a patch of
+torch's own would last for the process, and because a thread must be held in the middle of it.
+"""
 
 from __future__ import annotations
 

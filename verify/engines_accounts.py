@@ -118,7 +118,7 @@ class Accounts:
             self.compare(asked, number, answer["output_ids"], whole=False)
             asked.outcome = "aborted, as asked"
             if not aborts:
-                self.wrong(f"{asked.what}: aborted, though nobody asked: {reason}")
+                self.wrong(f"{asked.what}: aborted, and no thread had asked for it: {reason}")
         elif self.compare(asked, number, answer["output_ids"]):
             asked.outcome = "answered right"
         else:

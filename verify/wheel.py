@@ -3,16 +3,18 @@
     .venv/bin/python verify/wheel.py [VERSION …]
 
 The environments have no torch, no SGLang, no Rust and no source of this package, so that tests
-import the wheel. Wheels and the source distribution stay in target/wheels/. The exit status is 1
-when a step of any Python fails.
+import the wheel. Wheels and the source distribution stay in target/wheels/; it must contain what the
+Makefile needs. The exit status is 1 when it does not, or when a step of any Python fails.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,10 @@ BIN = Path(sys.executable).parent
 TESTS = ("test_rewrite.py", "test_names.py", "test_code_cache.py", "test_wheel.py")
 #: What these and the fixtures of every session import of the folder of tests.
 HELPERS = ("conftest.py", "fork_server.py", "interpreters.py", "rewritten_modules.py")
+#: What tools of the Makefile's targets read although it does not name it.
+UNNAMED = ("Cargo.lock", "LICENSE", "clippy.toml", "pyproject.toml", "rust/core/mutations.toml")
+#: What is made in a checkout, and so is not in the source distribution.
+MADE = (".cache", ".compat", ".venv", "target")
 
 
 def find_python(version: str) -> Path | None:
@@ -69,6 +75,20 @@ def build_source() -> Path:
         _run([BIN / "maturin", "sdist", "-o", folder])
         (archive,) = Path(folder).iterdir()
         return Path(shutil.copy(archive, WHEELS))
+
+
+def missing(archive: Path) -> list[str]:
+    """Return what the Makefile's targets need of the checkout, and ``archive`` does not contain."""
+    words = re.findall(r"[\w.][\w./-]*", (ROOT / "Makefile").read_text())
+    named = {Path(word.rstrip(".")) for word in words} | {Path(name) for name in UNNAMED}
+    with tarfile.open(archive) as opened:
+        members = [Path(*Path(name).parts[1:]) for name in opened.getnames()]
+    contained = {folder for member in members for folder in (member, *member.parents)}
+    return sorted(
+        str(path)
+        for path in named - contained
+        if (ROOT / path).exists() and ".." not in path.parts and path.parts[0] not in MADE
+    )
 
 
 def build(python: Path, archive: Path) -> Path:
@@ -114,6 +134,8 @@ def main(versions: Sequence[str]) -> int:
     """Build and test for each version; print one line for each."""
     WHEELS.mkdir(parents=True, exist_ok=True)
     archive = build_source()
+    if left_out := missing(archive):
+        raise SystemExit(f"{archive.name} does not contain {', '.join(left_out)}")
     tested = 0
     for version in tqdm(versions, desc="wheels", unit="Python", disable=None):
         python = find_python(version)

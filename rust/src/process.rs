@@ -24,7 +24,7 @@ struct Process {
     budgets: Budgets,
     communicators: Mutex<HashMap<ScopeId, Occupancy>>,
     resources: Mutex<HashMap<Key, Py<PyAny>>>,
-    /// The number of the first event that no caller has taken yet.
+    /// The number of the first event that was not taken yet.
     untaken: Mutex<u64>,
 }
 

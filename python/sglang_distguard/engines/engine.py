@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 #: How long the parts may take to end once they are asked to, in seconds.
 _ENDING = 60.0
-_GIVING_UP = 5.0
+_ENDING_FAILED = 5.0
 _NO_MORE = object()
 
 
@@ -133,13 +133,13 @@ class Engine(Closes, HasWeights):
             self._loop.start()
             self._loop.started.result(start_timeout)
         except concurrent.futures.TimeoutError:
-            self._give_up()
+            self._end_failed_start()
             raise TimeoutError(
                 f"engine {self.name!r} did not serve within {start_timeout:g} s; a larger model "
                 "needs a larger start_timeout"
             ) from None
         except BaseException:
-            self._give_up()
+            self._end_failed_start()
             raise
 
     def _launch(self) -> None:
@@ -405,7 +405,7 @@ class Engine(Closes, HasWeights):
         if self._process != os.getpid():
             return  # its threads, sockets and files are the parent's
         if not self._loop.started.done():  # at the interpreter's exit only
-            self._give_up()
+            self._end_failed_start()
             return
         with self._lock:
             is_second, self._is_closing = self._is_closing, True
@@ -463,11 +463,11 @@ class Engine(Closes, HasWeights):
                 f"{seconds:g} s"
             )
 
-    def _give_up(self) -> None:
+    def _end_failed_start(self) -> None:
         """End what a failed start has begun; a part that still loads ends when it has."""
         self._is_closing = True
         try:
-            self._end(_GIVING_UP)
+            self._end(_ENDING_FAILED)
         except TimeoutError:
             pass  # the error of the start says more
         finally:

@@ -24,7 +24,7 @@ class Ending(NamedTuple):
     """What is particular to the end of one class of managers.
 
     Attributes:
-        ask: makes its loop end as SGLang itself does; called before anybody waits for it.
+        ask: makes its loop end as SGLang itself does; called before any thread waits for it.
         end: closes what it has outside of its scope; called once, when no call is inside.
         loop: returns the asyncio loop in which ``end`` must be called, if any.
     """

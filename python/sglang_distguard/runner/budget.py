@@ -248,16 +248,25 @@ def _refusal(
 ) -> NotEnoughMemory:
     room, left, promised = refused
     name = _name(runner)
-    to = ", ".join(f"'{who}' {_shown(size)}" for who, size in promised) or "nobody"
+    remedies = []
     if left > 0:
         part = int(left / room * 10_000) / 10_000
-        remedy = f"Ask for at most {left} bytes (memory={left}, or mem_fraction_static={part:g})"
+        remedies.append(
+            f"ask for at most {left} bytes (memory={left}, or mem_fraction_static={part:g})"
+        )
+    if promised:
+        to = ", ".join(f"'{who}' {_shown(size)}" for who, size in promised)
+        users = f"of which were promised: {to}"
+        remedies.append(
+            "close one of those, or build them with less (memory=..., mem_fraction_static)"
+        )
     else:
-        remedy = "Nothing is left"
+        users = "and no other runner was promised any of it"
+    remedy = ", ".join(remedies) or f"free memory of {name} first"
     return NotEnoughMemory(
         f"runner '{handle.name}' asks for {_shown(asked)} of {name} ({said}), and {_shown(left)} are "
-        f"left: runners may use {_shown(room)}, of which were promised: {to}. Nothing was loaded. "
-        f"{remedy}, close one of those, or build them with less (memory=..., mem_fraction_static)",
+        f"left: runners may use {_shown(room)}, {users}. Nothing was loaded. "
+        f"{remedy[0].upper()}{remedy[1:]}",
         runner=handle.name,
         device=name,
         asked=asked,

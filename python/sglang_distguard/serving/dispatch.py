@@ -22,7 +22,7 @@ from sglang_distguard.errors import EngineClosed, UnknownEngine
 from sglang_distguard.serving import refusals
 from sglang_distguard.serving.handlers import Kind
 
-#: Of a request whose client has gone; nobody reads it (as nginx's log says).
+#: The status of a request whose client has gone, who does not read it (nginx's log has this number).
 _CLIENT_GONE = 499
 _HANDLERS = "_distguard_handlers"
 

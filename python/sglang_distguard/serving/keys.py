@@ -37,7 +37,7 @@ class Keys:
     """ASGI middleware: refuses requests before their body is read.
 
     SGLang's own looks at the whole path of the URL, so that an application that is mounted
-    under ``/healthy`` would be open to everybody (0.5.23).
+    under ``/healthy`` would be open to clients without a key (0.5.23).
     """
 
     def __init__(self, app: ASGIApp, api_key: Optional[str], admin_key: Optional[str]) -> None:

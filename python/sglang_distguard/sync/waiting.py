@@ -69,7 +69,7 @@ def until(
             event_log.report()
             raise error
         if _is_exiting():
-            raise DistGuardError(f"gave up waiting for {what}: the interpreter is exiting")
+            raise DistGuardError(f"stopped waiting for {what}: the interpreter is exiting")
         waits.wait(min(longest, left))
 
 

@@ -212,8 +212,8 @@ impl fmt::Display for Error {
             ),
             Self::StaleTicket { key } => write!(
                 f,
-                "The new state of {key} was not registered: its leader had already given up the \
-                 lead, or began to lead before a fork. Acquire {key} again."
+                "The new state of {key} was not registered: its leader had already stopped \
+                 leading, or began to lead before a fork. Acquire {key} again."
             ),
         }
     }

@@ -229,7 +229,7 @@ impl Both {
             Call::GiveUp { pick } if !self.visits.is_empty() => {
                 let id = self.visits[pick % self.visits.len()];
                 let real = self.real.phase_timed_out(id, Duration::ZERO);
-                (refused(&real), self.model.give_up(id))
+                (refused(&real), self.model.time_out(id))
             }
             _ => (Outcome::Done, Outcome::Done),
         }
@@ -256,7 +256,7 @@ impl Both {
     fn arrive(&mut self, access: Access, thread: u64) -> (Outcome, Outcome) {
         let (id, real) = match self.real.arrive(access, &actor(thread)) {
             Ok((id, entry)) => (id, entered(Ok(entry))),
-            // The refused visit has ended, under a number that no caller was told.
+            // The refused visit has ended, under a number that the caller was not told.
             Err(error) => (VisitId(0), refused(&error)),
         };
         self.visits.push(id);

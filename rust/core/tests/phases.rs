@@ -209,21 +209,21 @@ fn a_deadline_that_has_passed_in_line_names_the_threads_in_the_way() {
     let forward = inside(&registry, Phase::Forward, 1);
     let capture = in_line(&registry, Phase::Capture, 2);
     let behind = in_line(&registry, Phase::Load, 3);
-    let gave_up = registry.phase_timed_out(behind, waited);
+    let timed_out = registry.phase_timed_out(behind, waited);
     let only_the_line = Error::PhaseTimeout {
         access: Phase::Load.into(),
         inside: vec![],
         waited,
     };
-    assert_eq!(gave_up, only_the_line);
-    let gave_up = registry.phase_timed_out(capture, waited);
+    assert_eq!(timed_out, only_the_line);
+    let timed_out = registry.phase_timed_out(capture, waited);
     let behind_forward = Error::PhaseTimeout {
         access: Phase::Capture.into(),
         inside: vec![actor(1)],
         waited,
     };
-    assert_eq!(gave_up, behind_forward);
-    assert!(gave_up.to_string().contains("occupied by thread t1"));
+    assert_eq!(timed_out, behind_forward);
+    assert!(timed_out.to_string().contains("occupied by thread t1"));
     assert_eq!(visits(&registry), [(1, Phase::Forward, true)]);
     let event = registry.snapshot().events.pop().unwrap();
     assert_eq!((event.decision, event.waited), (Decision::Timeout, waited));

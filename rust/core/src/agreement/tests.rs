@@ -56,7 +56,7 @@ fn a_rank_enters_its_turn_when_it_has_left_the_one_before() {
     );
     assert_eq!(ranks.enter("b", 0), Standing::Open);
     assert_eq!(ranks.enter("a", 0), Standing::Passed);
-    read(&ranks, &[entry("a", 0, Stage::Turn, Some("given up"))]);
+    read(&ranks, &[entry("a", 0, Stage::Turn, Some("aborted"))]);
     assert_eq!(ranks.turn(), Some(("b".into(), 0)));
     assert_eq!(ranks.enter("b", 0), Standing::Open);
     ranks.leave("b", 0);
@@ -91,7 +91,7 @@ fn the_end_of_a_round_is_still_known_when_the_next_one_has_begun() {
         &[
             entry("a", 0, Stage::Ask, None),
             entry("a", 0, Stage::Turn, None),
-            entry("a", 1, Stage::Ask, Some("given up")),
+            entry("a", 1, Stage::Ask, Some("aborted")),
         ],
     );
     assert_eq!(ranks.stands("a", 0, Stage::Turn), Standing::Passed);
@@ -105,9 +105,9 @@ fn the_end_of_a_round_is_still_known_when_the_next_one_has_begun() {
 #[test]
 fn of_two_entries_about_the_same_stage_the_first_counts() {
     let ranks = Agreement::new();
-    let gave_up = entry("a", 0, Stage::Ask, Some("rank 1 gave up"));
-    read(&ranks, &[gave_up, entry("a", 0, Stage::Ask, None)]);
-    let failed = Standing::Failed("rank 1 gave up".into());
+    let stopped = entry("a", 0, Stage::Ask, Some("rank 1 stopped waiting"));
+    read(&ranks, &[stopped, entry("a", 0, Stage::Ask, None)]);
+    let failed = Standing::Failed("rank 1 stopped waiting".into());
     assert_eq!(ranks.stands("a", 0, Stage::Ask), failed);
     read(&ranks, &[entry("b", 0, Stage::Ask, None)]);
     assert_eq!(ranks.stands("b", 0, Stage::Begin), Standing::Passed);

@@ -123,7 +123,7 @@ impl Model {
         }
     }
 
-    pub fn give_up(&mut self, id: VisitId) -> Outcome {
+    pub fn time_out(&mut self, id: VisitId) -> Outcome {
         let Some(visit) = self.visits.iter().find(|it| it.id == id).cloned() else {
             return Outcome::VisitOver;
         };

@@ -187,8 +187,8 @@ fn a_waiter_that_times_out_in_line_lets_the_next_one_enter() {
         let _forward = inside(&registry, Phase::Forward, 0);
         let capture = in_line(&registry, Phase::Capture, 1);
         let other = spawn(&registry, visit(Phase::Forward, 2, &guarded));
-        let gave_up = registry.phase_timed_out(capture, crate::common::FOREVER);
-        assert!(matches!(gave_up, Error::PhaseTimeout { .. }));
+        let timed_out = registry.phase_timed_out(capture, crate::common::FOREVER);
+        assert!(matches!(timed_out, Error::PhaseTimeout { .. }));
         // The first forward is still inside: only the line was in the way.
         other.join().unwrap();
     });

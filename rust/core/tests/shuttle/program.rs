@@ -255,7 +255,7 @@ impl Worker<'_> {
         while let Entry::Wait { epoch, .. } = entry {
             if impatient {
                 let error = self.registry.phase_timed_out(visit, FOREVER);
-                self.truth.gives_up(self.id);
+                self.truth.times_out(self.id);
                 return Err(error);
             }
             self.counts.waits.fetch_add(1, Relaxed);

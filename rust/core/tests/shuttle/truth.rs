@@ -51,7 +51,7 @@ struct Facts {
     asks: u64,
     /// The times when a thread last began to ask, and when it last timed out in line.
     asked: BTreeMap<u64, u64>,
-    gave_up: BTreeMap<u64, u64>,
+    timed_out: BTreeMap<u64, u64>,
     /// Generations up to this are gone.
     gone: BTreeMap<Key, u64>,
     /// The latest generation that any thread was told.
@@ -79,10 +79,10 @@ impl Truth {
 
     /// Its deadline has passed: a cycle that it was part of has opened by itself. Called after the
     /// thread has left the line.
-    pub fn gives_up(&self, thread: u64) {
+    pub fn times_out(&self, thread: u64) {
         let mut facts = self.facts();
         let now = facts.asks;
-        facts.gave_up.insert(thread, now);
+        facts.timed_out.insert(thread, now);
     }
 
     pub fn asks_no_more(&self, thread: u64) {
@@ -147,8 +147,8 @@ impl Truth {
         let facts = self.facts();
         assert_eq!(cycle[0].thread.0, thread);
         let since = facts.asked[&thread];
-        let gave_up = |edge: &Edge| facts.gave_up.get(&edge.thread.0) >= Some(&since);
-        if cycle.iter().any(gave_up) {
+        let timed_out = |edge: &Edge| facts.timed_out.get(&edge.thread.0) >= Some(&since);
+        if cycle.iter().any(timed_out) {
             return;
         }
         for (index, edge) in cycle.iter().enumerate() {
