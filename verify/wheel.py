@@ -31,8 +31,8 @@ TESTS = ("test_rewrite.py", "test_names.py", "test_code_cache.py", "test_wheel.p
 HELPERS = ("conftest.py", "fork_server.py", "interpreters.py", "rewritten_modules.py")
 #: What tools of the Makefile's targets read although it does not name it.
 UNNAMED = ("Cargo.lock", "LICENSE", "clippy.toml", "pyproject.toml", "rust/core/mutations.toml")
-#: What is made in a checkout, and so is not in the source distribution.
-MADE = (".cache", ".compat", ".venv", "target")
+#: What is made in a checkout, and so is not in the source distribution; so are folders with a dot.
+MADE = ("target",)
 
 
 def find_python(version: str) -> Path | None:
@@ -87,7 +87,7 @@ def missing(archive: Path) -> list[str]:
     return sorted(
         str(path)
         for path in named - contained
-        if (ROOT / path).exists() and ".." not in path.parts and path.parts[0] not in MADE
+        if (ROOT / path).exists() and path.parts[0] not in MADE and path.parts[0][0] != "."
     )
 
 
