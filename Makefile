@@ -155,7 +155,7 @@ gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a tr
 gpu2: setup ## runners of one process on two GPUs, from threads whose current device is either (two minutes)
 	@$(BIN)/python verify/gpu2.py .cache/models
 
-gpu-ranks: setup ## runners of two ranks over NCCL on two GPUs: bits, cost, memory, a rank that dies (five minutes)
+gpu-ranks: setup ## runners of two ranks over NCCL on two GPUs: bits, cost, memory, a rank that dies (ten minutes)
 	@$(BIN)/python verify/gpu_ranks.py .cache/models
 
 wheel: setup ## the wheel for each Python of this machine, each tested in a clean environment (minutes)

@@ -7,12 +7,14 @@ part that fails does not end the others.
 - rounds: each model alone with plain SGLang, twice; then both in one process per rank, built and
   used from two threads that begin in opposite order on the two ranks, half of it in blocks of
   ``turn``.
-- cost: milliseconds of a forward, with plain SGLang and with the guard, also in blocks.
+- cost: milliseconds of a forward, with plain SGLang and with the guard, also in blocks
+  (``gpu_ranks_cost.py``). With ``--one-card`` one GPU is enough, for this section alone.
 - memory: what each further runner adds, and what stays when all are closed.
-- death: one rank is killed in a forward, also in a block; the other builds a runner of its own.
+- death: one rank is killed in a forward, also in a block, and with decode graphs; the other builds
+  a runner of its own.
 
 With ``--tiny`` it runs a few rounds over gloo on a CPU, to try the program itself. Otherwise it
-needs two GPUs, says so and ends.
+needs its GPUs, or says so and ends.
 """
 
 from __future__ import annotations
@@ -24,14 +26,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from gpu_ranks_parts import MODELS, Rank, run_rank, say
+from gpu_ranks_cost import WAYS, cost
+from gpu_ranks_parts import MODELS, Rank, death, memory, reference, rounds, say
 
 SECTIONS = ("rounds", "cost", "memory", "death")
+PARTS: dict[str, Callable[[Rank, str, str], bool]] = {
+    "reference": reference,
+    "rounds": rounds,
+    "cost": cost,
+    "memory": memory,
+    "death": death,
+}
 MODES = ("eager", "graphs")
 GROUPS = ("own", "share")
 #: NVLink's multicast is not available on every machine with several GPUs.
@@ -65,7 +76,8 @@ class Part:
         port = free_port()
         for rank in range(self.size):
             numbers = ["--rank", str(rank), "--size", str(self.size), "--port", str(port)]
-            how = ["--limit", str(options.limit), *(["--tiny"] if options.tiny else [])]
+            how = ["--limit", str(options.limit)]
+            how += ["--tiny"] * options.tiny + ["--one-card"] * options.one_card
             names = ["--folder", str(folder), "--label", self.label]
             part = ["--part", self.name, self.what, self.mode]
             command = [sys.executable, __file__, str(options.models), *numbers, *names, *how, *part]
@@ -123,11 +135,12 @@ def plan(sections: Sequence[str], modes: Sequence[str]) -> list[list[Part]]:
         lists += [[Part("rounds", groups, mode) for groups in GROUPS] for mode in modes]
     if "death" in sections:
         references.append(Part("reference", MODELS[0], "eager", 1))
-        lists += [[Part("death", groups, how) for groups in GROUPS] for how in ("eager", "block")]
+        ways = ["eager", "block", *(["graphs"] if "graphs" in modes else [])]
+        lists += [[Part("death", groups, how) for groups in GROUPS] for how in ways]
     if "cost" in sections:
-        lists += [[Part("cost", how, mode)] for mode in modes for how in ("plain", *GROUPS)]
+        lists += [[Part("cost", how, mode) for how in WAYS] for mode in modes]
     if "memory" in sections:
-        lists += [[Part("memory", groups, "eager")] for groups in GROUPS]
+        lists += [[Part("memory", groups, mode)] for mode in modes for groups in GROUPS]
     return lists
 
 
@@ -155,12 +168,28 @@ def run(options: argparse.Namespace, folder: Path) -> bool:
     return right
 
 
+def run_rank(at: Rank, part: str, what: str, mode: str) -> int:
+    """Run one part in this process, as one of its ranks."""
+    from sglang_distguard.testing import prepare_environment
+
+    prepare_environment(ranks=2)
+    try:
+        right = PARTS[part](at, what, mode)
+        if part != "death":  # the store ends with rank 0's process
+            at.meet("end")
+    except BaseException:
+        say("FAILED: " + "\n  ".join(traceback.format_exc().strip().splitlines()[-14:]))
+        right = False
+    return 0 if right else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path)
     parser.add_argument("sections", nargs="*", help=f"{', '.join(SECTIONS)}; default: all")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: both, with GPUs")
     parser.add_argument("--tiny", action="store_true", help="a few rounds over gloo on a CPU")
+    parser.add_argument("--one-card", action="store_true", help="the section cost, on one GPU")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds for one process")
     for name in ("--rank", "--size", "--port"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
@@ -171,21 +200,25 @@ def main() -> int:
     if options.part:
         rank, size, port = options.rank, options.size, options.port
         models, folder, label = options.models, options.folder, options.label
-        at = Rank(models, folder, label, rank, size, port, options.tiny, options.limit)
+        on_one = options.one_card
+        at = Rank(models, folder, label, rank, size, port, options.tiny, on_one, options.limit)
         code = run_rank(at, *options.part)
         sys.stdout.flush()
         os._exit(code)  # destructors of communicators whose peer is gone may wait for it
     if not set(options.sections) <= set(SECTIONS):
         parser.error(f"sections are {', '.join(SECTIONS)}")
+    if options.one_card and options.sections != ["cost"]:
+        parser.error("one card is enough for the section cost alone")
     import torch
     from sglang_distguard.testing import create_model
 
     options.modes = options.modes or (["eager"] if options.tiny else list(MODES))
-    if not options.tiny and torch.cuda.device_count() < 2:
-        say(f"skipped: there are {torch.cuda.device_count()} GPUs here, and this needs two")
+    cards = 1 if options.one_card else 2
+    if not options.tiny and torch.cuda.device_count() < cards:
+        say(f"skipped: there are {torch.cuda.device_count()} GPUs here, and this needs {cards}")
         return 0
     begun = time.perf_counter()
-    where = "CPU, gloo" if options.tiny else f"2 x {torch.cuda.get_device_name(0)}, NCCL"
+    where = "CPU, gloo" if options.tiny else f"{cards} x {torch.cuda.get_device_name(0)}, NCCL"
     say(where, "torch", torch.__version__)
     for name in MODELS:
         architecture, _, seed = name.rpartition("-")

@@ -7,21 +7,19 @@ import gc
 import itertools
 import os
 import signal
-import statistics
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+import gpu_ranks_one_card as one_card
+
 #: Architecture and seed. SGLang 0.5.23 cannot split a GPT-2; the kernels of OPT need no flashinfer.
 #: Collectives of equal sizes that meet each other are not refused, so that the bits show it.
 MODELS = ("opt-0", "opt-1")
 STEPS = 8
-#: Steps of a generation of which the time is taken.
-LONG = 31
 #: Runners that the section ``memory`` builds after the first.
 FURTHER = 5
 #: Seconds that ranks of the section ``death`` wait for each other, and that its threads may take.
@@ -48,6 +46,7 @@ class Rank:
         rank, size: of the world.
         port: where its ranks meet.
         tiny: whether there is no GPU.
+        is_on_one_card: whether all ranks use one GPU, over which no collective is computed.
         limit: seconds for this process, once it has imported SGLang and its part has begun.
     """
 
@@ -58,7 +57,12 @@ class Rank:
     size: int
     port: int
     tiny: bool
+    is_on_one_card: bool
     limit: float
+
+    @property
+    def gpu(self) -> int:
+        return 0 if self.is_on_one_card else self.rank
 
     def settings(self, model: str, mode: str = "eager", **options: Any) -> Any:
         from sglang_distguard.testing import create_model, graphs, server_args
@@ -80,7 +84,7 @@ class Rank:
         self.gate()
         self.device()
         settings = self.settings(model, mode)
-        return steps.build(settings, gpu_id=self.rank, world_rank=self.rank, port=self.port)
+        return steps.build(settings, gpu_id=self.gpu, world_rank=self.rank, port=self.port)
 
     def start(self, groups: str, **options: Any) -> Any:
         """Install the guard, make the world, and return the guard."""
@@ -100,14 +104,14 @@ class Rank:
 
         self.device()
         settings = self.settings(model, mode, **options)
-        return sglang_distguard.build_runner(settings, name=name, gpu_id=self.rank)
+        return sglang_distguard.build_runner(settings, name=name, gpu_id=self.gpu)
 
     def device(self) -> None:
         """Make this rank's GPU the thread's current device."""
         if not self.tiny:
             import torch
 
-            torch.cuda.set_device(self.rank)
+            torch.cuda.set_device(self.gpu)
 
     def wait(self) -> None:
         """Wait until the GPU has done what this thread gave it."""
@@ -129,6 +133,8 @@ class Rank:
         """Say that this rank has imported SGLang, and wait until it is this part's time."""
         import sglang.srt.model_executor.model_runner  # noqa: F401
 
+        if self.is_on_one_card:
+            one_card.leave_out_collectives()
         self.file("ready", self.rank).touch()
         wait_for(self.file("go"))
         faulthandler.dump_traceback_later(self.limit - 5, exit=True)
@@ -242,56 +248,6 @@ def rounds(at: Rank, groups: str, mode: str) -> bool:
     return found == [0] * len(order)
 
 
-def cost(at: Rank, groups: str, mode: str) -> bool:
-    """Take the time of a forward of one runner; with the guard also in blocks, and of two at once."""
-    steps, times = (2, 3) if at.tiny else (LONG, 15)
-    if groups == "plain":
-        runners = [at.plain(MODELS[0], mode)]
-        ways: dict[str, Callable[[Any], Any]] = {"": lambda runner: generation(runner, steps)}
-    else:
-        guard = at.start(groups)
-        runners = [at.build(MODELS[0], mode, name) for name in ("one", "two")]
-        ways = {
-            "": lambda runner: generation(runner, steps, activate=guard.activate),
-            f", {steps + 1} in a block": lambda runner: in_a_block(guard, runner, steps),
-        }
-
-    def milliseconds(work: Callable[[], Any], forwards: int) -> float:
-        at.wait()
-        begun = time.perf_counter()
-        work()
-        at.wait()
-        return 1e3 * (time.perf_counter() - begun) / forwards
-
-    def use(runner: Any, way: Callable[[Any], Any]) -> None:
-        at.device()
-        for _ in range(times):
-            way(runner)
-
-    failed = []
-    for how, way in ways.items():
-        for runner in runners:
-            for _ in range(2):
-                way(runner)
-        alone = [milliseconds(lambda way=way: way(runners[0]), steps + 1) for _ in range(times)]
-        said = f"{statistics.median(alone):.2f} ms a forward of one runner ({min(alone):.2f} to {max(alone):.2f})"
-        if len(runners) > 1:
-            works = [lambda it=it, way=way: (use(it, way), 1)[1] for it in runners]
-            ended: list[Any] = []
-            at.meet(f"one measured{how}")
-            together = milliseconds(
-                lambda works=works, ended=ended: ended.extend(in_threads(works, 0, at.limit)),
-                (steps + 1) * times * len(runners),
-            )
-            failed += [it for it in ended if it != 1]
-            said += f"; {together:.2f} ms a forward of two at once"
-        if at.rank == 0:
-            say(f"{said}{how}")
-    for error in failed:
-        say(short(error) if isinstance(error, BaseException) else "not at its end")
-    return not failed
-
-
 def memory(at: Rank, groups: str, mode: str) -> bool:
     """Say what each further runner adds to this process and its GPU, and what closing leaves."""
     import torch
@@ -341,7 +297,8 @@ def memory(at: Rank, groups: str, mode: str) -> bool:
 def death(at: Rank, groups: str, mode: str) -> bool:
     """Kill rank 1 in a forward; say what the threads of rank 0 hear, and let it go on alone.
 
-    With the mode "block" the forward is in a block of ``turn``, and so is rank 0.
+    With the mode "block" the forward is in a block of ``turn``, and so is rank 0. With "graphs"
+    rank 1 is killed where it would replay a graph, for which rank 0's graph waits on the GPU.
     """
     import torch
     import torch.distributed as dist
@@ -350,7 +307,7 @@ def death(at: Rank, groups: str, mode: str) -> bool:
     from torch._C._distributed_c10d import FileStore
 
     guard = at.start(groups, agreement_timeout=AGREEMENT)
-    runners = build_both(at, "eager")
+    runners = build_both(at, "graphs" if mode == "graphs" else "eager")
     heard: dict[str, float] = {}
 
     def use(model: str) -> None:
@@ -372,9 +329,12 @@ def death(at: Rank, groups: str, mode: str) -> bool:
         return forward(*args, **kwargs)
 
     if at.rank == 1:
-        model = runners[MODELS[0]].model
-        forward = model.forward
-        model.forward = lambda *args, **kwargs: killing(forward, *args, **kwargs)
+        runner = runners[MODELS[0]]
+        owner, name = runner.model, "forward"
+        if mode == "graphs":
+            owner, name = runner.decode_cuda_graph_runner.backend, "replay"
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: killing(real, *args, **kwargs))
     else:
         threading.Timer(2.0, at.file("kill").touch).start()
     order = list(runners)
@@ -402,27 +362,3 @@ def death(at: Rank, groups: str, mode: str) -> bool:
     right = bit_equal(made, torch.load(at.folder / f"{MODELS[0]}-eager-1-0.pt"))
     say(f"a runner of one rank in the same process: {'right' if right else 'WRONG'}")
     return right
-
-
-PARTS: dict[str, Callable[[Rank, str, str], bool]] = {
-    "reference": reference,
-    "rounds": rounds,
-    "cost": cost,
-    "memory": memory,
-    "death": death,
-}
-
-
-def run_rank(at: Rank, part: str, what: str, mode: str) -> int:
-    """Run one part in this process, as one of its ranks."""
-    from sglang_distguard.testing import prepare_environment
-
-    prepare_environment(ranks=2)
-    try:
-        right = PARTS[part](at, what, mode)
-        if part != "death":  # the store ends with rank 0's process
-            at.meet("end")
-    except BaseException:
-        say("FAILED: " + "\n  ".join(traceback.format_exc().strip().splitlines()[-14:]))
-        right = False
-    return 0 if right else 1
