@@ -84,20 +84,21 @@ class Ask:
         if self.ranks.state.arrive(self.what, self.round, stage) and self.ranks.tell(key, report):
             judge = failures.disagree if stage == "ask" else failures.failed
             self.write(stage, judge(self.ranks.told(key)))
-            self._tidy(stage)
+            self._leave_behind(stage)
         self.is_decided = self.is_decided or stage != "ask"
 
-    def _tidy(self, stage: str) -> None:
-        """Delete earlier stages from the store: all ranks have reported ``stage`` and left them."""
+    def _leave_behind(self, stage: str) -> None:
+        """Have earlier stages deleted from the store: all ranks have reported ``stage``."""
+        built = [self._key("build", before=1)] if self.creates else []
         left = {
-            "ask": [self._key("turn", before=1), self._key("build", before=1)],
+            "ask": [self._key("turn", before=1), *built],
             "turn": [self._key("ask")],
             "build": [self._key("turn")],
         }[stage]
         read = self.ranks.state.outlived(self.what, self.round, stage)
         keys = [] if stage == "ask" and self.round == 0 else left
         told = [part for key in keys for part in (key, f"{key}/told")]
-        self.ranks.tidy(*told, *(f"log/{index}" for index in read))
+        self.ranks.left.extend([*told, *(f"log/{index}" for index in read)])
 
     def write(self, stage: str, failure: Optional[str]) -> None:
         """Write into the log that ``stage`` has ended; ``failure`` is None if it passed."""

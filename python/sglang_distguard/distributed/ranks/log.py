@@ -11,6 +11,7 @@ connection; torch 2.14.1 neither limits nor interrupts them.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Ranks:
         reading: the same over another connection, so that a sleeping reader blocks no request.
         alive: signs of life of this rank and the others.
         state: what was agreed on, as far as this process has read the log.
+        left: keys that no rank will use again, to be deleted with ``tidy``.
     """
 
     rank: int
@@ -56,6 +58,7 @@ class Ranks:
     reading: Any
     alive: Liveness
     state: _core.Agreement = field(default_factory=_core.Agreement)
+    left: deque[str] = field(default_factory=deque)
 
     def tell(self, key: str, report: Mapping[str, Any]) -> bool:
         """Append this rank's ``report`` under ``key``; return True on the last rank to do so."""
@@ -81,7 +84,7 @@ class Ranks:
             if self.state.wrote(index):
                 return
             # All ranks had read an earlier entry at this index, and it was deleted meanwhile.
-            self.tidy(f"log/{index}")
+            self._delete(f"log/{index}")
 
     def read(self, index: int) -> Optional[dict[str, Any]]:
         """Return entry ``index`` of the log; None if it is missing after ``READ`` seconds."""
@@ -95,11 +98,19 @@ class Ranks:
             # Written after the wait had timed out.
         return json.loads(self.reading.get(f"log/{index}").decode())
 
-    def tidy(self, *keys: str) -> None:
-        """Delete keys that no rank will use again, so that the store does not grow with turns."""
-        for key in keys:
-            with suppress(RuntimeError):  # file stores cannot delete
-                self.store.delete_key(key)
+    def tidy(self) -> None:
+        """Delete the keys that are left, so that the store does not grow with turns.
+
+        The thread that reads the log does it, when no rank waits for this one: half of the time of
+        a turn was the rank's that deleted keys before it went on.
+        """
+        with suppress(IndexError):  # each key is taken once, also by several threads
+            while True:
+                self._delete(self.left.popleft())
+
+    def _delete(self, key: str) -> None:
+        with suppress(RuntimeError):  # file stores cannot delete
+            self.store.delete_key(key)
 
 
 def _append(store: Any, key: str, line: str) -> None:

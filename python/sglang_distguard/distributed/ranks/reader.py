@@ -10,6 +10,8 @@ from sglang_distguard.distributed.ranks import failures
 from sglang_distguard.distributed.ranks.log import Ranks
 
 _THREAD = "distguard-ranks"
+#: Keys that may be left in the store while threads wait for entries.
+_LEFT = 100
 
 
 def start(ranks: Ranks) -> None:
@@ -35,6 +37,9 @@ def _read(ranks: Ranks) -> None:
                 )
         except Exception as error:  # any error must reach the threads that wait
             ranks.state.lose(failures.lost(failures.describe(error)))
+        if len(ranks.left) > _LEFT:
+            ranks.tidy()
+    ranks.tidy()
 
 
 def close(ranks: Ranks, seconds: float) -> None:
