@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rank_programs import (
@@ -356,3 +357,45 @@ def raise_in_a_forward(policy: str, on: int, is_late: bool = False) -> dict[str,
         "other": attempt(lambda: generated(built["experts"])),
         "after": again(["half"]),
     }
+
+
+def steps_of_a_block() -> dict[str, Any]:
+    """Steps of a block's runner and of another one; one that is dropped where it would be left.
+
+    Returns the generations, which steps of each were not native, what a thread of the block
+    generates when another thread has dropped a step, and whose code a method without a phase runs.
+    """
+    import sglang_distguard
+    from sglang_distguard import _core
+    from sglang_distguard.hooks import model_runner
+    from sglang_distguard.runner.handle import handle_of
+
+    start(groups="share")
+    built = {name: build(name) for name in ("dense", "experts")}
+    in_python: dict[str, list[str]] = {}
+    made: dict[str, str] = {}
+    hooks: Any = model_runner
+    real = hooks.step_among_ranks
+    step_of = hooks._step_of("forward")
+
+    def noted(handle: Any, step: str, *args: Any, **kwargs: Any) -> Any:
+        in_python[handle.name].append(step)
+        return real(handle, step, *args, **kwargs)
+
+    hooks.step_among_ranks = noted
+    try:
+        with sglang_distguard.turn(built["dense"]), ThreadPoolExecutor(1) as pool:
+            for name, runner in built.items():
+                in_python[name] = []
+                made[name] = generated(runner)
+            step = step_of(built["dense"])
+            assert isinstance(step, _core.StepInTurn)
+            step.__enter__()
+            del step  # as an interrupt between the body's end and the step's
+            made["by another thread"] = pool.submit(generated, built["dense"]).result()
+    finally:
+        hooks.step_among_ranks = real
+    with hooks._step_of("update_model_fields")(built["dense"]):
+        now = _core.current_execution()
+        is_its_own = now is not None and now.runner is handle_of(built["dense"])
+    return {"made": made, "in python": in_python, "is its own": is_its_own}

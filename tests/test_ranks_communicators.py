@@ -179,3 +179,15 @@ def test_collectives_over_the_groups_of_a_closed_runner_are_refused(repeated: An
         for it in results:
             assert {error["type"] for error in it["errors"].values()} == {"LeaseBroken"}
             assert it["number"] == 1.0
+
+
+def test_steps_of_a_block_are_native_and_one_that_is_dropped_leaves_nothing_claimed(
+    repeated: Any, alone: Any
+) -> None:
+    dense, experts = alone("dense"), alone("experts")
+    for results in repeated(programs.steps_of_a_block, 2):
+        for it in results:
+            assert it["made"] == {"dense": dense, "experts": experts, "by another thread": dense}
+            # The first step of another runner makes it one of the turn's.
+            assert it["in python"] == {"dense": [], "experts": ["forward"]}
+            assert it["is its own"]

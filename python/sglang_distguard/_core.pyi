@@ -1,7 +1,6 @@
 """Native part of sglang_distguard: registry of shared state, executions, scoped globals."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, final
 
@@ -27,6 +26,7 @@ from sglang_distguard._core_registry import (
     reset,
     resource,
 )
+from sglang_distguard._core_steps import Step, StepInTurn, StepOf, Through, step
 
 __all__ = [
     "Activation",
@@ -42,6 +42,7 @@ __all__ = [
     "ScopedGlobal",
     "Standing",
     "Step",
+    "StepInTurn",
     "StepOf",
     "Teardown",
     "Through",
@@ -248,53 +249,6 @@ class Entered:
     def __exit__(self, *_error: object) -> None: ...
 
 @final
-class Step:
-    """Context manager for a method of a runner: checks its leases and enters its phase.
-
-    Raises DistGuardError, ForkedError, LeaseBroken, StateInUse, AcquireTimeout or DeadlockError.
-    Dropping the object leaves the step, too.
-    """
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, _class: object, _error: object, _trace: object) -> None: ...
-
-@final
-class Through:
-    """Context manager that does nothing: the code is already in a step that covers it."""
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, _class: object, _error: object, _trace: object) -> None: ...
-
-@final
-class StepOf:
-    """Called with a runner, or an object that refers to one, returns the with block of one method.
-
-    Args:
-        name: name of the method.
-        phase: phase of the method, if any.
-        exclusive: admit one thread at a time.
-        counts: whether the end of a manager waits for the method.
-        runner: attribute of the argument, or attributes with dots: the runner, or what returns it.
-        otherwise: called with handle and name to make the with block if there are several ranks.
-        always_otherwise: call ``otherwise`` with one rank, too.
-    """
-
-    def __new__(
-        cls,
-        name: str,
-        phase: str | None,
-        *,
-        exclusive: bool = False,
-        counts: bool = True,
-        runner: str | None = None,
-        otherwise: Callable[[RunnerHandle, str], AbstractContextManager[Any]] | None = None,
-        always_otherwise: bool = False,
-    ) -> StepOf: ...
-    def __call__(self, owner: Any, /) -> AbstractContextManager[Any]: ...
-    def holding(self, owner: Any, /) -> AbstractContextManager[Any]:
-        """Return a with block in which the end of ``owner``, a manager, waits; nothing else."""
-
-@final
 class Activation:
     """Context manager: the code is the runner's, outside of its methods; gives the runner."""
 
@@ -473,9 +427,6 @@ def with_default_dtype(dtype: Any, /) -> Entered: ...
 def set_default_dtype(dtype: Any, /) -> None:
     """Set the default dtype of the running execution, until it ends or sets another one."""
 
-def step(
-    handle: RunnerHandle, name: str, phase: str | None, *, exclusive: bool = False
-) -> Step: ...
 def default_dtype_in_force() -> Any: ...
 def note_intercepting(intercepts: bool) -> bool:
     """Note whether the calling thread intercepts torch's default dtype; return the former note."""

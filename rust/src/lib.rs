@@ -14,6 +14,7 @@ mod errors;
 mod execution;
 mod exit;
 mod flag;
+mod in_turn;
 mod leasing;
 mod phase;
 mod process;
@@ -26,6 +27,7 @@ mod scope;
 mod scoped_global;
 mod step;
 mod sync;
+mod through;
 mod weak_list;
 
 use pyo3::prelude::*;
@@ -57,6 +59,8 @@ mod _core {
     #[pymodule_export]
     use crate::flag::OwnFlag;
     #[pymodule_export]
+    use crate::in_turn::StepInTurn;
+    #[pymodule_export]
     use crate::phase::Visit;
     #[pymodule_export]
     use crate::publishing::{resuming, Publishing, Vacancy};
@@ -75,7 +79,9 @@ mod _core {
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;
     #[pymodule_export]
-    use crate::step::{step, Step, StepOf, Through};
+    use crate::step::{step, Step, StepOf};
+    #[pymodule_export]
+    use crate::through::Through;
 
     #[pymodule_init]
     fn init(module: &super::Bound<'_, super::PyModule>) -> super::PyResult<()> {

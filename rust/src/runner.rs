@@ -113,6 +113,10 @@ impl RunnerHandle {
         self.ranks
     }
 
+    pub fn takes_turns(&self) -> bool {
+        self.turns.is_some()
+    }
+
     pub fn access(&self, phase: Phase) -> Access {
         Access {
             phase,
@@ -423,8 +427,8 @@ impl RunnerHandle {
 
     /// Claims the communicators of the runner's scope; `end_collectives` ends the claim. False if
     /// the calling thread has claimed them already.
-    fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
-        let me = convert::actor(py, Some(self.name.to_string()))?;
+    pub fn begin_collectives(&self, py: Python<'_>) -> PyResult<bool> {
+        let me = convert::this_actor(py, Some(self.name_ref()))?;
         let entered = communicators().entry(self.scope_id).or_default().enter(&me);
         let depth = self.or_in_use(py, entered, |name, other| {
             format!(
@@ -437,7 +441,7 @@ impl RunnerHandle {
         Ok(depth == 1)
     }
 
-    fn end_collectives(&self) {
+    pub fn end_collectives(&self) {
         let mut places = communicators();
         if places.get_mut(&self.scope_id).is_some_and(Occupancy::leave) {
             places.remove(&self.scope_id);

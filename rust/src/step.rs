@@ -12,7 +12,6 @@ use distguard_core::phases::{Access, Phase, RunnerId, VisitId};
 use pyo3::exceptions::{PyAttributeError, PyGeneratorExit, PyRuntimeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 use pyo3::{intern, PyTraverseError, PyVisit};
 
@@ -22,10 +21,12 @@ use crate::device::OnDevice;
 use crate::errors::to_python;
 use crate::execution::{self, Entry, Execution};
 use crate::exit;
+use crate::in_turn::StepInTurn;
 use crate::phase::Visit;
 use crate::process::{self, forks, registry};
 use crate::runner::RunnerHandle;
 use crate::sync::lock;
+use crate::through::through;
 
 /// The properties that all steps of one name share.
 struct Kind {
@@ -120,6 +121,25 @@ pub struct Step {
 }
 
 impl Step {
+    pub fn name(&self) -> &str {
+        &self.kind.name
+    }
+
+    /// Enters the step; `leave` ends it, and so does dropping it.
+    pub fn enter(&self, py: Python<'_>) -> PyResult<()> {
+        if lock(&self.held).is_some() {
+            return Err(PyRuntimeError::new_err("this step is already entered"));
+        }
+        let held = self.begin(py)?;
+        *lock(&self.held) = Some(held);
+        Ok(())
+    }
+
+    /// What a class that contains it visits in its own `__traverse__`.
+    pub fn visit(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.handle)
+    }
+
     fn begin(&self, py: Python<'_>) -> PyResult<Held> {
         let handle = self.handle.bind(py).get();
         let thread = convert::this_thread();
@@ -208,7 +228,8 @@ impl Step {
         Ok(Arc::new(running))
     }
 
-    fn end(&self, py: Python<'_>) -> PyResult<bool> {
+    /// Leaves the step; false if it was not entered.
+    pub fn leave(&self, py: Python<'_>) -> PyResult<bool> {
         let held = lock(&self.held).take();
         let Some(held) = held else {
             return Ok(false);
@@ -278,12 +299,7 @@ fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyRe
 #[pymethods]
 impl Step {
     fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
-        if lock(&self.held).is_some() {
-            return Err(PyRuntimeError::new_err("this step is already entered"));
-        }
-        let held = self.begin(py)?;
-        *lock(&self.held) = Some(held);
-        Ok(())
+        self.enter(py)
     }
 
     #[allow(clippy::used_underscore_binding)]
@@ -294,7 +310,7 @@ impl Step {
         _error: &Bound<'_, PyAny>,
         _trace: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        match self.end(py) {
+        match self.leave(py) {
             Ok(true) => return Ok(()),
             Ok(false) => {}
             // A coroutine that is collected ends in whichever context collects it, where nothing was
@@ -307,41 +323,16 @@ impl Step {
 
     #[allow(clippy::needless_pass_by_value)]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.handle)
+        self.visit(&visit)
     }
 }
 
 impl Drop for Step {
     fn drop(&mut self) {
         if lock(&self.held).is_some() {
-            Python::attach(|py| drop(self.end(py)));
+            Python::attach(|py| drop(self.leave(py)));
         }
     }
-}
-
-/// A context manager that does nothing: the code is in a step that covers this one, or belongs to
-/// no runner of the guard.
-#[pyclass(frozen, module = "sglang_distguard._core")]
-pub struct Through;
-
-#[pymethods]
-#[allow(clippy::unused_self)]
-impl Through {
-    fn __enter__(&self) {}
-
-    fn __exit__(
-        &self,
-        _class: &Bound<'_, PyAny>,
-        _error: &Bound<'_, PyAny>,
-        _trace: &Bound<'_, PyAny>,
-    ) {
-    }
-}
-
-fn through(py: Python<'_>) -> PyResult<Py<PyAny>> {
-    static THROUGH: PyOnceLock<Py<Through>> = PyOnceLock::new();
-    let through = THROUGH.get_or_try_init(py, || Py::new(py, Through))?;
-    Ok(through.clone_ref(py).into_any())
 }
 
 /// Makes the `Step` for one method when called with a runner; there is one for each method name.
@@ -355,6 +346,8 @@ pub struct StepOf {
     otherwise: Option<Py<PyAny>>,
     /// Whether `otherwise` is called with one rank, too.
     always_otherwise: bool,
+    /// Whether the method computes with other ranks, so that it may be a step of a turn in force.
+    in_turns: bool,
 }
 
 static ATTRIBUTE: &str = "_sglang_distguard_handle";
@@ -379,7 +372,8 @@ pub fn handle_of<'py>(runner: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, 
 #[pymethods]
 impl StepOf {
     #[new]
-    #[pyo3(signature = (name, phase, *, exclusive=false, counts=true, runner=None, otherwise=None, always_otherwise=false))]
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // named in Python
+    #[pyo3(signature = (name, phase, *, exclusive=false, counts=true, runner=None, otherwise=None, always_otherwise=false, in_turns=false))]
     fn new(
         name: &str,
         phase: Option<&str>,
@@ -388,6 +382,7 @@ impl StepOf {
         runner: Option<&Bound<'_, PyString>>,
         otherwise: Option<Py<PyAny>>,
         always_otherwise: bool,
+        in_turns: bool,
     ) -> PyResult<Self> {
         let phase = phase.map(str::parse).transpose();
         let mut path = Vec::new();
@@ -405,6 +400,7 @@ impl StepOf {
             runner: path,
             otherwise,
             always_otherwise,
+            in_turns,
         })
     }
 
@@ -421,7 +417,8 @@ impl StepOf {
         let Some(handle) = handle else {
             return through(py);
         };
-        if let Some(now) = execution::current(py)? {
+        let now = execution::current(py)?;
+        if let Some(now) = &now {
             let now = now.get();
             if now.runner.as_ref().is_some_and(|it| it.is(&handle)) {
                 let step = now.step.upgrade();
@@ -440,6 +437,14 @@ impl StepOf {
         }
         if let Some(otherwise) = &self.otherwise {
             if self.always_otherwise || handle.get().has_ranks() {
+                let turn = now.as_ref().and_then(|it| it.get().turn.as_ref());
+                if let Some(turn) = turn.filter(|_| self.in_turns && handle.get().takes_turns()) {
+                    let step = self.step(&handle);
+                    let made = StepInTurn::find(py, &handle, turn.bind(py), step, otherwise)?;
+                    if let Some(made) = made {
+                        return Ok(Py::new(py, made)?.into_any());
+                    }
+                }
                 return otherwise.call1(py, (handle, &*self.kind.name));
             }
         }
@@ -484,5 +489,5 @@ pub fn step(
     phase: Option<&str>,
     exclusive: bool,
 ) -> PyResult<Step> {
-    Ok(StepOf::new(name, phase, exclusive, true, None, None, false)?.step(handle))
+    Ok(StepOf::new(name, phase, exclusive, true, None, None, false, false)?.step(handle))
 }

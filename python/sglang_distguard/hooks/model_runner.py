@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Optional
 
 from sglang_distguard import _core
@@ -149,22 +149,23 @@ def _step_of(name: str) -> Optional[_core.StepOf]:
         exclusive=name == _EXCLUSIVE,
         otherwise=otherwise,
         always_otherwise=captures,
+        in_turns=name in _COLLECTIVE and not captures,
     )
 
 
-@contextmanager
-def _in_python(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
+def _in_python(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[None]:
     """Run a step that captures, or a step with several ranks."""
-    with scope_active(handle.scope):
-        phase = phase_of(step) if step in _PHASES else None
-    with step_among_ranks(
+    phase = _PHASES.get(step)
+    if phase == "capture":
+        with scope_active(handle.scope):
+            phase = phase_of(step)
+    return step_among_ranks(
         handle,
         step,
         phase,
         is_collective=step in _COLLECTIVE,
         is_exclusive=step == _EXCLUSIVE,
-    ):
-        yield
+    )
 
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:

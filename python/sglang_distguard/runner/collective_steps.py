@@ -17,6 +17,9 @@ from sglang_distguard.errors import AmbiguousBuild, LeaseBroken, StateInUse
 from sglang_distguard.runner.captures import refuse_capture_without_turns
 from sglang_distguard.sync.phases import Phase
 
+#: Errors of a step that finds another thread in one.
+_REFUSALS = (AmbiguousBuild, StateInUse)
+
 
 def may_overlap(key: str) -> bool:
     """Whether runners of several ranks may compute at the same time, each rank in its own order.
@@ -55,8 +58,7 @@ def agree_on_one_more(server_args: Any) -> None:
         pass
 
 
-@contextmanager
-def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
+def _in_order(handle: _core.RunnerHandle, step: str) -> AbstractContextManager[object]:
     """Run a step that computes together with other ranks, in a turn where that is necessary.
 
     A step that raises leaves its communicators out of step. So does a step that is refused because
@@ -74,21 +76,16 @@ def in_order(handle: _core.RunnerHandle, step: str) -> Iterator[None]:
     """
     ranks = world.ranks()
     if ranks is None:
-        yield
-        return
+        return nullcontext()
     handle.check()  # before it meets other ranks, so that nothing is half-done
-    outer = agreement.turn_in_force()
     if handle.turns is None:
-        with _claiming(handle) as is_outermost, _whole(handle) if is_outermost else nullcontext():
-            yield
-    elif outer is None:
-        with _in_a_turn(ranks, handle, step):
-            yield
-    elif isinstance(outer.users, _Users):
-        with _within_turn(handle, outer, outer.users):
-            yield
-    else:  # a turn in which a runner is built
-        yield
+        return _without_turns(handle)
+    outer = agreement.turn_in_force()
+    if outer is None:
+        return _in_a_turn(ranks, handle, step)
+    if isinstance(outer.users, _Users):
+        return _within_turn(handle, outer, outer.users)
+    return nullcontext()  # a turn in which a runner is built
 
 
 @contextmanager
@@ -102,7 +99,7 @@ def in_one_turn(handle: _core.RunnerHandle) -> Iterator[None]:
         handle: handle of a runner; all ranks begin the block with this one.
 
     Raises:
-        DistGuardError and its subclasses: see ``in_order``.
+        DistGuardError and its subclasses: see ``_in_order``.
         Whatever a step in the block raised, at the end of the block if its code has caught that.
     """
     handle.check()
@@ -152,14 +149,24 @@ class _Users:
             for handle in self.handles:
                 stack.callback(owned_groups.destroy_communicators, handle)
 
+    def fail(self, handle: _core.RunnerHandle, error: BaseException) -> None:
+        """Note what a part of the turn has raised: the turn does, even if code in between catches it."""
+        self._error = self._error or error
+        owned_groups.destroy_communicators(handle)
+
+    def refuse(self, handle: _core.RunnerHandle, error: BaseException) -> None:
+        """Note that a step could not begin in the turn (`_core.StepInTurn`)."""
+        if isinstance(error, _REFUSALS):
+            _destroy_for_refusal(handle, error)
+        self.fail(handle, error)
+
     @contextmanager
     def whole(self, handle: _core.RunnerHandle) -> Iterator[None]:
-        """Run a part of the turn; its error is the turn's, even if code in between catches it."""
+        """Run a block that is a part of the turn."""
         try:
-            with _whole(handle):
-                yield
+            yield
         except BaseException as error:
-            self._error = self._error or error
+            self.fail(handle, error)
             raise
 
     @contextmanager
@@ -190,8 +197,11 @@ def _in_a_turn(
         is_block=is_block,
     )
     with ExitStack() as stack:
-        with _let_in(handle):
+        try:
             ask = stack.enter_context(turn)
+        except _REFUSALS as error:
+            _destroy_for_refusal(handle, error)
+            raise
         handle.check()
         # Break before the turn reports: ranks that wait for this rank get an error at once.
         with users.all_whole():
@@ -209,16 +219,31 @@ def _within_turn(handle: _core.RunnerHandle, turn: Ask, users: _Users) -> Iterat
     Threads that were started there carry the turn. One at a time is in a step, because nothing
     orders the collectives of two on all ranks.
     """
-    with ExitStack() as stack:
-        is_outermost = stack.enter_context(_claiming(handle))
-        stack.enter_context(_claiming(users.handles[0]))
-        with _let_in(handle):
-            _refuse_after_the_turn(handle)
+    # `_core.StepInTurn` does the same for the methods that a decode calls, while nothing refuses.
+    first = users.handles[0]
+    with _claiming(handle) as is_outermost, nullcontext() if first is handle else _claiming(first):
+        if agreement.turn_in_force() is None:
+            raise _ended_at_the_same_moment(handle)
         users.add(handle)
-        if is_outermost:
-            stack.enter_context(users.whole(handle))
-        _refuse_if_ended(turn, handle)
-        yield
+        try:
+            _refuse_if_ended(turn, handle)
+            yield
+        except BaseException as error:
+            if is_outermost:
+                users.fail(handle, error)
+            raise
+
+
+@contextmanager
+def _without_turns(handle: _core.RunnerHandle) -> Iterator[None]:
+    """Run a step whose collectives meet no other runner's."""
+    with _claiming(handle) as is_outermost:
+        try:
+            yield
+        except BaseException:
+            if is_outermost:
+                owned_groups.destroy_communicators(handle)
+            raise
 
 
 def _refuse_if_ended(turn: Ask, handle: _core.RunnerHandle) -> None:
@@ -238,20 +263,24 @@ def _refuse_if_ended(turn: Ask, handle: _core.RunnerHandle) -> None:
         )
 
 
-def _refuse_after_the_turn(handle: _core.RunnerHandle) -> None:
-    if agreement.turn_in_force() is None:
-        raise StateInUse(
-            f"runner '{handle.name}': the block in whose turn this step was to be ended at the same "
-            "moment. Let the threads that a block starts end their steps within the block",
-            runner=handle.name,
-        )
+def _ended_at_the_same_moment(handle: _core.RunnerHandle) -> StateInUse:
+    error = StateInUse(
+        f"runner '{handle.name}': the block in whose turn this step was to be ended at the same "
+        "moment. Let the threads that a block starts end their steps within the block",
+        runner=handle.name,
+    )
+    _destroy_for_refusal(handle, error)
+    return error
 
 
 @contextmanager
 def _claiming(handle: _core.RunnerHandle, what: str = "this step") -> Iterator[bool]:
     """Claim the communicators of the runner's scope; False if an outer step has."""
-    with _let_in(handle, what):
+    try:
         is_outermost = handle.begin_collectives()
+    except _REFUSALS as error:
+        _destroy_for_refusal(handle, error, what)
+        raise
     try:
         yield is_outermost
     finally:
@@ -281,19 +310,20 @@ def step_among_ranks(
 
     Raises:
         NotSupported: see ``refuse_capture_without_turns``.
-        DistGuardError and its subclasses: see ``in_order`` and ``_core.Step``.
+        DistGuardError and its subclasses: see ``_in_order`` and ``_core.Step``.
     """
-    with ExitStack() as stack:
-        if phase == "capture":  # before it meets other ranks, so that nothing is half-done
-            refuse_capture_without_turns(handle)
-        if is_collective:
-            stack.enter_context(in_order(handle, step))
-        if is_exclusive:
-            with _let_in(handle):
-                stack.enter_context(_core.step(handle, step, None, exclusive=True))
-        if phase is not None:
-            stack.enter_context(_core.step(handle, step, phase))
-        yield
+    if phase == "capture":  # before it meets other ranks, so that nothing is half-done
+        refuse_capture_without_turns(handle)
+    has_entered = False
+    with _in_order(handle, step) if is_collective else nullcontext():
+        try:
+            with _core.step(handle, step, phase, exclusive=is_exclusive):
+                has_entered = True
+                yield
+        except _REFUSALS as error:
+            if is_exclusive and not has_entered:
+                _destroy_for_refusal(handle, error)
+            raise
 
 
 def collective_step_of(name: str, phase: Phase, runner: str) -> _core.StepOf:
@@ -311,26 +341,14 @@ def collective_step_of(name: str, phase: Phase, runner: str) -> _core.StepOf:
     return _core.StepOf(name, phase, runner=runner, otherwise=otherwise)
 
 
-@contextmanager
-def _let_in(handle: _core.RunnerHandle, what: str = "this step") -> Iterator[None]:
-    """Destroy the communicators if the with block refuses ``what``: other ranks may admit it."""
-    try:
-        yield
-    except (AmbiguousBuild, StateInUse) as error:
-        if world.ranks() is not None:
-            error.add_note(
-                f"Other ranks may have admitted {what}, and collectives of different steps would "
-                "meet. So the runner's communicators are destroyed on this rank, and therefore on "
-                "all ranks."
-            )
-            owned_groups.destroy_communicators(handle)
-        raise
-
-
-@contextmanager
-def _whole(handle: _core.RunnerHandle) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
+def _destroy_for_refusal(
+    handle: _core.RunnerHandle, error: StateInUse | AmbiguousBuild, what: str = "this step"
+) -> None:
+    """Destroy the communicators, because ``what`` is refused: other ranks may have admitted it."""
+    if world.ranks() is not None:
+        error.add_note(
+            f"Other ranks may have admitted {what}, and collectives of different steps would "
+            "meet. So the runner's communicators are destroyed on this rank, and therefore on "
+            "all ranks."
+        )
         owned_groups.destroy_communicators(handle)
-        raise
