@@ -11,7 +11,7 @@ from sglang_distguard.distributed.ranks.log import Ranks
 
 _THREAD = "distguard-ranks"
 #: Keys that may be left in the store while threads wait for entries.
-_LEFT = 100
+_LEFT = 20
 
 
 def start(ranks: Ranks) -> None:
