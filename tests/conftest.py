@@ -70,6 +70,7 @@ KINDS = {
 }
 #: Files that take longest begin first, so that no processor idles at the end.
 LONGEST = (
+    "test_default_dtype_operators",
     "test_install",
     "test_failing_initialisation",
     "test_references",
@@ -87,7 +88,9 @@ _TOLD: set[int] = set()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by file, and put the longest files first."""
     kind_of = {file: kind for kind, files in KINDS.items() for file in files}
-    order = {file: place for place, file in enumerate([*kind_of, *LONGEST])}
+    order: dict[str, int] = {}
+    for file in (*LONGEST, *kind_of):
+        order.setdefault(file, len(order))
     for item in items:
         if item.path.stem in kind_of:
             item.add_marker(kind_of[item.path.stem])
