@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 from rank_programs import (
     DEADLINE,
@@ -382,19 +383,19 @@ def steps_of_a_block() -> dict[str, Any]:
         in_python[handle.name].append(step)
         return real(handle, step, *args, **kwargs)
 
-    hooks.step_among_ranks = noted
-    try:
-        with sglang_distguard.turn(built["dense"]), ThreadPoolExecutor(1) as pool:
-            for name, runner in built.items():
-                in_python[name] = []
-                made[name] = generated(runner)
-            step = step_of(built["dense"])
-            assert isinstance(step, _core.StepInTurn)
-            step.__enter__()
-            del step  # as an interrupt between the body's end and the step's
-            made["by another thread"] = pool.submit(generated, built["dense"]).result()
-    finally:
-        hooks.step_among_ranks = real
+    with (
+        mock.patch.object(hooks, "step_among_ranks", noted),
+        sglang_distguard.turn(built["dense"]),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for name, runner in built.items():
+            in_python[name] = []
+            made[name] = generated(runner)
+        step = step_of(built["dense"])
+        assert isinstance(step, _core.StepInTurn)
+        step.__enter__()
+        del step  # as an interrupt between the body's end and the step's
+        made["by another thread"] = pool.submit(generated, built["dense"]).result()
     with hooks._step_of("update_model_fields")(built["dense"]):
         now = _core.current_execution()
         is_its_own = now is not None and now.runner is handle_of(built["dense"])

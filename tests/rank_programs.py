@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
+from unittest import mock
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 #: Seconds within which ranks that cannot agree must raise.
@@ -180,11 +181,8 @@ def noting_asks(note: Callable[[str], None]) -> Iterator[None]:
         if stage == "ask" and self.what.startswith("runner "):
             note(self.name)
 
-    Ask.tell = tell
-    try:
+    with mock.patch.object(Ask, "tell", tell):
         yield
-    finally:
-        Ask.tell = real
 
 
 # --- programs -----------------------------------------------------------------------------------

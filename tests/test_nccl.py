@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from sglang_distguard.distributed import coordinators, nccl
+from sglang_distguard.distributed.destroyed_groups import PROCESS_GROUPS
 
 pytestmark = pytest.mark.usefixtures("guard")
 
@@ -52,13 +53,10 @@ def coordinator_of(library: Any) -> Any:
     made.nccl, made.comm, made.disabled = library, ncclComm_t(), False
     made.device = torch.device("cpu")
     coordinator = object.__new__(GroupCoordinator)
-    for name in ("device_group", "cpu_group", "ca_comm", "mq_broadcaster"):
+    coordinator.pynccl_comm = made
+    others = ("pymscclpp_comm", "pcie_ipc_comm", "ca_comm", "mq_broadcaster")
+    for name in (*PROCESS_GROUPS, *others):
         setattr(coordinator, name, None)
-    coordinator.pynccl_comm, coordinator.pymscclpp_comm, coordinator.pcie_ipc_comm = (
-        made,
-        None,
-        None,
-    )
     return coordinator
 
 

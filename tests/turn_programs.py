@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from communicator_programs import tp_coordinator
 from rank_programs import (
@@ -47,16 +48,6 @@ def ranks_of_world() -> Any:
     return ranks
 
 
-@contextmanager
-def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    real = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
-
-
 def raising_on(on: int, real: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward that raises on one rank, before its first collective."""
 
@@ -80,7 +71,7 @@ def noted_turns() -> Iterator[list[str]]:
         taken.append(what.rpartition(", ")[2])
         return real(ranks, what, *args, **kwargs)
 
-    with patched(agreement, "turn", noted):
+    with mock.patch.object(agreement, "turn", noted):
         yield taken
 
 
@@ -181,7 +172,7 @@ def raise_in_a_block(where: str, on: int) -> dict[str, Any]:
                 raise KeyboardInterrupt if where == "an interrupt" else OSError("no forward today")
             return
         forward = raising_on(on, failing.model.forward)
-        with patched(failing.model, "forward", forward):
+        with mock.patch.object(failing.model, "forward", forward):
             if where.endswith("caught"):
                 attempt(lambda: generated(failing, steps=1))
             elif where == "an inner block":
@@ -219,7 +210,7 @@ def step_in_an_ended_block(on: int) -> dict[str, Any]:
     error: Any = None
     with ExitStack() as stack:
         for module in (collective_steps, handle, parallel_state):
-            stack.enter_context(patched(module, "may_overlap", lambda key: False))
+            stack.enter_context(mock.patch.object(module, "may_overlap", return_value=False))
         built = {"dense": build("dense"), "experts": build("experts")}
         coordinator = tp_coordinator(built["dense"])
         try:
@@ -345,7 +336,7 @@ def threads_of_a_block() -> dict[str, Any]:
     thread = threading.Thread(
         target=lambda: first.append(attempt(lambda: generated(experts, steps=1)))
     )
-    with patched(experts.model, "forward", held):
+    with mock.patch.object(experts.model, "forward", held):
         try:
             with sglang_distguard.turn(dense):
                 thread.start()
@@ -429,7 +420,7 @@ def end_a_rank_in_a_block(how: str, on: int) -> dict[str, Any]:
             return attempt(lambda: generated(built[name], steps=1))
 
     # A wait for its own deadline would take far longer than until a rank is silent.
-    with patched(agreement, "_await", patient):
+    with mock.patch.object(agreement, "_await", patient):
         heard = in_threads([lambda n=n: use(n) for n in built])
     for runner in built.values():
         sglang_distguard.close(runner)
@@ -458,7 +449,7 @@ def be_slow_in_a_block(on: int, deadline: float) -> dict[str, Any]:
         return real(*args, **kwargs)
 
     with (
-        patched(dense.model, "forward", slow),
+        mock.patch.object(dense.model, "forward", slow),
         sglang_distguard.runner_scope(agreement_timeout=deadline),
     ):
         made = block(dense, steps=0)
@@ -487,6 +478,6 @@ def fail_beside_a_wait_that_nothing_ends(on: int) -> dict[str, Any]:
                 raise OSError("no block today")
             assert broken.wait(60)
 
-    with patched(owned_groups, "destroy_communicators", noted):
+    with mock.patch.object(owned_groups, "destroy_communicators", noted):
         error = attempt(work)
     return {"error": error, "by": by[0], "after": again(["half"])}

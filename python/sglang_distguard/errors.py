@@ -69,9 +69,9 @@ class AcquireTimeout(DistGuardError, TimeoutError):
 class AgreementTimeout(AcquireTimeout):
     """Other ranks did not ask for the same, did not finish it, or gave no sign of life, in time.
 
-    ``details``: ``name``, ``stage``, ``rank``, ``missing`` (ranks), ``silent`` (whether those gave no
-    sign of life), ``waited`` (seconds), ``failures`` (rank -> error); after a wait for the turn also
-    ``holder``.
+    ``details``: ``name``, ``stage``, ``rank``, ``missing`` (ranks), ``waited`` (seconds), ``failures``
+    (rank -> error); where ranks are missing also ``silent`` (whether they gave no sign of life), after
+    a wait for the turn also ``holder``.
     """
 
 

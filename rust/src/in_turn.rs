@@ -11,7 +11,7 @@ use pyo3::types::PyList;
 use pyo3::{PyTraverseError, PyVisit};
 
 use crate::runner::RunnerHandle;
-use crate::step::Step;
+use crate::step::{refuse_entered, Step};
 use crate::sync::lock;
 
 /// A claim of the communicators of a runner's scope, until it is dropped.
@@ -112,9 +112,7 @@ impl StepInTurn {
 #[pymethods]
 impl StepInTurn {
     fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
-        if lock(&self.entered).is_some() {
-            return Err(PyRuntimeError::new_err("this step is already entered"));
-        }
+        refuse_entered(&self.entered)?;
         self.handle.get().check(py)?;
         let entered = if let Some(claims) = self.claim(py)? {
             if let Err(error) = self.step.enter(py) {

@@ -127,9 +127,7 @@ impl Step {
 
     /// Enters the step; `leave` ends it, and so does dropping it.
     pub fn enter(&self, py: Python<'_>) -> PyResult<()> {
-        if lock(&self.held).is_some() {
-            return Err(PyRuntimeError::new_err("this step is already entered"));
-        }
+        refuse_entered(&self.held)?;
         let held = self.begin(py)?;
         *lock(&self.held) = Some(held);
         Ok(())
@@ -294,6 +292,14 @@ fn enter(py: Python<'_>, access: Access, step: &Arc<str>, actor: &Actor) -> PyRe
             Err(error)
         }
     }
+}
+
+/// Refuses to enter a step again: `held` has what it must leave.
+pub fn refuse_entered<T>(held: &Mutex<Option<T>>) -> PyResult<()> {
+    if lock(held).is_some() {
+        return Err(PyRuntimeError::new_err("this step is already entered"));
+    }
+    Ok(())
 }
 
 #[pymethods]

@@ -211,9 +211,8 @@ def disconnect(groups: Groups) -> None:
             with suppress(RuntimeError):
                 group.abort()
             continue
-        for other in range(
-            group.size()
-        ):  # for a rank that has ended it fails at once and closes nothing
+        for other in range(group.size()):
+            # For a rank that has ended it fails at once and closes nothing.
             with suppress(RuntimeError):
                 if other != group.rank():
                     group.recv([torch.zeros(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))

@@ -85,7 +85,8 @@ class Ask:
             judge = failures.disagree if stage == "ask" else failures.failed
             self.write(stage, judge(self.ranks.told(key)))
             self._leave_behind(stage)
-        self.is_decided = self.is_decided or stage != "ask"
+        if stage != "ask":
+            self.is_decided = True
 
     def _leave_behind(self, stage: str) -> None:
         """Have earlier stages deleted from the store: all ranks have reported ``stage``."""
