@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Optional
@@ -24,14 +25,21 @@ class Ending(NamedTuple):
     """What is particular to the end of one class of managers.
 
     Attributes:
+        prepare: makes what ``ask`` needs; called once, when the manager has been constructed.
         ask: makes its loop end as SGLang itself does; called before any thread waits for it.
         end: closes what it has outside of its scope; called once, when no call is inside.
         loop: returns the asyncio loop in which ``end`` must be called, if any.
     """
 
+    prepare: Callable[[Any, _core.RunnerHandle], None]
     ask: Callable[[Any], None]
     end: Callable[[Any], None]
     loop: Callable[[Any], Optional[asyncio.AbstractEventLoop]]
+
+
+def prepare(manager: Any, handle: _core.RunnerHandle) -> None:
+    """Make what ``ask`` needs, when the manager has been constructed."""
+    _ENDINGS[handle.manager or ""].prepare(manager, handle)
 
 
 def ask(manager: Any, handle: _core.RunnerHandle) -> None:
@@ -98,9 +106,33 @@ def _in_loop(loop: Optional[asyncio.AbstractEventLoop], work: Callable[[], None]
     done.result(_LOOP)
 
 
+#: What an idle Scheduler is woken by; an attribute of its `idle_sleeper`.
+_WAKE = "_sglang_distguard_wake"
+
+
+def _let_wake(scheduler: Any, handle: _core.RunnerHandle) -> None:
+    """Let its end wake a Scheduler that sleeps while it is idle: up to a second at a time (0.5.23)."""
+    import zmq
+
+    sleeper = getattr(scheduler, "idle_sleeper", None)
+    poller = getattr(sleeper, "poller", None)
+    if poller is None:
+        return
+    waits, wakes = socket.socketpair()
+    handle.keep_part(waits.close)
+    handle.keep_part(wakes.close)
+    wakes.setblocking(False)
+    poller.register(waits, zmq.POLLIN)
+    setattr(sleeper, _WAKE, wakes)
+
+
 def _ask_scheduler(scheduler: Any) -> None:
     # As its `handle_shutdown` does; each of its loops looks at this (0.5.23).
     scheduler.gracefully_exit = True
+    wakes = getattr(getattr(scheduler, "idle_sleeper", None), _WAKE, None)
+    if wakes is not None:
+        with contextlib.suppress(OSError):  # it has ended, or was asked very often
+            wakes.send(b"\0")
 
 
 def _end_scheduler(scheduler: Any) -> None:
@@ -148,7 +180,7 @@ def _end_tokenizer_manager(manager: Any) -> None:
             shutdown()
 
 
-def _nothing(_manager: Any) -> None:
+def _nothing(*_: Any) -> None:
     return None
 
 
@@ -174,9 +206,9 @@ def _ask_detokenizer(manager: Any) -> None:
 DETOKENIZER_ENDPOINT = "_sglang_distguard_endpoint"
 
 _ENDINGS = {
-    "Scheduler": Ending(_ask_scheduler, _end_scheduler, lambda _: None),
+    "Scheduler": Ending(_let_wake, _ask_scheduler, _end_scheduler, lambda _: None),
     "TokenizerManager": Ending(
-        _nothing, _end_tokenizer_manager, lambda it: getattr(it, "event_loop", None)
+        _nothing, _nothing, _end_tokenizer_manager, lambda it: getattr(it, "event_loop", None)
     ),
-    "DetokenizerManager": Ending(_ask_detokenizer, _nothing, lambda _: None),
+    "DetokenizerManager": Ending(_nothing, _ask_detokenizer, _nothing, lambda _: None),
 }

@@ -151,6 +151,7 @@ def _init(manager: Manager, original: Callable[..., Any]) -> Callable[..., Any]:
                 vars(self)[endings.DETOKENIZER_ENDPOINT] = endpoint
                 with _core.step(handle, "construction", None):
                     original(self, *args, **kwargs)
+                endings.prepare(self, handle)
                 if made is not None:
                     made(self)
             except BaseException as error:
