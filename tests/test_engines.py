@@ -246,9 +246,13 @@ def test_a_forked_child_is_refused_and_does_not_close_its_parents_engine(engine:
 def test_an_engine_that_does_not_start_leaves_nothing(
     guard: None, tmp_path: Path, own_folder: None
 ) -> None:
+    def start() -> None:
+        with pytest.raises(Exception, match="config"):
+            Engine(model_path=str(tmp_path), device="cpu", start_timeout=MANY)
+
+    start()  # imports, of which one makes a descriptor that stays
     before = left()
-    with pytest.raises(Exception, match="config"):
-        Engine(model_path=str(tmp_path), device="cpu", start_timeout=MANY)
+    start()
     assert left() == before
 
 
@@ -279,6 +283,14 @@ def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -
         engine.close(drain=0)
         with pytest.raises(EngineClosed, match="closed before this request was answered"):
             pending.result(MANY)
+
+
+def test_closing_an_engine_wakes_its_idle_scheduler(engine: Engine) -> None:
+    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
+    sleeper = scheduler.idle_sleeper
+    sleeper.maybe_sleep = sleeper.poller.poll  # without SGLang's limit of a second
+    asked(engine)  # it sleeps so afterwards
+    engine.close(drain=0)
 
 
 def test_a_stream_that_is_dropped_while_its_engine_closes_reports_nothing(
@@ -312,6 +324,10 @@ sys.addaudithook(_note)
 @pytest.fixture
 def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder for the sockets of this test's engines; a socket's path has at most 107 bytes."""
+    import uvloop
+
+    # A pipe for signals that libuv makes once per process (uvloop 0.22). SGLang sets uvloop's policy.
+    uvloop.new_event_loop().close()
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield
@@ -358,12 +374,8 @@ def test_a_closed_engine_has_freed_its_weights_and_caches_without_a_collection(
 def test_a_cycle_of_open_serve_and_close_leaves_nothing(
     guard: None, talking: Path, own_folder: None
 ) -> None:
-    import uvloop
-
     with speaking(talking) as first:  # imports and threads that stay
         first.generate("w5", GREEDY)
-    # A pipe for signals that libuv makes once per process (uvloop 0.22). SGLang sets uvloop's policy.
-    uvloop.new_event_loop().close()
     before = left()
     with speaking(talking) as engine:
         engine.generate("w5", GREEDY)

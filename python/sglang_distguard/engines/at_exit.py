@@ -16,6 +16,7 @@ from typing import Protocol
 
 class _Engine(Protocol):
     name: str
+    pending: int
 
     def close(self, drain: float) -> None: ...
 
@@ -32,6 +33,11 @@ def note(engine: _Engine) -> None:
     """Close ``engine`` when the interpreter ends, if it is still open then."""
     _watch()
     _open.add(weakref.ref(engine, _open.discard))
+
+
+def is_any_answering() -> bool:
+    """Whether any engine of this process has requests that are not answered."""
+    return any(engine is not None and engine.pending for engine in [it() for it in _open.copy()])
 
 
 @functools.cache

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard.api.closing import close as close_resident
 from sglang_distguard.config import settings
-from sglang_distguard.config.checks import check_memory, check_name, check_seconds
+from sglang_distguard.config.checks import check_flag, check_memory, check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
 from sglang_distguard.engines import at_exit, launch
@@ -56,6 +56,7 @@ from sglang_distguard.errors import (
 )
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner.handle import find_handle
+from sglang_distguard.sync.pacing import Pace, starting
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -81,6 +82,7 @@ class Engine(Closes, HasWeights):
         start_timeout: float = 600.0,
         share_weights_with: Optional[HasWeights] = None,
         memory: Union[int, float, None] = None,
+        paced: bool = True,
         **arguments: Any,
     ) -> None:
         """Start the engine; return when it serves.
@@ -92,6 +94,9 @@ class Engine(Closes, HasWeights):
                 the memory of weights (of the target alone, where it has a draft model).
             memory: what it may use of its device for weights and key-value cache, also a draft
                 model's; see ``build_runner``.
+            paced: whether the start pauses again and again while other engines of the process have
+                requests to answer, which otherwise hardly get the interpreter meanwhile. It takes up
+                to four times as long then.
             **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
                 sleeps while it is idle, unless the field ``sleep_on_idle=False`` is given, or
                 ``server_args`` that were published before say so.
@@ -111,6 +116,7 @@ class Engine(Closes, HasWeights):
         check_seconds("start_timeout", start_timeout)
         if memory is not None:
             check_memory("memory", memory)
+        check_flag("paced", paced)
         if not is_installed():
             raise DistGuardError("an Engine needs the guard: call sglang_distguard.install() first")
         self._server_args = launch.resolved(name or "engine", arguments)
@@ -127,6 +133,7 @@ class Engine(Closes, HasWeights):
         self._process = os.getpid()
         self._shares = source_of(share_weights_with)
         self._budget = memory
+        self._pace = Pace(at_exit.is_any_answering) if paced else None
         self._loop = LoopThread(f"{self.name}-frontend", self._launch)
         at_exit.note(self)
         try:
@@ -144,10 +151,15 @@ class Engine(Closes, HasWeights):
 
     def _launch(self) -> None:
         shares, self._shares = self._shares, None
-        with settings.runner_scope(self.name):
-            made: Any = launch.launch(
-                self.name, self._server_args, self._ended, self._begun.append, shares, self._budget
-            )
+        pace, begun = self._pace, self._begun.append
+        try:
+            with settings.runner_scope(self.name), starting(pace):
+                made: Any = launch.launch(
+                    self.name, self._server_args, self._ended, begun, shares, self._budget, pace
+                )
+        finally:
+            if pace is not None:
+                pace.end()
         made.loop = Bridge(self._submit)
         self._made = made
 

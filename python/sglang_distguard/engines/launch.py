@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from sglang_distguard.api.closing import close
 from sglang_distguard.engines.parts import SCHEDULER, DetokenizerPart, Part, SchedulerPart, own_copy
 from sglang_distguard.errors import NotSupported
+from sglang_distguard.sync.pacing import Pace
 
 if TYPE_CHECKING:
     from sglang.srt.entrypoints import engine as sgl
@@ -108,6 +109,7 @@ def launch(
     begun: Callable[[Part], None],
     shares: Any = None,
     memory: Union[int, float, None] = None,
+    pace: Optional[Pace] = None,
 ) -> sgl.Engine:
     """Start the parts of an engine; return SGLang's Engine, without a loop, when it serves.
 
@@ -119,6 +121,7 @@ def launch(
         ended: called in each part's thread when it ends.
         begun: called with each part before it is started, so that the caller can end it.
         memory: what its runner may use, if that was chosen; see ``build_runner``.
+        pace: of the start, if it shall pause while others compute.
         shares: the runner with which the engine's own one shares weights, if any.
 
     Raises:
@@ -140,11 +143,12 @@ def launch(
     ports = PortArgs.init_new(server_args)
     # Each part has a copy of its own: published settings refuse what their own part still resolves.
     scheduler = SchedulerPart(f"{name}{SCHEDULER}", ended, server_args, ports)
-    scheduler.shares, scheduler.memory = shares, memory
+    scheduler.shares, scheduler.memory, scheduler.pace = shares, memory, pace
     begun(scheduler)
     detokenizer = None
     if not server_args.skip_tokenizer_init:
         detokenizer = DetokenizerPart(f"{name}-detokenizer", ended, server_args, ports)
+        detokenizer.pace = pace
         begun(detokenizer)
     publish(server_args, role="tokenizer")
     scheduler.start()

@@ -22,6 +22,7 @@ from sglang_distguard.hooks import torch_profiler
 from sglang_distguard.runner import weights
 from sglang_distguard.runner.budget import release_memory
 from sglang_distguard.runner.handle import clear_closed
+from sglang_distguard.sync.pacing import Pace, starting
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -40,6 +41,7 @@ class Part:
         ready: done when it serves; its error is that of the start.
         error: what ended it; None while it runs, and after it was told to end.
         memory: what its runners may use, if that was chosen; see ``build_runner``.
+        pace: of the engine's start.
         manager: SGLang's object; None before it is made, and after the thread has ended.
     """
 
@@ -64,6 +66,7 @@ class Part:
         self.error: Optional[BaseException] = None
         self.manager: Any = None
         self.memory: Union[int, float, None] = None
+        self.pace: Optional[Pace] = None
         self._ended = ended
         self._args: Optional[ServerArgs] = own_copy(server_args)
         self._is_told = False
@@ -93,7 +96,7 @@ class Part:
     def _run(self) -> None:
         assert self._args is not None
         try:
-            with settings.runner_scope(self.name, memory=self.memory):
+            with settings.runner_scope(self.name, memory=self.memory), starting(self.pace):
                 self._serve(self._args)
         except BaseException as error:
             if not self._is_told:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_distguard.patching import Around
 from sglang_distguard.runner.budget import free_for_runner
+from sglang_distguard.sync.pacing import pause
 
 
 def _get_available_gpu_memory(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,6 +21,7 @@ def _get_available_gpu_memory(original: Callable[..., Any]) -> Callable[..., Any
         cpu_group: Any = None,
     ) -> float:
         def read() -> float:
+            pause()
             free: float = original(device, gpu_id, False, empty_cache)
             return free
 

@@ -26,6 +26,7 @@ from sglang_distguard.hooks.managers import DETOKENIZER, SCHEDULER, TOKENIZER
 from sglang_distguard.patching import Around, Replace
 from sglang_distguard.runner.garbage import collect_before_pools
 from sglang_distguard.runner.handle import find_handle
+from sglang_distguard.sync.pacing import pause
 
 _COMMON = "sglang.srt.utils.common"
 WATCHDOG = "sglang.srt.utils.watchdog"
@@ -201,6 +202,7 @@ def _get_zmq_socket(original: Callable[..., Any]) -> Callable[..., Any]:
             # libzmq (4.3.5) keeps them as long as the listener's copy of this option says. By default
             # that is for ever, whatever `close` is told, and `Context.term` does not return.
             context.linger = 0
+        pause()
         made = original(context, *args, **kwargs)
         if manager is not None:
             socket = made[1] if isinstance(made, tuple) else made

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from sglang_distguard.context.scopes import of_published
 from sglang_distguard.patching import Around
+from sglang_distguard.sync.pacing import pause
 
 MODULE = "sglang.srt.configs.model_config"
 _MADE_FROM = "_sglang_distguard_made_from"
@@ -32,6 +33,7 @@ def made_from(model_config: Any) -> Optional[Any]:
 def _from_server_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_server_args(server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        pause()
         with of_published(server_args):
             model_config = original(server_args, *args, **kwargs)
         vars(model_config)[_MADE_FROM] = _MadeFrom(server_args)

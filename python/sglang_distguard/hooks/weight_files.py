@@ -11,9 +11,12 @@ from sglang_distguard.hooks import releases
 from sglang_distguard.patching import Around
 from sglang_distguard.patching.applied import MakeHook
 from sglang_distguard.runner import pinned_loads
+from sglang_distguard.sync.pacing import pause
 
 #: Arguments that ask for another way of reading the files, which is then left to SGLang (0.5.23).
 _OTHER_WAYS = ("disable_mmap", "prefetch", "drop_cache_after_load")
+#: Seconds after each tensor, of which most of the time is a copy without the interpreter's lock.
+_PAUSE = 0.003
 
 
 def _get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +29,9 @@ def _get_all_weights(original: Callable[..., Any]) -> Callable[..., Any]:
         device = None
         if releases.is_verified(releases.installed_version()):  # others' models may write into them
             device = pinned_loads.device_for(signature.bind(*args, **kwargs).arguments["model"])
-        yield from weights if device is None else pinned_loads.onto(device, weights)
+        for weight in weights if device is None else pinned_loads.onto(device, weights):
+            yield weight
+            pause(_PAUSE)
 
     return _get_all_weights
 
