@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_distguard.audit import duties, findings, libraries, observe, settings, values
+from sglang_distguard.audit import duties, findings, libraries, observe, values
 from sglang_distguard.audit.findings import Open
 from sglang_distguard.audit.graph import BYTES, Reader
 from sglang_distguard.audit.runs import Run, Watch, differences
@@ -435,32 +435,6 @@ def test_an_object_is_read_without_running_its_code() -> None:
     reader = Reader()
     assert values.value_of(Lazy(), reader) != values.value_of(Lazy(), reader)
     assert values.value_of(Local.__new__(Local), reader).nodes
-
-
-def test_a_configuration_of_an_older_torch_has_no_context_variables(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """torch 2.11 keeps there what a user has set, of any type; 2.14 a context variable."""
-
-    class Config(types.ModuleType):
-        __module__ = "torch.utils._config_module"
-
-    made: Any = Config("made_up_config")
-    made._config = {"a": types.SimpleNamespace(user_override={})}
-    monkeypatch.setitem(sys.modules, made.__name__, made)
-    settings._find_homes()
-    assert (made.__name__, "a") not in settings._homes.values()
-
-
-def test_what_triton_compiled_for_a_kernel_is_not_read(sglang: None) -> None:
-    from sglang.kernels.ops.attention.position import compute_position_kernel as kernel
-
-    compiled: Any = kernel.device_caches
-    before = values.value_of(kernel, Reader())
-    compiled[7] = ({"types": "binary"}, {}, None, None, None)
-    after = values.value_of(kernel, Reader())
-    del compiled[7]
-    assert before == after
 
 
 RESTORING = """
