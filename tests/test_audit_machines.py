@@ -1,14 +1,17 @@
-"""The ledger does not depend on the machine that an audit runs on."""
+"""The audit runs on every machine, and the ledger does not depend on it."""
 
 from __future__ import annotations
 
 import csv
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_distguard.audit import findings, ledger
+from sglang_distguard.audit import findings, ledger, settings, values
 from sglang_distguard.audit.findings import Finding, Open
+from sglang_distguard.audit.graph import Reader
 from sglang_distguard.audit.probes import is_probe
 from sglang_distguard.audit.runs import Change, Ran, Run
 
@@ -188,3 +191,29 @@ def test_the_ledger_says_nothing_of_imports() -> None:
     assert Open.ONCE.value not in verdicts
     assert Open.UNCOVERED.value not in verdicts
     assert Open.MACHINE.value in verdicts
+
+
+def test_a_configuration_of_an_older_torch_has_no_context_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch 2.11 keeps there what a user has set, of any type; 2.14 a context variable."""
+
+    class Config(types.ModuleType):
+        __module__ = "torch.utils._config_module"
+
+    made: Any = Config("made_up_config")
+    made._config = {"a": types.SimpleNamespace(user_override={})}
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    settings._find_homes()
+    assert (made.__name__, "a") not in settings._homes.values()
+
+
+def test_what_triton_compiled_for_a_kernel_is_not_read(sglang: None) -> None:
+    from sglang.kernels.ops.attention.position import compute_position_kernel as kernel
+
+    compiled: Any = kernel.device_caches
+    before = values.value_of(kernel, Reader())
+    compiled[7] = ({"types": "binary"}, {}, None, None, None)
+    after = values.value_of(kernel, Reader())
+    del compiled[7]
+    assert before == after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sglang_distguard
 from sglang_distguard.testing import server_args
@@ -57,3 +57,22 @@ def test_every_runner_has_its_own_embeddings_of_an_image(guard: None, model: Mod
     for runner in runners:
         sglang_distguard.close(runner)
     assert found == [[0.0], [0.0], [1.0], [1.0]]
+
+
+def test_every_runner_waits_for_its_own_copies_of_images(guard: None, model: Model) -> None:
+    """By an event in a global (0.5.23, `mm_utils.py:825`), which a GPU alone sets."""
+    from sglang.srt.managers import mm_schedule
+
+    runners = [
+        sglang_distguard.build_runner(server_args(model("llama")), name=name) for name in "ab"
+    ]
+    found = []
+    for name, runner in zip("ab", runners, strict=True):
+        with sglang_distguard.activate(runner):
+            found.append(mm_schedule.host_offload_event)
+            mm_schedule.host_offload_event = cast("Any", f"the event of {name}")
+    for runner in runners:
+        with sglang_distguard.activate(runner):
+            found.append(mm_schedule.host_offload_event)
+        sglang_distguard.close(runner)
+    assert found == [None, None, "the event of a", "the event of b"]

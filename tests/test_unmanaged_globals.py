@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import gc
 import importlib
@@ -114,6 +115,13 @@ class Switched:
         """On a CPU the number of threads affects the bits, so a runner must not change it."""
         assert number_of_threads() == self._threads
 
+    def _order_attentions(self) -> None:
+        import torch
+
+        now = torch._C._get_sdp_priority_order()
+        self.undo.callback(torch._C._set_sdp_priority_order, now)
+        torch._C._set_sdp_priority_order([*now[-1:], *now[:-1]])
+
     def _of_process(self, module: str, name: str) -> Callable[[], Any] | None:
         import torch
         from tqdm import tqdm
@@ -134,6 +142,11 @@ class Switched:
             ),
             ("threading", "threads:concurrent.futures.thread._worker"): lambda: level(
                 self, "pool", started_pool(), raising=False
+            ),
+            ("torch", "default_device"): lambda: self.undo.enter_context(torch.device("cpu")),
+            ("torch", "sdp_priority_order"): self._order_attentions,
+            ("os", "environ['TRITON_PTXAS_PATH']"): (
+                lambda: self._monkeypatch.setenv("TRITON_PTXAS_PATH", "/made/up")
             ),
             ("torch", "num_threads"): self._are_as_many_threads_as_before,
             ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']"): lambda: self._monkeypatch.setenv(
@@ -248,8 +261,15 @@ class Switched:
             "sglang.kernels.jit.utils.arch": (
                 lambda: getattr(arch, name)() if name != "_CUDA_ARCH" else None
             ),
-            "threading.threads:sglang.srt.utils.watchdog.WatchdogRaw._watchdog_thread": (
-                lambda: patch.setattr(self, "pool", started_pool(), raising=False)
+            "pynvml": lambda: patch.setattr(f"pynvml.{name}", {}),
+            **dict.fromkeys(
+                (
+                    "threading.threads:sglang.srt.utils.watchdog.WatchdogRaw._watchdog_thread",
+                    "threading.threads:torch._inductor.compile_worker.subproc_pool.SubprocPool."
+                    "_read_thread",
+                    "threading.threads:torch._inductor.compile_worker.timer.Timer.check",
+                ),
+                lambda: patch.setattr(self, "pool", started_pool(), raising=False),
             ),
         }
         return table.get(f"{module}.{name}", table.get(module))
@@ -279,13 +299,24 @@ class Switched:
             "ALLOC_LEN_PER_DECODE": lambda: 7,
             "copy_all_layer_kv_cache_cpu": lambda: copy.copy(now),
             "get_cpu_ids_by_node": lambda: copy.copy(now),  # no cache before 0.5.23
+            "_current_capture_var": lambda: contextvars.ContextVar("made up", default=None),
             "apply_rotary_pos_emb": lambda: copy.copy(now),
             "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),
             "SPLIT_OPS": lambda: [*now, "made.up"],
             "_all_types": lambda: (*now, int),
+            **dict.fromkeys(_COMPILED, lambda: copy.copy(now)),
         }.get(last, lambda: _with_one_more(now))
         return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
+
+
+#: Caches of SGLang's `cache_once`, which has them in a closure: they are replaced by another.
+_COMPILED = (
+    *("_anchor_roots", "_environment_fingerprint", "_target_tag", "cuda_home"),
+    *("device_compiler_path", "host_compiler_path", "toolkit_home", "activation_module"),
+    *("_jit_clamp_position_module", "_jit_kvcache_module", "can_use_store_cache"),
+    "can_use_fused_inplace_qknorm",
+)
 
 
 def number_of_threads() -> int:

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Optional
 
 import gpu_breadth_engines
+import gpu_breadth_ipc
+import gpu_breadth_kernels
 import gpu_breadth_runners
 from gpu_breadth_common import NO_CPU, Counted, Section, has_card, has_nan, same
 
@@ -35,9 +37,8 @@ GUARDED = 3
 #: Of an error's text, in the line of a section.
 WIDTH = 300
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Failed|NotSupported|Mismatch|Interrupt)\b.*")
-SECTIONS: Mapping[str, Section] = {
-    it.name: it for it in (*gpu_breadth_runners.sections(), *gpu_breadth_engines.sections())
-}
+_KINDS = (gpu_breadth_runners, gpu_breadth_kernels, gpu_breadth_engines, gpu_breadth_ipc)
+SECTIONS: Mapping[str, Section] = {it.name: it for kind in _KINDS for it in kind.sections()}
 
 
 class Failed(Exception):

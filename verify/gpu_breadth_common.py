@@ -21,6 +21,8 @@ NO_CPU = "needs CUDA"
 NATIVE = (
     "norms, SiluAndMul, rotary embeddings and gate and up projections by torch's own operations"
 )
+#: Said in the line of each section whose models use ``leave_out_dual_gemm``.
+KERNELS = "norms, SiluAndMul and rotary embeddings by SGLang's and flashinfer's own kernels"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def arguments(folder: Path, **settings: Any) -> Any:
 
     # On a CPU SGLang takes what other processes of the machine use for this model's weights. On a
     # GPU the references of many sections are on the card at the same time.
-    fraction = 0.3 if has_card() else 0.95
-    return server_args(folder, dtype="bfloat16", **{"mem_fraction_static": fraction, **settings})
+    fraction = 0.45 if has_card() else 0.95
+    given = {"dtype": "bfloat16", "mem_fraction_static": fraction, **settings}
+    return server_args(folder, **given)
 
 
 def checkpoint(models: Path, architecture: str, seed: int) -> Path:
@@ -92,7 +95,12 @@ def checkpoint(models: Path, architecture: str, seed: int) -> Path:
 
 
 def made_of_llama(
-    models: Path, kind: str, seed: int, write: Callable[[Path, dict[str, Any], Any, Path], object]
+    models: Path,
+    kind: str,
+    seed: int,
+    write: Callable[[Path, dict[str, Any], Any, Path], object],
+    *,
+    base: Optional[Path] = None,
 ) -> Path:
     """Return a folder that is made of Llama's checkpoint with this seed; write it unless it is there.
 
@@ -101,13 +109,14 @@ def made_of_llama(
         kind: names what is made.
         seed: of the checkpoint and of the generator.
         write: called with the checkpoint's folder, its tensors, a generator, and the folder to fill.
+        base: folder of the checkpoint; default: that of the catalog's Llama.
     """
     import torch
     from safetensors.torch import load_file
 
     target = models / kind / f"llama-{seed}"
     if not target.exists():
-        base, scratch = checkpoint(models, "llama", seed), target.with_suffix(".new")
+        base, scratch = base or checkpoint(models, "llama", seed), target.with_suffix(".new")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         generator = torch.Generator().manual_seed(seed)
@@ -134,6 +143,22 @@ def install() -> None:
     sglang_distguard.install()
 
 
+def leave_out_dual_gemm() -> None:
+    """Let Llama-like models run on a GPU without cutlass's Python package, from now on.
+
+    SGLang 0.5.23 imports it to find out whether one kernel makes gate and up projections, which it
+    does on no GPU before Blackwell: there, this changes nothing but the import.
+    """
+    if not has_card():
+        return
+    from sglang.srt.layers.dual_gemm import DualGemm
+
+    def no_mode(*_: Any) -> None:
+        return None
+
+    setattr(DualGemm, "_select_mode", no_mode)
+
+
 def use_torchs_own_operations() -> None:
     """Let Llama-like models run on a GPU without flashinfer's and cutlass's kernels, from now on.
 
@@ -144,8 +169,8 @@ def use_torchs_own_operations() -> None:
     """
     if not has_card():
         return
+    leave_out_dual_gemm()
     from sglang.srt.layers.activation import SiluAndMul
-    from sglang.srt.layers.dual_gemm import DualGemm
     from sglang.srt.layers.layernorm import RMSNorm
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.models import utils
@@ -153,10 +178,6 @@ def use_torchs_own_operations() -> None:
     for kind in (RMSNorm, SiluAndMul, RotaryEmbedding):
         setattr(kind, "forward_cuda", kind.forward_native)
 
-    def no_mode(*_: Any) -> None:
-        return None
-
-    setattr(DualGemm, "_select_mode", no_mode)
     fused = utils.enable_fused_set_kv_buffer
 
     def never(forward_batch: Any) -> bool:

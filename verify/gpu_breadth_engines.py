@@ -96,7 +96,7 @@ def _guarded(
     ``in_order``: an answer depends on those before, and each is compared with its own; otherwise
     ``ROUNDS`` answers of each engine are compared with its one answer alone.
     """
-    engines = _opened(args, models, range(len(expected)))
+    engines = opened(args, models, range(len(expected)))
     rounds = [those if in_order else [those] * ROUNDS for those in expected]
 
     def wrong(seed: int) -> int:
@@ -115,7 +115,7 @@ def _tokens(expected: Sequence[Any]) -> int:
     return sum(len(it[0]) for answer in expected for it in answer)
 
 
-def _opened(args: Args, models: Path, seeds: Sequence[int]) -> list[Any]:
+def opened(args: Args, models: Path, seeds: Sequence[int]) -> list[Any]:
     """Open the engines of this process at once, from a thread each."""
     import sglang_distguard
 
@@ -132,7 +132,7 @@ def _updated(args: Args, models: Path, expected: Sequence[Any]) -> Counted:
     """Give the first of two engines the weights of a third checkpoint while the other serves."""
     from sglang_distguard.testing.updates import weights_of
 
-    one, other = _opened(args, models, (0, 1))
+    one, other = opened(args, models, (0, 1))
     with Asked(partial(answers, other), expected[1]) as asked:
         wrong = wrong_of(partial(answers, one), expected[0], ROUNDS // 2)
         for answer in (
@@ -176,7 +176,7 @@ def _graphs() -> Mapping[str, Any]:
     return {**graphs.CUDA_GRAPHS, "disable_prefill_cuda_graph": True} if has_card() else {}
 
 
-def _plain(models: Path, seed: int) -> Any:
+def plain(models: Path, seed: int) -> Any:
     """GPT-2 with decode graphs."""
     return arguments(checkpoint(models, "gpt2", seed), **_graphs())
 
@@ -239,7 +239,7 @@ def _write_head(base: Path, weights: dict[str, Any], generator: Any, target: Pat
         shutil.copy(base / "generation_config.json", target)
 
 
-def _section(
+def section(
     name: str,
     args: Args,
     make: Callable[[Path, int], object],
@@ -265,19 +265,19 @@ def sections() -> list[Section]:
     def gpt2(models: Path, seed: int) -> None:
         checkpoint(models, "gpt2", seed)
 
-    plain: dict[str, Any] = {"drafts": False, "seeds": 3}
+    several: dict[str, Any] = {"drafts": False, "seeds": 3}
     return [
-        _section("standalone", partial(_standalone, graphs=False), opt),
-        _section("standalone_graphs", partial(_standalone, graphs=True), opt),
+        section("standalone", partial(_standalone, graphs=False), opt),
+        section("standalone_graphs", partial(_standalone, graphs=True), opt),
         # Drafts are what followed earlier: with their number, bits of a batch change.
-        _section(
+        section(
             "ngram",
             _ngram,
             opt,
             alone=partial(_alone, _ngram, True, times=ROUNDS),
             guarded=partial(_guarded, _ngram, True, in_order=True),
         ),
-        _section("eagle", _eagle, _head, note=NATIVE),
-        _section("updates", _plain, gpt2, guarded=partial(_updated, _plain), **plain),
-        _section("pool", _plain, gpt2, guarded=partial(_replaced, _plain), **plain),
+        section("eagle", _eagle, _head, note=NATIVE),
+        section("updates", plain, gpt2, guarded=partial(_updated, plain), **several),
+        section("pool", plain, gpt2, guarded=partial(_replaced, plain), **several),
     ]

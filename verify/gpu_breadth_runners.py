@@ -108,7 +108,7 @@ def seen(runner: Any, activate: Activate, *, architecture: str) -> Any:
     return steps.generate(runner, [it.ids for it in prompts], STEPS, **how).logits
 
 
-def _on_card(settings: Mapping[str, Any]) -> Settings:
+def on_card(settings: Mapping[str, Any]) -> Settings:
     """These settings on a GPU, none on a CPU."""
     return lambda models, seed: settings if has_card() else {}
 
@@ -132,7 +132,7 @@ def _prefilling(backend: str) -> Settings:
         "disable_chunked_prefix_cache": True,
     }
     chosen = {**decode, "cuda_graph_max_bs_decode": 2, **prefill}
-    return _on_card({**chosen, **whole} if backend == "full" else chosen)
+    return on_card({**chosen, **whole} if backend == "full" else chosen)
 
 
 def _adapting(backend: str) -> Settings:
@@ -204,7 +204,7 @@ def _write_int8(base: Path, weights: dict[str, Any], _generator: Any, target: Pa
     shutil.copy(base / "config.json", target)
 
 
-def _section(
+def section(
     name: str,
     architecture: str,
     compute: Compute = generated,
@@ -212,6 +212,7 @@ def _section(
     *,
     folder: Callable[[Path, int], Path] | None = None,
     also: Callable[[Path, int], object] | None = None,
+    prepare: Callable[[], object] = use_torchs_own_operations,
     **others: Any,
 ) -> Section:
     """A section of two runners.
@@ -223,6 +224,7 @@ def _section(
         settings: of each runner, beside the recipe's and the catalog's.
         folder: makes the checkpoint; default: that of the catalog.
         also: makes what else is needed.
+        prepare: called in each process before a runner is built, and after the guard's install.
         **others: of ``Section``.
     """
     found = folder or partial(_folder, architecture)
@@ -239,7 +241,11 @@ def _section(
             also(models, seed)
 
     return Section(
-        name, make, partial(_alone, args, compute), partial(_guarded, args, compute), **others
+        name,
+        make,
+        partial(_alone, args, compute, prepare),
+        partial(_guarded, args, compute, prepare),
+        **others,
     )
 
 
@@ -247,20 +253,30 @@ def _folder(architecture: str, models: Path, seed: int) -> Path:
     return checkpoint(models, architecture, seed)
 
 
-def _alone(args: Callable[[Path, int], Any], compute: Compute, models: Path, seed: int) -> Any:
+def _alone(
+    args: Callable[[Path, int], Any],
+    compute: Compute,
+    prepare: Callable[[], object],
+    models: Path,
+    seed: int,
+) -> Any:
     from sglang_distguard.testing import steps
 
-    use_torchs_own_operations()
+    prepare()
     return compute(steps.build(args(models, seed)), nullcontext)
 
 
 def _guarded(
-    args: Callable[[Path, int], Any], compute: Compute, models: Path, expected: Sequence[Any]
+    args: Callable[[Path, int], Any],
+    compute: Compute,
+    prepare: Callable[[], object],
+    models: Path,
+    expected: Sequence[Any],
 ) -> Counted:
     import sglang_distguard
 
     install()
-    use_torchs_own_operations()
+    prepare()
 
     def build(seed: int) -> Any:
         return sglang_distguard.build_runner(args(models, seed), name=f"runner {seed}")
@@ -285,8 +301,8 @@ def _guarded(
 
 
 def _fp8(name: str) -> Section:
-    return _section(
-        name, "llama", settings=_on_card({"quantization": name}), needs_cuda=True, note=NATIVE
+    return section(
+        name, "llama", settings=on_card({"quantization": name}), needs_cuda=True, note=NATIVE
     )
 
 
@@ -294,33 +310,33 @@ def sections() -> list[Section]:
     """All sections whose subjects are runners."""
     card: dict[str, Any] = {"needs_cuda": True, "note": NATIVE}
     native: dict[str, Any] = {"note": NATIVE}
-    experts = _on_card({"moe_runner_backend": "triton"})
+    experts = on_card({"moe_runner_backend": "triton"})
     # Without it, SGLang lets inductor choose kernels by their speed, so that bits differ.
     default = {"SGLANG_TORCH_COMPILE_MODE": "default"}
     return [
-        _section("prefill_graphs", "llama", prefilled, _prefilling("breakable"), **card),
-        _section("prefill_graphs_full", "llama", prefilled, _prefilling("full"), **card),
-        _section("compiled", "opt", compiled, _compiling, environment=default, limit=150.0),
-        _section("lora_csgmv", "llama", adapted, _adapting("csgmv"), also=_adapter, **card),
-        _section("lora_triton", "llama", adapted, _adapting("triton"), also=_adapter, **card),
+        section("prefill_graphs", "llama", prefilled, _prefilling("breakable"), **card),
+        section("prefill_graphs_full", "llama", prefilled, _prefilling("full"), **card),
+        section("compiled", "opt", compiled, _compiling, environment=default, limit=150.0),
+        section("lora_csgmv", "llama", adapted, _adapting("csgmv"), also=_adapter, **card),
+        section("lora_triton", "llama", adapted, _adapting("triton"), also=_adapter, **card),
         _fp8("fp8"),
         _fp8("w8a8_fp8"),
-        _section(
+        section(
             "w8a8_int8",
             "llama",
-            settings=_on_card({"quantization": "w8a8_int8"}),
+            settings=on_card({"quantization": "w8a8_int8"}),
             folder=_int8,
             **card,
         ),
-        _section("moe", "mixtral", settings=experts, **native),
-        _section("moe_qwen3", "qwen3_moe", settings=experts, **native),
-        _section("embedding", "llama_embedding", embedded, **native),
-        _section("encoder", "bert", embedded),
-        _section(
+        section("moe", "mixtral", settings=experts, **native),
+        section("moe_qwen3", "qwen3_moe", settings=experts, **native),
+        section("embedding", "llama_embedding", embedded, **native),
+        section("encoder", "bert", embedded),
+        section(
             "vision",
             "qwen2_vl",
             partial(seen, architecture="qwen2_vl"),
-            _on_card({"mm_attention_backend": "triton_attn"}),
+            on_card({"mm_attention_backend": "triton_attn"}),
             **native,
         ),
     ]

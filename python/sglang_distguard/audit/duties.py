@@ -3,8 +3,8 @@
 ``LINES`` are types of objects that SGLang's globals hold and whose state is in C code, and globals
 that hold more than the audit reads. ``LIBRARIES`` are packages whose own globals change while
 runners run, in hundreds of places that SGLang's text does not write. Each reason says why no runner
-computes otherwise because of another. Read in SGLang 0.5.23, torch 2.14 and Python 3.11; the ledger
-has one line for each.
+computes otherwise because of another. Read in SGLang 0.5.23, torch 2.14 and Python 3.11; what only
+a GPU or Python 3.12 has, with torch 2.11. The ledger has one line for each that a CPU has.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "the operators that a library registers; `torch.operators` counts them",
     ),
     (
+        "torch._C",
+        "_CudaEventBase _CudaStreamBase",
+        "an event or a stream of CUDA; the globals that hold it say who uses it",
+    ),
+    ("tvm_ffi.core", "CObject Function", "a module or a function of a compiled kernel"),
+    ("typing", "Generic ParamSpec", _FIXED),
+    (
         "torch.jit",
         "torch.jit.ScriptFunction",
         "activations of Phi3Small and DeepSeek-OCR (SGLang 0.5.22 and earlier), which TorchScript "
@@ -70,12 +77,13 @@ _COMPILER = (
 _IMPORTS = "filled by imports, and caches keyed by their arguments"
 _KEYED = "caches keyed by their arguments"
 
-#: Packages of torch's compiler, whose objects are not read where SGLang's functions hold them.
+#: Packages of torch's compiler, whose objects are not read where SGLang's functions hold them. A
+#: kernel of Triton has what was compiled for it, by the types of its arguments.
 COMPILER = (
     *("torch._decomp", "torch._dynamo", "torch._functorch", "torch._guards"),
     *("torch._higher_order_ops", "torch._inductor", "torch._logging", "torch._ops"),
     *("torch._prims", "torch._refs", "torch._subclasses", "torch.compiler", "torch.fx"),
-    "torch.overrides",
+    *("torch.overrides", "triton"),
 )
 #: Package -> reason.
 LIBRARIES: dict[str, str] = {
@@ -89,11 +97,12 @@ LIBRARIES: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("base64", "copy", "ctypes", "einops", "encodings", "fnmatch", "mpmath", "pkgutil"),
-            *("re", "sympy", "tokenize", "torch._sources", "urllib"),
+            *("base64", "copy", "ctypes", "einops", "encodings", "fnmatch", "mpmath", "pathlib"),
+            *("pkgutil", "re", "sympy", "tokenize", "torch._sources", "urllib"),
         ),
         _KEYED,
     ),
+    "__triton_launcher": "the name of every module by which Triton launches a kernel; each is kept",
     "cutlass": "quack, a library of kernels, adds its own methods when it is imported",
     "filelock": "counts and lists the file locks that are held while code is compiled",
     "multiprocessing": "hooks that run after a fork, and the start method that tqdm's lock fixes",

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> None:
         children.end_with_parent()
         children.print_to(_log(Path(place)))
         _end_after(float(seconds))
-        runs.importing()
+        runs.imported()
         _write(Path(place), HOW[single[0]](given[0]))
         sys.stdout.flush()
         sys.stderr.flush()

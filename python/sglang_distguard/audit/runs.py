@@ -200,11 +200,22 @@ def importing() -> Run:
         watch = Watch(trace)
         others = {key: value for key, value in watch.last.items() if not _is_sglangs(key)}
         watch.changes += differences(others, watch.last, phase="import", runner="alone")
-        import sglang.srt.managers.scheduler
-        import sglang.srt.model_executor.model_runner  # noqa: F401
-
+        _import()
         watch.after("alone", "import")
     return watch.take()
+
+
+def imported() -> None:
+    """Import SGLang in this process as ``importing`` does, and observe nothing, which is faster."""
+    from sglang_distguard.testing import prepare_environment
+
+    prepare_environment()
+    _import()
+
+
+def _import() -> None:
+    import sglang.srt.managers.scheduler
+    import sglang.srt.model_executor.model_runner  # noqa: F401
 
 
 def _is_sglangs(key: Key) -> bool:

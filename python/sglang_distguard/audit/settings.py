@@ -127,7 +127,8 @@ def _find_homes() -> None:
             {it: (name, key) for key, it in found.items() if type(it) is contextvars.ContextVar}
         )
         for key, entry in found.get("_config", {}).items() if _is_config(module) else ():
-            _homes[entry.user_override] = name, key
+            if type(entry.user_override) is contextvars.ContextVar:  # torch 2.11: the value itself
+                _homes[entry.user_override] = name, key
 
 
 def _is_config(module: Any) -> bool:

@@ -223,6 +223,11 @@ TREATMENTS: tuple[Treatment, ...] = (
             "what one model made of images, by the images alone",
         ),
         (
+            _SRT + "managers.mm_schedule",
+            "host_offload_event",
+            "ends one model's copies of images to the host; a copy back waits for no other model's",
+        ),
+        (
             _SRT + "mem_cache.radix_cache",
             "TreeNode.counter",
             "numbers of one tree's nodes; two threads that count together give a number twice",

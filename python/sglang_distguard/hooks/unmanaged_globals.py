@@ -8,6 +8,9 @@ from __future__ import annotations
 _SRT = "sglang.srt."
 _MACHINE = "caches a hardware or installation property"
 _KERNEL = "kernel cache keyed by its arguments"
+_TOOLS = (
+    "caches an installation property and variables of the environment that SGLang does not write"
+)
 _OPERATORS = "operators, which imports register, and caches of which kernel serves which tensors"
 _REGISTERED = "SGLang's own models, registered by imports"
 _FIELDS = "caches the fields of SGLang's own classes"
@@ -16,12 +19,15 @@ _FOUND = "modules of transformers' models, imported when they are first asked fo
 
 #: (module, names, reason)
 LINES: tuple[tuple[str, str, str], ...] = (
-    (
-        "torch",
-        "rng",
-        "used to initialise weights, which the checkpoint replaces, and to sample with a "
-        "temperature; samples, and weights missing in the checkpoint, are as random as with one "
-        "runner",
+    *(
+        (
+            module,
+            "rng",
+            "used to initialise weights, which the checkpoint replaces, and to sample with a "
+            "temperature; samples, and weights missing in the checkpoint, are as random as with one "
+            "runner",
+        )
+        for module in ("torch", "torch.cuda")
     ),
     (
         "random",
@@ -55,6 +61,16 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "torch",
         "grad_mode",
         "torch keeps it per thread; SGLang's code enters it by with statements and decorators",
+    ),
+    (
+        "torch",
+        "default_device",
+        "torch keeps it per thread; SGLang's code enters it by with statements",
+    ),
+    (
+        "torch",
+        "sdp_priority_order",
+        "torch puts cuDNN's attention first, once, where the GPU prefers it",
     ),
     (
         "torch",
@@ -159,6 +175,17 @@ LINES: tuple[tuple[str, str, str], ...] = (
     (_SRT + "mem_cache.storage.mmap.mmap_allocator", "_has_madv_populate_write", _MACHINE),
     ("sglang.kernels.ops.attention.decode_attention", "_NUM_CU", _MACHINE),
     ("os", "environ['FLASHINFER_CUDA_ARCH_LIST']", "names the GPU architecture of this machine"),
+    ("os", "environ['TRITON_PTXAS_PATH']", "names the assembler that comes with torch"),
+    ("pynvml", "nvmlLib _nvmlGetFunctionPointer_cache", _MACHINE),
+    *(
+        ("threading", f"threads:torch._inductor.compile_worker.{name}", "waits for compilations")
+        for name in ("subproc_pool.SubprocPool._read_thread", "timer.Timer.check")
+    ),
+    (
+        _SRT + "model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
+        "_current_capture_var",
+        "a context variable: each thread has its own",
+    ),
     (
         "torch",
         "num_threads",
@@ -172,6 +199,20 @@ LINES: tuple[tuple[str, str, str], ...] = (
         "_digest_cache",
         "digests of installed files",
     ),
+    (
+        "sglang.kernels.jit.utils.compile.cache",
+        "_anchor_roots _environment_fingerprint _target_tag",
+        _TOOLS,
+    ),
+    (
+        "sglang.kernels.jit.utils.compile.toolchain",
+        "cuda_home device_compiler_path host_compiler_path toolkit_home",
+        _TOOLS,
+    ),
+    ("sglang.kernels.ops.activation.activation", "activation_module", _KERNEL),
+    ("sglang.kernels.ops.attention.clamp_position", "_jit_clamp_position_module", _KERNEL),
+    ("sglang.kernels.ops.kvcache.kvcache", "_jit_kvcache_module can_use_store_cache", _KERNEL),
+    ("sglang.kernels.ops.layernorm.norm", "can_use_fused_inplace_qknorm", _KERNEL),
     ("sglang.kernels.selector", "_resolve", _KERNEL),
     ("sglang.kernels.ops.gemm", "_FP8_SCALED_MM", _KERNEL),
     (
