@@ -69,7 +69,8 @@ def test_a_module_is_looked_at_after_its_import_has_ended_if_that_was_under_way(
 def test_a_module_is_looked_at_once(text: Path) -> None:
     module = imported(text)
     drop_tracebacks()
-    module.kept = later = ImportError("later")
+    later = ImportError("later")
+    setattr(module, "kept", later)
     try:
         raise later
     except ImportError:

@@ -140,4 +140,4 @@ def answering(engine: Engine, answers: list[Any]) -> Iterator[None]:
 
 def test_paced_must_be_a_flag(guard: None, model: Model) -> None:
     with pytest.raises(TypeError, match="paced"):
-        Engine(server_args=server_args(model("llama")), paced=1)
+        Engine(server_args=server_args(model("llama")), paced=1)  # type: ignore[arg-type]

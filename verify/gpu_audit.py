@@ -107,7 +107,9 @@ def main() -> int:
     parser.add_argument("cache", type=Path)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)) - 2)
-    parser.add_argument("--keep", type=Path, help="folder of all runs", default=Path(".cache/audit-runs"))
+    parser.add_argument(
+        "--keep", type=Path, help="folder of all runs", default=Path(".cache/audit-runs")
+    )
     parser.add_argument("--json", type=Path, help="file for the findings")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -16,7 +16,9 @@ from typing import Protocol
 
 class _Engine(Protocol):
     name: str
-    pending: int
+
+    @property
+    def pending(self) -> int: ...
 
     def close(self, drain: float) -> None: ...
 
