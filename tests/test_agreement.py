@@ -304,7 +304,7 @@ def test_a_rank_enters_no_turn_before_it_has_left_the_one_that_others_aborted() 
         undone: list[str] = []
 
         def stay(it: Ranks) -> None:
-            with deadline(LONG), turn(it, "runner a", {}, undo=lambda: undone.append("a")):
+            with deadline(LONG), turn(it, "runner a", {}, undo=lambda _: undone.append("a")):
                 inside.set()
                 assert leave.wait(LONG)
 

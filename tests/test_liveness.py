@@ -146,7 +146,7 @@ def test_a_turn_that_waits_for_a_silent_rank_is_ended_by_another_thread_and_undo
         undone: list[str] = []
         was_undone, leave = threading.Event(), threading.Event()
 
-        def undo() -> None:
+        def undo(_why: str) -> None:
             undone.append(threading.current_thread().name)
             was_undone.set()
 
@@ -173,7 +173,7 @@ def test_a_rank_that_raised_ends_the_turn_of_one_that_is_inside() -> None:
         was_undone = threading.Event()
 
         def stay() -> None:
-            how: dict[str, Any] = {"creates": False, "undo": was_undone.set}
+            how: dict[str, Any] = {"creates": False, "undo": lambda _: was_undone.set()}
             with runner_scope(agreement_timeout=LONG), turn(ranks[0], "runner a", {}, **how):
                 assert was_undone.wait(LONG)
 

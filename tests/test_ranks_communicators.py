@@ -159,7 +159,10 @@ def test_a_forward_that_fails_on_one_rank_breaks_the_runners_over_its_communicat
                 assert it["other"] is None
             else:
                 assert it["other"]["type"] == "LeaseBroken"
+                assert "by force, because " in it["other"]["text"]
             assert it["after"] == {"half": alone("half")}
+        if policy == "share":
+            assert "because OSError: " in results[1]["other"]["text"]
 
 
 def test_a_forward_that_comes_late_to_a_failed_turn_is_not_computed_over_the_world(

@@ -467,9 +467,9 @@ def fail_beside_a_wait_that_nothing_ends(on: int) -> dict[str, Any]:
     broken = threading.Event()
     by: list[str] = []
 
-    def noted(handle: Any) -> None:
+    def noted(handle: Any, why: str) -> None:
         by.append(threading.current_thread().name)
-        real(handle)
+        real(handle, why)
         broken.set()
 
     def work() -> None:

@@ -326,19 +326,21 @@ impl Drop for Teardown {
     }
 }
 
-/// Closes `key` for teardown; raises `StateInUse` while it is leased or changing.
+/// Closes `key` for teardown; raises `StateInUse` while it is leased or changing. With force, those
+/// who lease it are told `why`.
 #[pyfunction]
-#[pyo3(signature = (key, *, runner, force))]
+#[pyo3(signature = (key, *, runner, force, why))]
 pub fn begin_teardown(
     py: Python<'_>,
     key: &str,
     runner: Option<String>,
     force: bool,
+    why: &str,
 ) -> PyResult<Teardown> {
     let key = convert::key(key)?;
     let resource = process::resource(py, &key);
     let actor = convert::actor(py, runner)?;
-    let begun = registry().begin_teardown(&key, &actor, force);
+    let begun = registry().begin_teardown_because(&key, &actor, force, why);
     let (origin, ticket) = match begun.map_err(|error| to_python(py, &error))? {
         Begun::Nothing => (None, None),
         Begun::Begun { ticket, origin, .. } => (Some(origin), Some(ticket)),

@@ -67,12 +67,12 @@ def destroy_unless_leased(key: str, scope: Optional[_core.Scope]) -> None:
     _destroy(key, unset)
 
 
-def destroy_communicators(handle: _core.RunnerHandle) -> None:
+def destroy_communicators(handle: _core.RunnerHandle, why: str) -> None:
     """Destroy the communicators of ``handle``'s runner, because this rank left a step half-done.
 
     The next collective here would meet one of that step on another rank. Ranks that wait for this
     rank get an error at once (``coordinators.disconnect``). Every runner that uses the same
-    communicators raises LeaseBroken from now on.
+    communicators raises LeaseBroken from now on, which says ``why``.
     """
     try:
         handle.check()
@@ -80,7 +80,7 @@ def destroy_communicators(handle: _core.RunnerHandle) -> None:
         return
     except DistGuardError:  # the runner was closed meanwhile
         pass
-    with settings.runner_scope(handle.name), forced():
+    with settings.runner_scope(handle.name), forced(why=why):
         _destroy(key_in_use(handle.scope), coordinators.destroy, disconnect=True)
 
 

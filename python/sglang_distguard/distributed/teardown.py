@@ -14,7 +14,8 @@ from sglang_distguard import _core
 from sglang_distguard.config import settings
 from sglang_distguard.sync import event_log
 
-_force: ContextVar[bool] = ContextVar("sglang_distguard.force", default=False)
+#: Whether runners may hold the state, and what they are told then: why it is torn down, in words.
+_force: ContextVar[tuple[bool, str]] = ContextVar("sglang_distguard.force", default=(False, ""))
 #: Registry key -> teardown that the running code has begun.
 _active: ContextVar[Mapping[str, _core.Teardown]] = ContextVar(
     "sglang_distguard.teardown", default=MappingProxyType({})
@@ -37,10 +38,11 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
     outer = _active.get()
     begun: dict[str, _core.Teardown] = {}
     try:
+        force, why = _force.get()
         for key in keys:
             if key not in outer:
                 begun[key] = _core.begin_teardown(
-                    key, runner=settings.current().name, force=_force.get()
+                    key, runner=settings.current().name, force=force, why=why
                 )
     except BaseException as error:
         for state in begun.values():
@@ -63,13 +65,14 @@ def tearing_down(*keys: str) -> Iterator[tuple[_core.Teardown, ...]]:
 
 
 @contextmanager
-def forced(force: bool = True) -> Iterator[None]:
+def forced(force: bool = True, *, why: str = "") -> Iterator[None]:
     """Allow teardowns in the with block even while runners hold the state.
 
     Args:
         force: False refuses them as usual.
+        why: what LeaseBroken says to those runners about the cause; empty for nothing.
     """
-    token = _force.set(force)
+    token = _force.set((force, why))
     try:
         yield
     finally:

@@ -264,7 +264,7 @@ def _initialize_model_parallel(original: Callable[..., Any]) -> Callable[..., An
         spec = specs.model_spec(server_args) | specs.plain(requested)
         spec["groups"] = "own" if own else "share"
 
-        def undo() -> None:
+        def undo(_why: str) -> None:
             if led:  # it succeeded on this rank, and failed on another
                 owned_groups.destroy_unless_leased(key, scope)
 

@@ -12,6 +12,7 @@ from sglang_distguard.distributed import owned_groups, world
 from sglang_distguard.distributed.keys import GROUPS
 from sglang_distguard.distributed.ranks import agreement, specs
 from sglang_distguard.distributed.ranks.ask import Ask
+from sglang_distguard.distributed.ranks.failures import in_short
 from sglang_distguard.distributed.ranks.log import Ranks
 from sglang_distguard.errors import AmbiguousBuild, LeaseBroken, StateInUse
 from sglang_distguard.runner.captures import refuse_capture_without_turns
@@ -144,15 +145,15 @@ class _Users:
         if handle not in self.handles:
             self.handles.append(handle)
 
-    def destroy_communicators(self) -> None:
+    def destroy_communicators(self, why: str) -> None:
         with ExitStack() as stack:  # all of them, even if one raises
             for handle in self.handles:
-                stack.callback(owned_groups.destroy_communicators, handle)
+                stack.callback(owned_groups.destroy_communicators, handle, why)
 
     def fail(self, handle: _core.RunnerHandle, error: BaseException) -> None:
         """Note what a part of the turn has raised: the turn does, even if code in between catches it."""
         self._error = self._error or error
-        owned_groups.destroy_communicators(handle)
+        owned_groups.destroy_communicators(handle, in_short(error))
 
     def refuse(self, handle: _core.RunnerHandle, error: BaseException) -> None:
         """Note that a step could not begin in the turn (`_core.StepInTurn`)."""
@@ -176,8 +177,8 @@ class _Users:
             yield
             if self._error is not None:
                 raise self._error
-        except BaseException:
-            self.destroy_communicators()
+        except BaseException as error:
+            self.destroy_communicators(in_short(error))
             raise
 
 
@@ -240,9 +241,9 @@ def _without_turns(handle: _core.RunnerHandle) -> Iterator[None]:
     with _claiming(handle) as is_outermost:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if is_outermost:
-                owned_groups.destroy_communicators(handle)
+                owned_groups.destroy_communicators(handle, in_short(error))
             raise
 
 
@@ -351,4 +352,4 @@ def _destroy_for_refusal(
             "meet. So the runner's communicators are destroyed on this rank, and therefore on "
             "all ranks."
         )
-        owned_groups.destroy_communicators(handle)
+        owned_groups.destroy_communicators(handle, in_short(error))

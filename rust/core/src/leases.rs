@@ -88,7 +88,7 @@ impl Registry {
             }
             let (by, how) = match (inner.broken.get(id), slot.and_then(|slot| slot.breaks(*id))) {
                 (Some(broken), _) => (Some(broken.by.clone()), broken.how.clone()),
-                (None, Some(by)) => (Some(by.clone()), "is tearing it down by force".to_owned()),
+                (None, Some((by, why))) => (Some(by.clone()), by_force("is tearing it down", why)),
                 (None, None) => (None, "the lease was already released".to_owned()),
             };
             return Err(Error::LeaseBroken {
@@ -110,4 +110,10 @@ impl Inner {
             self.broken.insert(id, Broken { by, how });
         }
     }
+}
+
+/// What a forced teardown does, in words, and why, unless that is empty.
+pub(crate) fn by_force(does: &str, why: &str) -> String {
+    let because = if why.is_empty() { "" } else { ", because " };
+    format!("{does} by force{because}{why}")
 }

@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::events::{self, Event, EventRing};
 use crate::key::Key;
 use crate::lease::{Broken, LeaseId};
+use crate::leases::by_force;
 use crate::phases::PhaseLock;
 use crate::policy::Decision;
 use crate::slot::{Origin, Slot, Ticket};
@@ -165,10 +166,12 @@ impl Registry {
     ) -> Option<u64> {
         self.update(|inner, now| {
             let slot = &mut inner.slots.get_mut(&ticket.key)?.slot;
+            let why = slot.running().map(|it| it.why.clone());
             let leader = transition(slot, now)?;
             let generation = slot.generation();
             inner.touch(&ticket.key);
-            inner.break_leases(&ticket.key, &leader, "tore it down by force");
+            let how = by_force("tore it down", &why.unwrap_or_default());
+            inner.break_leases(&ticket.key, &leader, &how);
             inner.record(Event::new(now, &ticket.key, &leader, decision).detail(detail));
             Some(generation)
         })

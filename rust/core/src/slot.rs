@@ -98,6 +98,8 @@ pub(crate) struct Running {
     pub since: Duration,
     /// Whether the leader was already recorded as slow.
     pub called_slow: bool,
+    /// What a forced teardown was begun for, in words; empty if that was not said.
+    pub why: String,
 }
 
 impl Running {
@@ -198,13 +200,14 @@ impl Slot {
             .is_some_and(|ready| ready.leases.contains_key(&id))
     }
 
-    /// The actor that tears down, by force, the state under the lease.
-    pub fn breaks(&self, id: LeaseId) -> Option<&Actor> {
-        match &self.running()?.task {
+    /// The actor that tears down, by force, the state under the lease, and why.
+    pub fn breaks(&self, id: LeaseId) -> Option<(&Actor, &str)> {
+        let running = self.running()?;
+        match &running.task {
             Task::Teardown(ready) => ready.leases.contains_key(&id),
             Task::Build(_) | Task::Adopt(_) => false,
         }
-        .then_some(&self.running()?.leader)
+        .then_some((&running.leader, running.why.as_str()))
     }
 
     pub fn running(&self) -> Option<&Running> {
@@ -245,17 +248,22 @@ impl Slot {
                 leader,
                 since: now,
                 called_slow: false,
+                why: String::new(),
             });
         }
         idle
     }
 
     /// Ready becomes Running and keeps its leases until the end. False from any other state.
-    pub fn tear_down(&mut self, ticket: u64, leader: Actor, now: Duration) -> bool {
+    pub fn tear_down(&mut self, ticket: u64, leader: Actor, why: &str, now: Duration) -> bool {
         match std::mem::take(&mut self.state) {
             State::Ready(ready) => {
                 let task = Task::Teardown(Box::new(ready));
-                self.lead(ticket, leader, task, now)
+                let leads = self.lead(ticket, leader, task, now);
+                if let State::Running(running) = &mut self.state {
+                    why.clone_into(&mut running.why);
+                }
+                leads
             }
             other => {
                 self.state = other;

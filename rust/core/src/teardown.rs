@@ -34,6 +34,17 @@ impl Registry {
     /// Refused while it is leased, unless `force`, and while another thread initialises it or
     /// tears it down.
     pub fn begin_teardown(&self, key: &Key, actor: &Actor, force: bool) -> Result<Teardown, Error> {
+        self.begin_teardown_because(key, actor, force, "")
+    }
+
+    /// `begin_teardown`; holders whose leases break are told `why`, unless it is empty.
+    pub fn begin_teardown_because(
+        &self,
+        key: &Key,
+        actor: &Actor,
+        force: bool,
+        why: &str,
+    ) -> Result<Teardown, Error> {
         self.update(|inner, now| {
             let origin = match inner.slot(key).map(Slot::state) {
                 None | Some(State::Idle | State::Poisoned { .. }) => return Ok(Teardown::Nothing),
@@ -58,7 +69,7 @@ impl Registry {
                 return Err(inner.refuse(key, actor, error, now));
             }
             let id = inner.fresh_id();
-            inner.slot_mut(key).tear_down(id, actor.clone(), now);
+            inner.slot_mut(key).tear_down(id, actor.clone(), why, now);
             inner.touch(key);
             let detail = if broken.is_empty() {
                 String::new()

@@ -12,6 +12,7 @@ use distguard_core::key::Key;
 use distguard_core::lease::LeaseId;
 use distguard_core::registry::{Observed, Registry, Step};
 use distguard_core::slot::Origin;
+use distguard_core::teardown::Teardown;
 
 const W: Key = Key::World;
 
@@ -190,4 +191,23 @@ fn an_inherited_object_that_is_observed_again_is_refused_not_adopted() {
     assert_eq!(registry.reset(&actor(1), true), Ok(()));
     let refused = registry.try_acquire(&inherited);
     assert_eq!(refused, Err(Error::Inherited { key: W }));
+}
+
+#[test]
+fn holders_are_told_why_a_forced_teardown_was_begun() {
+    let (registry, held) = leased();
+    let begun = registry.begin_teardown_because(&W, &actor(2), true, "rank 1 is silent");
+    let Ok(Teardown::Begun { ticket, .. }) = begun else {
+        panic!("{begun:?}")
+    };
+    let told = |registry: &Registry| broken(registry, &W, held).1;
+    assert_eq!(
+        told(&registry),
+        "is tearing it down by force, because rank 1 is silent"
+    );
+    assert!(registry.end_teardown(ticket));
+    assert_eq!(
+        told(&registry),
+        "tore it down by force, because rank 1 is silent"
+    );
 }

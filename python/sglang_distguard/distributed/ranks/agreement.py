@@ -141,7 +141,7 @@ def turn(
     *,
     keep: bool = False,
     creates: bool = True,
-    undo: Callable[[], object] = lambda: None,
+    undo: Callable[[str], object] = lambda _: None,
     users: Any = None,
     is_block: bool = False,
 ) -> Iterator[Ask]:
@@ -157,7 +157,8 @@ def turn(
         spec: JSON values that must be equal on all ranks.
         keep: remember the ask for the runner that the running code builds (``building``).
         creates: whether something is created; otherwise the turn computes with what exists.
-        undo: called when this or another rank failed and any rank may have entered the turn;
+        undo: called, with the reason in words, when this or another rank failed and any rank may
+            have entered the turn;
             no other turn begins here before it returns. If nothing is created, another thread may
             call it, while the with block runs.
         users: kept with the ask.
@@ -204,7 +205,7 @@ def turn(
         ranks.alive.end(ask)
         try:
             if ask.may_have_begun():
-                ask.undo_once()
+                ask.undo_once(error)
         finally:
             ranks.state.end(what)
         raise

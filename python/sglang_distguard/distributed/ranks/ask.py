@@ -29,7 +29,7 @@ class Ask:
         round: number of earlier attempts under this name.
         deadline: seconds for each stage.
         creates: whether the turn creates something; otherwise it computes with what exists.
-        undo: what ``undo_once`` calls.
+        undo: what ``undo_once`` calls, with the reason in words.
         users: what the code that took the turn keeps with it.
         is_block: whether the with block of the turn is one of user code, with several steps.
         stage: the stage that this rank is in.
@@ -45,7 +45,7 @@ class Ask:
     round: int
     deadline: float
     creates: bool = True
-    undo: Callable[[], object] = lambda: None
+    undo: Callable[[str], object] = lambda _: None
     users: Any = None
     is_block: bool = False
     stage: str = "ask"
@@ -167,10 +167,10 @@ class Ask:
                 self._waits_for_entries = False
                 self.ranks.state.end_wait(self.what, self.round, "turn")
 
-    def undo_once(self) -> None:
-        """Undo what this rank did in the turn, unless that is done."""
+    def undo_once(self, error: BaseException) -> None:
+        """Undo what this rank did in the turn, because of ``error``, unless that is done."""
         with self._after_its_end():
-            self._undo()
+            self._undo(error)
 
     @contextmanager
     def _after_its_end(self) -> Iterator[None]:
@@ -185,9 +185,9 @@ class Ask:
             if is_held:
                 self._leaving.release()
 
-    def _undo(self) -> None:
+    def _undo(self, error: BaseException) -> None:
         if not self._is_undone:
-            self.undo()
+            self.undo(failures.in_short(error))
             self._is_undone = True
 
     def look(self) -> None:
@@ -216,6 +216,7 @@ class Ask:
             if self.ranks.state.begin_wait(self.what, self.round, "turn"):
                 reader.start(self.ranks)
         standing = self.stands("turn")
+        failure = None if standing is None else standing[1]
         if standing is None:
             failure = self._cause() or (self._silence("turn", silent) if silent else None)
             if failure is None:
@@ -226,7 +227,7 @@ class Ask:
             self.creation.fail()
         if not self.creates:  # otherwise a thread may be creating what would be undone
             with suppress(Exception):  # this rank does it again when it leaves
-                self._undo()
+                self._undo(self.error("turn", failure or ""))
 
     def _cause(self) -> Optional[str]:
         """Return the failure of ranks that have raised in the turn, if any has."""

@@ -135,6 +135,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:_SHOWN]
 
 
+def in_short(error: BaseException) -> str:
+    """Return the first sentence of ``error``: what runners are told whose communicators it breaks.
+
+    That of an error of this package names ranks.
+    """
+    sentence, _, _ = " ".join(str(error).split()).partition(". ")
+    kind = "" if isinstance(error, DistGuardError) else f"{type(error).__name__}: "
+    return f"{kind}{sentence}"[:_SHOWN]
+
+
 def is_consequence(error: BaseException) -> bool:
     """Whether ``error`` may only mean that another rank has ended, and not be the cause."""
     import torch.distributed as dist
