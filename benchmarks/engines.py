@@ -66,14 +66,15 @@ class Program:
     """Engines in a process of their own."""
 
     def __init__(self, is_guest: bool, count: int, folder: str) -> None:
+        if is_guest:  # first, as users do: imports of SGLang are quicker then
+            import sglang_distguard as dg
+
+            dg.install()
         prepare_environment()
         self.args = lambda: server_args(
             folder, sleep_on_idle=True, mem_fraction_static=0.95, max_total_tokens=2048
         )
         if is_guest:
-            import sglang_distguard as dg
-
-            dg.install()
             self.open: Any = lambda: dg.Engine(server_args=self.args(), start_timeout=START)
         else:
             from sglang.srt.entrypoints.engine import Engine

@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, Optional
 
+from sglang_distguard.patching.import_garbage import IMPORTS
+
 #: Called with a module, its code, and a function that executes code as the module. When only the
 #: loader knows how to execute the module, the code is None, and that function must be called with
 #: None.
@@ -73,6 +75,10 @@ class _TakenOver(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module as the wrapped loader does, through ``execute``."""
+        with IMPORTS.one():
+            self._exec_module(module)
+
+    def _exec_module(self, module: ModuleType) -> None:
         for holder, name in ((module.__spec__, "loader"), (module, "__loader__")):
             if getattr(holder, name, None) is self:
                 setattr(holder, name, self._loader)

@@ -8,6 +8,7 @@ import os
 from sglang_distguard import _core
 from sglang_distguard.distributed import coordinators, nccl
 from sglang_distguard.distributed.ranks import log, reader
+from sglang_distguard.patching import import_garbage
 from sglang_distguard.process import installation
 from sglang_distguard.runner import garbage, pinned_loads, streams
 
@@ -26,6 +27,7 @@ def _in_child() -> None:
     pinned_loads.FILES.start_afresh()
     streams.start_afresh()
     garbage.LOADS.start_afresh()
+    import_garbage.IMPORTS.start_afresh()
     installation.after_fork_in_child()
     for key, group in coordinators.identities().items():
         if group is not None:
