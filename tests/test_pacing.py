@@ -48,7 +48,7 @@ def test_a_start_pauses_in_proportion_to_what_it_has_computed(slept: list[float]
         compute()
         pause(0.001)
     assert len(slept) == 2
-    assert 3 * 2 * pacing._WORTH <= slept[0] <= pacing._LONGEST
+    assert pacing._TIMES * 2 * pacing._WORTH <= slept[0] <= pacing._LONGEST
     assert slept[1] == 0.001
 
 

@@ -42,7 +42,7 @@ def make_models(parser: argparse.ArgumentParser, models: Path) -> None:
     from sglang_distguard.testing import create_model
 
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
+        parser.exit(message="skipped: there is no GPU here\n")
     for name in MEMBERS:
         architecture, _, seed = name.rpartition("-")
         create_model(architecture, models, seed=int(seed))

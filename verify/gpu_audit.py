@@ -113,6 +113,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the findings")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("skipped: there is no GPU here; `python -m sglang_distguard audit` is for CPUs, too")
+        return 0
     if options.run:
         case, how, by, result = options.run
         run(Case(**json.loads(case)), how, by, Path(result))

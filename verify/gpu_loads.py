@@ -329,7 +329,9 @@ def main() -> int:
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name(0), "torch", torch.__version__, flush=True)
     elif size >= 1:
-        parser.error("there is no GPU here; with --gigabytes 0.01 the program itself can be tried")
+        parser.exit(
+            message="skipped: there is no GPU here; with --gigabytes 0.01 the program itself can be tried\n"
+        )
     references.mkdir(parents=True, exist_ok=True)
     me = [sys.executable, __file__, str(models), *sections, "--gigabytes", str(size)]
     begin = time.perf_counter()

@@ -72,7 +72,7 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
+        parser.exit(message="skipped: there is no GPU here\n")
     print(torch.cuda.get_device_name(0), "torch", torch.__version__)
     from torch_memory_saver import configure_subprocess
 

@@ -255,7 +255,9 @@ def main() -> int:
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name(0), "torch", torch.__version__, flush=True)
     elif not options.tiny:
-        parser.error("there is no GPU here; with --tiny the program itself can be tried")
+        parser.exit(
+            message="skipped: there is no GPU here; with --tiny the program itself can be tried\n"
+        )
     references.mkdir(parents=True, exist_ok=True)
     base = [sys.executable, __file__, str(models), "--steps", str(steps)]
     base += ["--tiny"] if options.tiny else []

@@ -96,7 +96,7 @@ class Engine(Closes, HasWeights):
                 model's; see ``build_runner``.
             paced: whether the start pauses again and again while other engines of the process have
                 requests to answer, which otherwise hardly get the interpreter meanwhile. It takes up
-                to four times as long then.
+                to seven times as long then.
             **arguments: ``server_args=ServerArgs(...)``, or fields of ``ServerArgs``. An engine
                 sleeps while it is idle, unless the field ``sleep_on_idle=False`` is given, or
                 ``server_args`` that were published before say so.

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Optional
 
 #: A pause is so many times as long as what was computed since the last one, which leaves the others
-#: three quarters of the interpreter; and at most so long, in seconds.
+#: six sevenths of the interpreter; and at most so long, in seconds.
 _TIMES, _LONGEST = 6.0, 0.05
 #: Less than this is not worth a pause, in seconds of the thread's processor time.
 _WORTH = 0.001
