@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import sglang_distguard
 from sglang_distguard.testing import create_model, prepare_environment, server_args
 
 if __name__ == "__mp_main__":  # a process of SGLang's own engine
@@ -67,15 +68,15 @@ class Program:
 
     def __init__(self, is_guest: bool, count: int, folder: str) -> None:
         if is_guest:  # first, as users do: imports of SGLang are quicker then
-            import sglang_distguard as dg
-
-            dg.install()
+            sglang_distguard.install()
         prepare_environment()
         self.args = lambda: server_args(
             folder, sleep_on_idle=True, mem_fraction_static=0.95, max_total_tokens=2048
         )
         if is_guest:
-            self.open: Any = lambda: dg.Engine(server_args=self.args(), start_timeout=START)
+            self.open: Any = lambda: sglang_distguard.Engine(
+                server_args=self.args(), start_timeout=START
+            )
         else:
             from sglang.srt.entrypoints.engine import Engine
 

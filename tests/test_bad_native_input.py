@@ -124,7 +124,17 @@ def test_a_leader_that_passes_wrong_arguments_still_leads(chosen: Chosen, reason
 
 
 @tried
-@given(one_wrong({"key": WRONG_KEY, "runner": WRONG_TEXT, "force": WRONG_FLAG | st.none()}, {}))
+@given(
+    one_wrong(
+        {
+            "key": WRONG_KEY,
+            "runner": WRONG_TEXT,
+            "force": WRONG_FLAG | st.none(),
+            "why": WRONG_TEXT,
+        },
+        {},
+    )
+)
 def test_functions_of_a_key_refuse_wrong_arguments(chosen: Chosen) -> None:
     name, arguments = chosen
     call: dict[str, Any] = {"key": GOOD_KEY, "runner": None, "force": False, **arguments}

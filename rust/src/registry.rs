@@ -329,7 +329,7 @@ impl Drop for Teardown {
 /// Closes `key` for teardown; raises `StateInUse` while it is leased or changing. With force, those
 /// who lease it are told `why`.
 #[pyfunction]
-#[pyo3(signature = (key, *, runner, force, why))]
+#[pyo3(signature = (key, *, runner, force, why=""))]
 pub fn begin_teardown(
     py: Python<'_>,
     key: &str,

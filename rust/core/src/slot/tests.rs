@@ -46,7 +46,7 @@ fn ready(ticket: u64) -> Slot {
 fn tearing_down(ticket: u64) -> Slot {
     let mut slot = ready(1);
     assert!(slot.lease(LeaseId(5), holder()));
-    assert!(slot.tear_down(ticket, actor(2), LATER));
+    assert!(slot.tear_down(ticket, actor(2), "", LATER));
     slot
 }
 
@@ -69,7 +69,7 @@ fn only_an_idle_slot_is_led() {
 fn only_a_ready_slot_is_torn_down_leased_or_joined() {
     for mut slot in [idle(), building(1), tearing_down(2), poisoned()] {
         let before = slot.state().clone();
-        assert!(!slot.tear_down(9, actor(9), LATER));
+        assert!(!slot.tear_down(9, actor(9), "", LATER));
         assert!(!slot.lease(LeaseId(9), holder()));
         assert_eq!(slot.ready(), None);
         assert_eq!(*slot.state(), before);
