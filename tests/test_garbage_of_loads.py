@@ -13,6 +13,8 @@ from typing import Any
 
 import interpreters
 import pytest
+from sglang_distguard.config.overlapping import Overlapping
+from sglang_distguard.patching.import_garbage import Imports
 from sglang_distguard.runner.garbage import Loads
 
 
@@ -21,6 +23,7 @@ def nothing_set_aside() -> Iterator[None]:
     gc.unfreeze()
     yield
     gc.unfreeze()
+    gc.enable()
 
 
 class Knot:
@@ -132,11 +135,14 @@ def test_a_runner_is_loaded_with_what_existed_before_set_aside() -> None:
     interpreters.run_well(PROGRAM, has=interpreters.Has.SGLANG)
 
 
-def test_an_interrupt_at_any_bytecode_leaves_nothing_set_aside() -> None:
-    text = Loads.one.__wrapped__.__code__.co_filename  # type: ignore[attr-defined]
+@pytest.mark.parametrize("kind", [Loads, Imports])
+def test_an_interrupt_at_any_bytecode_leaves_nothing_set_aside_and_collecting_on(
+    kind: type[Overlapping],
+) -> None:
+    text = kind.one.__wrapped__.__code__.co_filename  # type: ignore[attr-defined]
     interrupted = 0
     for place in itertools.count():
-        loads, left = Loads(), place
+        loads, left = kind(), place
 
         def trace(frame: Any, event: str, _: object) -> Any:
             nonlocal left
@@ -149,7 +155,7 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_set_aside() -> None:
                     raise KeyboardInterrupt
             return trace
 
-        def load(loads: Loads = loads, trace: Any = trace) -> None:
+        def load(loads: Overlapping = loads, trace: Any = trace) -> None:
             sys.settrace(trace)
             try:
                 with loads.one():
@@ -163,6 +169,7 @@ def test_an_interrupt_at_any_bytecode_leaves_nothing_set_aside() -> None:
             interrupted += 1
         assert not loads, place
         assert gc.get_freeze_count() == 0, place
+        assert gc.isenabled(), place
         if left >= 0:
             break
     assert interrupted > 30

@@ -13,63 +13,25 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from sglang_distguard.config.frozen import is_anything_frozen
+from sglang_distguard.config.overlapping import Overlapping
 
 #: Bytes on a GPU that need no collection: workspaces of cuBLAS, which torch keeps for each thread.
 _SMALL = 256 << 20
 
 
-class Loads:
-    """The loads that are under way in this process, and whether objects are set aside for them.
+class Loads(Overlapping):
+    """The loads that are under way in this process, while objects are set aside for them.
 
-    What other code has set aside stays so: nothing is set aside then, and nothing taken back. Where
-    SGLang's captures or other code take everything back meanwhile, the collections that follow take
-    longer, and nothing else changes.
+    What other code has set aside stays so. Where SGLang's captures or other code take everything
+    back meanwhile, the collections that follow take longer, and nothing else changes. Each load ends
+    with a collection of what was made in it.
     """
 
     def __init__(self) -> None:
-        #: Loads, and those of them that have set objects aside. There is no lock, which an interrupt
-        #: could leave held: each line is one step under the interpreter's lock, ``_end`` may be
-        #: repeated, and what threads at once do in any order makes a collection longer at most.
-        self._under_way: set[object] = set()
-        self._set_aside: set[object] = set()
-
-    def start_afresh(self) -> None:
-        """Forget the loads of the parent in a forked child, and take its objects back."""
-        self._under_way.clear()
-        self._end(None)
-
-    def __bool__(self) -> bool:
-        return bool(self._under_way)
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Set aside what exists; at the end of the with block collect what was made in it."""
-        load = object()
-        try:
-            try:
-                self._under_way.add(load)
-                if not is_anything_frozen():
-                    self._set_aside.add(load)
-                    gc.freeze()
-                yield
-                gc.collect()
-            finally:
-                self._end(load)
-        finally:  # an interrupt may have come before, or in, the first
-            self._end(load)
-
-    def _end(self, load: object) -> None:
-        self._under_way.discard(load)
-        if self._set_aside and not self._under_way:
-            # A load that begins now sets aside after this takes back, so that it is not among them.
-            ended = tuple(self._set_aside)
-            gc.unfreeze()
-            self._set_aside.difference_update(ended)
+        super().__init__(is_anything_frozen, gc.freeze, gc.unfreeze, at_end=gc.collect)
 
 
 LOADS = Loads()

@@ -52,11 +52,11 @@ class Pace:
             return
         now = time.thread_time()
         used = now - getattr(self._since, "time", now)
-        if used >= _WORTH and self._is_disturbing():
+        if 0 < used < _WORTH:
+            return
+        if used and self._is_disturbing():
             self.pauses += 1
             time.sleep(min(_TIMES * used, longest))
-        elif 0 < used < _WORTH:
-            return
         self._since.time = now
 
 
