@@ -16,7 +16,7 @@ use crate::lease::{Broken, LeaseId};
 use crate::leases::by_force;
 use crate::phases::PhaseLock;
 use crate::policy::Decision;
-use crate::slot::{Origin, Slot, Ticket};
+use crate::slot::{Origin, Running, Slot, Ticket};
 use crate::snapshot::{SlotSnapshot, Snapshot};
 use crate::spec::Spec;
 use crate::sync::{lock, AtomicU64, Condvar, Mutex, MutexGuard};
@@ -166,11 +166,10 @@ impl Registry {
     ) -> Option<u64> {
         self.update(|inner, now| {
             let slot = &mut inner.slots.get_mut(&ticket.key)?.slot;
-            let why = slot.running().map(|it| it.why.clone());
+            let how = by_force("tore it down", slot.running().map_or("", Running::why));
             let leader = transition(slot, now)?;
             let generation = slot.generation();
             inner.touch(&ticket.key);
-            let how = by_force("tore it down", &why.unwrap_or_default());
             inner.break_leases(&ticket.key, &leader, &how);
             inner.record(Event::new(now, &ticket.key, &leader, decision).detail(detail));
             Some(generation)

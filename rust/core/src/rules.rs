@@ -59,7 +59,7 @@ pub(crate) fn judge(slot: &Slot, request: &Request, now: Duration) -> Verdict {
                 _ if own => wait,
                 Task::Build(spec) => compare(spec, slot, request, now).unwrap_or(wait),
                 // The later state is not known yet: the spec that is read, or no state.
-                Task::Adopt(_) | Task::Teardown(_) => wait,
+                Task::Adopt(_) | Task::Teardown { .. } => wait,
             }
         }
         State::Ready(ready) => {

@@ -86,8 +86,12 @@ pub(crate) struct Ready {
 pub(crate) enum Task {
     Build(Spec),
     Adopt(Spec),
-    /// With the state to restore when the teardown fails.
-    Teardown(Box<Ready>),
+    Teardown {
+        /// The state to restore when the teardown fails.
+        before: Box<Ready>,
+        /// What a forced one was begun for, in words; empty if that was not said.
+        why: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -98,8 +102,6 @@ pub(crate) struct Running {
     pub since: Duration,
     /// Whether the leader was already recorded as slow.
     pub called_slow: bool,
-    /// What a forced teardown was begun for, in words; empty if that was not said.
-    pub why: String,
 }
 
 impl Running {
@@ -107,7 +109,15 @@ impl Running {
         match self.task {
             Task::Build(_) => Purpose::Build,
             Task::Adopt(_) => Purpose::Adopt,
-            Task::Teardown(_) => Purpose::Teardown,
+            Task::Teardown { .. } => Purpose::Teardown,
+        }
+    }
+
+    /// What a forced teardown was begun for, in words; empty if that was not said.
+    pub fn why(&self) -> &str {
+        match &self.task {
+            Task::Teardown { why, .. } => why,
+            Task::Build(_) | Task::Adopt(_) => "",
         }
     }
 
@@ -115,7 +125,7 @@ impl Running {
     pub fn spec(&self) -> &Spec {
         match &self.task {
             Task::Build(spec) | Task::Adopt(spec) => spec,
-            Task::Teardown(ready) => &ready.spec,
+            Task::Teardown { before, .. } => &before.spec,
         }
     }
 }
@@ -204,10 +214,11 @@ impl Slot {
     pub fn breaks(&self, id: LeaseId) -> Option<(&Actor, &str)> {
         let running = self.running()?;
         match &running.task {
-            Task::Teardown(ready) => ready.leases.contains_key(&id),
-            Task::Build(_) | Task::Adopt(_) => false,
+            Task::Teardown { before, why } if before.leases.contains_key(&id) => {
+                Some((&running.leader, why))
+            }
+            _ => None,
         }
-        .then_some((&running.leader, running.why.as_str()))
     }
 
     pub fn running(&self) -> Option<&Running> {
@@ -230,7 +241,7 @@ impl Slot {
         let ready = match &self.state {
             State::Ready(ready) => ready,
             State::Running(Running {
-                task: Task::Teardown(ready),
+                task: Task::Teardown { before: ready, .. },
                 ..
             }) => ready,
             _ => return vec![],
@@ -248,7 +259,6 @@ impl Slot {
                 leader,
                 since: now,
                 called_slow: false,
-                why: String::new(),
             });
         }
         idle
@@ -258,12 +268,8 @@ impl Slot {
     pub fn tear_down(&mut self, ticket: u64, leader: Actor, why: &str, now: Duration) -> bool {
         match std::mem::take(&mut self.state) {
             State::Ready(ready) => {
-                let task = Task::Teardown(Box::new(ready));
-                let leads = self.lead(ticket, leader, task, now);
-                if let State::Running(running) = &mut self.state {
-                    why.clone_into(&mut running.why);
-                }
-                leads
+                let (before, why) = (Box::new(ready), why.to_owned());
+                self.lead(ticket, leader, Task::Teardown { before, why }, now)
             }
             other => {
                 self.state = other;
@@ -301,7 +307,7 @@ impl Slot {
         let running = self.take_running(ticket)?;
         self.failures += 1;
         self.last_failure = Some(reason.to_owned());
-        if let Task::Teardown(ready) = running.task {
+        if let Task::Teardown { before: ready, .. } = running.task {
             self.state = State::Ready(*ready);
         }
         Some(running.leader)
@@ -355,7 +361,7 @@ impl Slot {
         match &mut self.state {
             State::Ready(ready) => ready.leases.remove(&id),
             State::Running(Running {
-                task: Task::Teardown(ready),
+                task: Task::Teardown { before: ready, .. },
                 ..
             }) => ready.leases.remove(&id),
             _ => None,
@@ -363,7 +369,7 @@ impl Slot {
     }
 
     fn orphan(&mut self, task: Task) {
-        if let Task::Teardown(ready) = task {
+        if let Task::Teardown { before: ready, .. } = task {
             self.orphans.extend(ready.leases);
         }
     }
