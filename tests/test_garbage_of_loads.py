@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreters
@@ -137,9 +137,9 @@ def test_a_runner_is_loaded_with_what_existed_before_set_aside() -> None:
 
 @pytest.mark.parametrize("kind", [Loads, Imports])
 def test_an_interrupt_at_any_bytecode_leaves_nothing_set_aside_and_collecting_on(
-    kind: type[Overlapping],
+    kind: Callable[[], Overlapping],
 ) -> None:
-    text = kind.one.__wrapped__.__code__.co_filename  # type: ignore[attr-defined]
+    text = Overlapping.one.__wrapped__.__code__.co_filename  # type: ignore[attr-defined]
     interrupted = 0
     for place in itertools.count():
         loads, left = kind(), place
