@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sglang_distguard
 import torch
+from runner_calls import in_thread
 from sglang_distguard import _core
 from sglang_distguard.context import default_dtype
 from sglang_distguard.context.default_dtype import holding
@@ -127,6 +129,20 @@ def test_other_threads_keep_the_process_wide_default() -> None:
         assert torch.ones(1).dtype is torch.bfloat16
     assert seen == [torch.float32]
     assert torch.ones(1).dtype is torch.float32
+
+
+def test_a_default_set_in_a_thread_of_a_runners_code_is_not_the_processs(runner: Any) -> None:
+    def change() -> torch.dtype:
+        torch.set_default_dtype(torch.float64)
+        return torch.empty(1).dtype
+
+    try:
+        with sglang_distguard.activate(runner):
+            assert in_thread(change) is torch.float64
+            assert torch.empty(1).dtype is torch.float32
+        assert torch._C.get_default_dtype() is torch.float32
+    finally:
+        torch._C._set_default_dtype(torch.float32)
 
 
 def test_a_thread_keeps_its_default_while_another_one_compiles(guard: None) -> None:

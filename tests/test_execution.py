@@ -174,6 +174,24 @@ def test_the_last_publish_wins_for_all_threads_as_long_as_no_runner_lives(
         assert published_model() == "llama-0"
 
 
+def test_code_that_published_sees_what_a_thread_of_it_publishes_and_builds(
+    guard: None, model: Model
+) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.distributed import parallel_state
+
+    publish_model(model, "llama")
+    runner = in_thread(lambda: steps.build(server_args(model("llama"))))
+    try:
+        assert parallel_state.model_parallel_is_initialized()
+        assert parallel_state._TP is parallel_state.get_tp_group()
+        publish_model(model, "gpt2")  # beside the living runner
+        assert published_model() == in_thread(published_model) == "gpt2-0"
+        assert runtime_context._CONTEXT is runtime_context.get_context()
+    finally:
+        dg.close(runner)
+
+
 def test_a_publish_that_is_put_aside_is_built_later(guard: None, cache: Path) -> None:
     members = fleet.members(cache, FLEET[:2])
     first, second = (Worker(member) for member in members)
@@ -255,6 +273,36 @@ def test_a_batchs_configuration_is_of_the_runner_that_is_given(guard: None, mode
     assert modes["without"] == CaptureHiddenMode.NULL
     for runner in made.values():
         dg.close(runner)
+
+
+def test_a_thread_that_serves_a_queue_makes_batches_of_the_runner_that_is_given(
+    guard: None, model: Model
+) -> None:
+    from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
+
+    runners = [
+        dg.build_runner(server_args(model("llama"), enable_return_hidden_states=returned))
+        for returned in (True, False)
+    ]
+    given: queue.Queue[Any] = queue.Queue()
+    hidden: list[bool] = []
+
+    def serve() -> None:
+        while (runner := given.get()) is not None:
+            batch = steps._prefill_batch(steps.PROMPTS, runner)
+            made = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
+            hidden.append(made.capture_hidden_mode != CaptureHiddenMode.NULL)
+
+    for starter in runners:
+        with dg.activate(starter):  # the thread keeps its scope, whoever gives it work
+            thread = threading.Thread(target=serve)
+            thread.start()
+        for runner in (*runners, None):
+            given.put(runner)
+        thread.join()
+    for runner in runners:
+        dg.close(runner)
+    assert hidden == [True, False] * 2
 
 
 def seen_model() -> str:
@@ -402,6 +450,7 @@ def test_a_default_dtype_set_in_a_task_is_seen_by_no_other_task(two: Any) -> Non
         await is_set.wait()
         seen = torch.get_default_dtype(), torch.empty(1).dtype
         steps.generate(second, steps=0)  # a step that ends on this thread
+        torch.set_default_dtype(torch.float16)  # of no runner: the process's
         go_on.set()
         return seen
 
@@ -409,10 +458,13 @@ def test_a_default_dtype_set_in_a_task_is_seen_by_no_other_task(two: Any) -> Non
         is_set, go_on = asyncio.Event(), asyncio.Event()
         return await asyncio.gather(holder(is_set, go_on), other(is_set, go_on))
 
-    held, seen = asyncio.run(main())
-    assert held == (torch.float64, torch.float64)
-    assert seen == (torch.float32, torch.float32)
-    assert torch.empty(1).dtype is torch.float32
+    try:
+        held, seen = asyncio.run(main())
+        assert held == (torch.float64, torch.float64)
+        assert seen == (torch.float32, torch.float32)
+        assert torch.empty(1).dtype is torch._C.get_default_dtype() is torch.float16
+    finally:
+        torch._C._set_default_dtype(torch.float32)
 
 
 def test_a_default_dtype_holds_in_threads_and_whatever_the_processs_default_is(guard: None) -> None:

@@ -130,6 +130,47 @@ def test_a_global_that_is_deleted_is_missing_in_that_scope_only(two: tuple[Any, 
         parallel_state._PDMUX_PREFILL_TP_GROUP = before
 
 
+def test_contexts_that_are_patched_are_those_of_the_scope(two: tuple[Any, Any]) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.model_executor import forward_context
+
+    made = runtime_context.RuntimeContext(parallel=runtime_context.ParallelContext())
+    given = object()
+    for runner, other in (two, two[::-1]):
+        with dg.activate(other):
+            of_other = runtime_context.get_context()
+        with dg.activate(runner):
+            with mock.patch.object(runtime_context, "_CONTEXT", made):
+                assert runtime_context.get_context() is made
+                with dg.activate(other):
+                    assert runtime_context.get_context() is of_other
+            with mock.patch.object(runtime_context, "_PARALLEL", made.parallel):
+                assert runtime_context.get_parallel() is made.parallel
+            with mock.patch.object(forward_context, "_current", given):
+                assert forward_context.get_forward_context() is given
+            assert runtime_context.get_context() is runtime_context._CONTEXT is not made
+
+
+def test_globals_in_use_context_are_read_and_written_from_outside_as_by_sglang(
+    guard: None, model: Model
+) -> None:
+    from sglang.srt import runtime_context
+    from sglang.srt.distributed import parallel_state
+
+    context = runtime_context.create_context(server_args(model("llama")), role="scheduler")
+    fake: Any = object()
+    before = parallel_state._ENABLE_CUSTOM_ALL_REDUCE
+    with runtime_context.use_context(context):
+        assert runtime_context._CONTEXT is context
+        assert runtime_context._PARALLEL is context.parallel
+        parallel_state._TP = parallel_state._PP = fake
+        assert parallel_state.model_parallel_is_initialized()
+        parallel_state.set_custom_all_reduce(not before)
+        assert parallel_state._ENABLE_CUSTOM_ALL_REDUCE is not before
+    assert not parallel_state.model_parallel_is_initialized()
+    assert parallel_state._ENABLE_CUSTOM_ALL_REDUCE is before
+
+
 def hooked() -> dict[str, Any]:
     """The functions of the SGLang modules and classes that the guard changes, by name."""
     from sglang.srt import runtime_context

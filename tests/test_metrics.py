@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,37 @@ def without(cache: str) -> None:
         except ValueError as error:
             facts.append(str(error))
     print(json.dumps(facts), flush=True)
+    os._exit(0)
+
+
+def test_two_schedulers_that_one_thread_drives_have_their_own_metrics(cache: Path) -> None:
+    first, second = facts_of("test_metrics.driven(CACHE)")
+    assert first > 0
+    assert second == 2 * first
+
+
+def driven(cache: str) -> None:
+    """Print how many tokens each scheduler has counted; the second one answered twice."""
+    import torch
+    from sglang_distguard.audit.serving import Scheduler
+    from sglang_distguard.testing import create_model
+
+    def ignore(_step: str) -> None: ...
+
+    sglang_distguard.install()
+    server = Scheduler()
+    runners = []
+    for architecture in ("llama", "gpt2"):
+        folder = create_model(architecture, Path(cache) / "models")
+        args = server_args(folder, **Scheduler.settings)
+        runners.append(server.build(args, ignore))
+    first, second = runners
+    for runner in (first, second, second):
+        with torch.inference_mode():
+            server.serve(runner, activate=nullcontext, after=ignore)
+    decoded = 'sglang:realtime_tokens_total{.*mode="decode".* (.*)'
+    counts = [re.findall(decoded, sglang_distguard.metrics(it)) for it in runners]
+    print(json.dumps([float(count) for (count,) in counts]), flush=True)
     os._exit(0)
 
 

@@ -173,6 +173,11 @@ def test_what_an_earlier_release_had_is_told_and_what_a_later_one_brings_is_not(
     assert "_young" not in warning
 
 
+def test_a_package_that_is_not_installed_lacks_nothing(plan_of: PlanOf) -> None:
+    plan = plan_of("", [Scoped("no_such_package.utils", "_buffers")])
+    assert (plan.absent, plan.warnings()) == ([], [])
+
+
 @pytest.mark.parametrize(
     "release", ["0.5.24", "0.5.22.post1", "0.6.0.dev3+g1234", "a branch", None]
 )

@@ -208,6 +208,24 @@ def test_input_buffers_of_two_runners_share_no_memory(two: Two) -> None:
     assert len(pointers) == 2
 
 
+def test_flashinfers_kernels_of_two_runners_share_no_scratch_memory(two: Two) -> None:
+    """Engines launch on streams of their own, where two kernels may write at the same time."""
+    import torch
+    from flashinfer import utils
+
+    def scratch(size: int) -> Any:
+        return utils._get_cache_buf("softmax_workspace", size, torch.device("cpu"))
+
+    own = []
+    for runner in two:
+        with sglang_distguard.activate(runner):
+            own.append(scratch(64))
+            assert scratch(64) is own[-1]
+            assert scratch(128) is not own[-1]
+            assert [len(utils._cache_buf), len(utils._cache_buf_retired)] == [1, 1]
+    assert own[0].data_ptr() != own[1].data_ptr()
+
+
 def test_a_draft_runner_initialises_nothing_and_lives_in_its_targets_scope(
     two: Two, cache: Path
 ) -> None:

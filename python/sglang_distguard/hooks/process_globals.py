@@ -287,6 +287,11 @@ TREATMENTS: tuple[Treatment, ...] = (
             "set while one runner plans a decode step",
         ),
         (
+            "flashinfer.utils",
+            "_cache_buf _cache_buf_retired",
+            "scratch memory of kernels: those of two runners may run at once on two streams",
+        ),
+        (
             _EXECUTOR + "runner_utils.capture_mode",
             "is_capture_mode _capture_lora_variant _capture_attention_variant",
             "true while one runner captures a graph",

@@ -79,13 +79,17 @@ _LIMITED: tuple[tuple[str, str, Span], ...] = (
         Span(None, "0.5.21"),
     ),
     (_SRT + "mem_cache.unified_cache.components.base", "_COMPONENT_UUID_COUNTERS", Span("0.5.22")),
-    # 0.5.21 comes with torch 2.13.0 and transformers 5.12.1, the later ones with 2.14.1 and 5.19.0.
+    # 0.5.21 comes with torch 2.13.0 and transformers 5.12.1, the later ones with 2.14.1 and 5.19.0;
+    # with flashinfer 0.6.18, and the later ones with 0.7.
     ("torch._opaque_base", "_FakeScriptObject_cls", Span(None, "0.5.21")),
     (
         "transformers.cache_utils",
         "DYNAMIC_LAYER_TYPE_MAPPING STATIC_LAYER_TYPE_MAPPING",
         Span("0.5.22"),
     ),
+    ("flashinfer.utils", "_cache_buf_retired", Span("0.5.22")),
+    (_SRT + "model_executor.runner_utils.forward_batch", "_current_batch", Span("0.5.22")),
+    (_SRT + "model_executor.runner_utils.prefill_graph", "_current", Span("0.5.23")),
     # To 0.5.21 below kernels.ops.gemm.
     (_LORA + "chunked_sgmv_expand", "_chunked_lora_expand_kernel", Span("0.5.22")),
     (_LORA + "chunked_sgmv_shrink", "_chunked_lora_shrink_kernel", Span("0.5.22")),

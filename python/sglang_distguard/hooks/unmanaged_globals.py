@@ -181,10 +181,27 @@ LINES: tuple[tuple[str, str, str], ...] = (
         ("threading", f"threads:torch._inductor.compile_worker.{name}", "waits for compilations")
         for name in ("subproc_pool.SubprocPool._read_thread", "timer.Timer.check")
     ),
+    *(
+        (_SRT + module, names, "a context variable: each thread has its own")
+        for module, names in (
+            (
+                "model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
+                "_current_capture_var _current_stream_var _forked_streams_var",
+            ),
+            ("model_executor.runner_utils.forward_batch", "_current_batch"),
+            ("model_executor.runner_utils.prefill_graph", "_current"),
+            ("models.qwen4_exp", "_current_capture_var"),
+        )
+    ),
+    ("flashinfer.decode", "get_batch_decode_module", _KERNEL),
+    ("flashinfer.norm", "get_norm_module", _KERNEL),
+    ("flashinfer.prefill", "get_batch_prefill_module", _KERNEL),
+    ("flashinfer.jit.cpp_ext", "get_cuda_path get_cuda_version", _MACHINE),
+    ("flashinfer.utils", "device_support_pdl get_compute_capability", _MACHINE),
     (
-        _SRT + "model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
-        "_current_capture_var",
-        "a context variable: each thread has its own",
+        "jinja2.environment",
+        "get_spontaneous_environment",
+        "templates' settings, keyed by its arguments",
     ),
     (
         "torch",
@@ -211,6 +228,13 @@ LINES: tuple[tuple[str, str, str], ...] = (
     ),
     ("sglang.kernels.ops.activation.activation", "activation_module", _KERNEL),
     ("sglang.kernels.ops.attention.clamp_position", "_jit_clamp_position_module", _KERNEL),
+    ("sglang.kernels.ops.attention.rope", "_jit_fused_rope_module", _KERNEL),
+    ("sglang.kernels.ops.gemm.gptq_marlin", "_jit_gptq_marlin_module", _KERNEL),
+    (
+        "sglang.kernels.ops.quantization.gptq_marlin_repack",
+        "_jit_gptq_marlin_repack_module",
+        _KERNEL,
+    ),
     ("sglang.kernels.ops.kvcache.kvcache", "_jit_kvcache_module can_use_store_cache", _KERNEL),
     ("sglang.kernels.ops.layernorm.norm", "can_use_fused_inplace_qknorm", _KERNEL),
     ("sglang.kernels.selector", "_resolve", _KERNEL),

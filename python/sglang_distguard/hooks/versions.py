@@ -17,6 +17,7 @@ from sglang_distguard.patching import (
     Needs,
     Scoped,
     find_source,
+    is_installed,
     readers,
     split,
 )
@@ -37,7 +38,7 @@ class Plan:
         release: version of the distribution; None if it is unknown.
         modules: the changes of each module.
         absent: rows and hooks for which this release has nothing. They are dropped. Those that
-            only earlier releases need are not listed.
+            only earlier releases need are not listed, and none of a package that is not installed.
         missing: what is required and not there.
         refused: why a global or a function cannot be changed in the form that it has.
     """
@@ -150,7 +151,10 @@ def plan_of(changes: Iterable[Change], release: Optional[str], at: Optional[Path
             plan.refused.append(str(error))
             continue
         plan.absent += [
-            it for it in absent if not releases.span_of(it.module, it.name).is_past(release)
+            it
+            for it in absent
+            if is_installed(module, at)
+            and not releases.span_of(it.module, it.name).is_past(release)
         ]
     scoped = {
         module: [it.name for it in present if isinstance(it, Scoped)]

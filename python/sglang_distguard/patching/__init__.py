@@ -18,7 +18,7 @@ from sglang_distguard.patching.foreign_readers import readers
 from sglang_distguard.patching.outline import outline
 from sglang_distguard.patching.plan import ModulePlan
 from sglang_distguard.patching.presence import Absent, split
-from sglang_distguard.patching.source import ModuleSource, find_source
+from sglang_distguard.patching.source import ModuleSource, find_source, is_installed
 
 __all__ = [
     "Absent",
@@ -36,6 +36,7 @@ __all__ = [
     "WithinMethods",
     "find_source",
     "is_changed",
+    "is_installed",
     "name_of",
     "outline",
     "readers",

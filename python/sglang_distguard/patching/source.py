@@ -40,6 +40,12 @@ def find_source(module: str, at: Optional[Path] = None) -> Optional[ModuleSource
     return _read(module, path)
 
 
+def is_installed(module: str, at: Optional[Path] = None) -> bool:
+    """Whether the package that ``module`` belongs to is there; ``at`` as for ``find_source``."""
+    top = module.partition(".")[0]
+    return _has(at, top) or _spec(top) is not None
+
+
 @dataclass(frozen=True)
 class ModuleFile:
     """A module's source file, with size and time to detect changed content, as .pyc files do."""
