@@ -143,7 +143,7 @@ same-key: setup ## runners of one path and other content, every architecture; wr
 shared-weights: setup ## two runners that share weights, every architecture; writes docs/ (half an hour)
 	@$(BIN)/python verify/shared_weights.py --jobs 2
 
-gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released; loads, streams, other features, the audit (an hour)
+gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a treatment and without; memory released; loads, streams, other features, scratch memory, the audit (an hour)
 	@$(BIN)/python verify/gpu.py .cache/models
 	@$(BIN)/python verify/gpu_memory.py .cache/models
 	@$(BIN)/python verify/gpu_engines.py .cache/models
@@ -151,6 +151,7 @@ gpu: setup ## runners and engines with CUDA graphs at once on one GPU, with a tr
 	@$(BIN)/python verify/gpu_loads.py .cache/models
 	@$(BIN)/python verify/gpu_streams.py .cache/models graphs eager processes
 	@$(BIN)/python verify/gpu_breadth.py .cache/models
+	@$(BIN)/python verify/gpu_scratch.py
 	@$(BIN)/python verify/gpu_audit.py .cache/models --keep .cache/audit-runs
 
 gpu2: setup ## runners of one process on two GPUs, from threads whose current device is either (two minutes)
