@@ -40,6 +40,7 @@ KINDS = {
         "test_managers",
         "test_engines",
         "test_engines_at_exit",
+        "test_engines_loop",
         "test_engines_methods",
         "test_engines_pooled",
         "test_engines_records",

@@ -285,6 +285,58 @@ def test_what_is_pending_when_draining_ends_gets_a_typed_error(engine: Engine) -
             pending.result(MANY)
 
 
+def test_a_request_that_close_waits_for_can_be_aborted_and_one_that_is_over_is_left_alone(
+    engine: Engine,
+) -> None:
+    stream = engine.generate(
+        input_ids=list(PROMPTS[0]), sampling_params=LONG, rid="long", stream=True
+    )
+    next(stream)
+    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
+    is_aborted, step = threading.Event(), scheduler.get_next_batch_to_run
+
+    def after_the_abort(*args: Any, **kwargs: Any) -> Any:
+        assert is_aborted.wait(MANY)
+        return step(*args, **kwargs)
+
+    scheduler.get_next_batch_to_run = after_the_abort
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(engine.close, drain=MANY)
+        while not engine._is_closing and not closed.done():
+            pass
+        engine.abort("long")
+        is_aborted.set()
+        *_, last = stream
+        closed.result(MANY)
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    engine.abort("long")
+    engine.abort(all=True)
+
+
+def test_an_engine_that_fails_while_close_waits_for_its_requests_fails_them_with_the_cause(
+    engine: Engine,
+) -> None:
+    stream = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True)
+    next(stream)
+    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
+    is_closing = threading.Event()
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        assert is_closing.wait(MANY)
+        raise ValueError("planted")
+
+    scheduler.process_batch_result = fail
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(engine.close, drain=MANY)
+        while not engine._is_closing and not closed.done():
+            pass
+        is_closing.set()
+        with pytest.raises(EngineFailed, match="planted"):
+            for _ in stream:
+                pass
+        closed.result(MANY)
+
+
 def test_closing_an_engine_wakes_its_idle_scheduler(engine: Engine) -> None:
     (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
     sleeper = scheduler.idle_sleeper

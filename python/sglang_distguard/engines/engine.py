@@ -32,7 +32,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -43,7 +43,7 @@ from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
 from sglang_distguard.engines import at_exit, launch
 from sglang_distguard.engines.context_manager import Closes
-from sglang_distguard.engines.loops import LoopThread, in_thread
+from sglang_distguard.engines.loops import LoopEnded, LoopThread, in_thread
 from sglang_distguard.engines.parts import Part, forget
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
 from sglang_distguard.engines.requests import Bridge, Request
@@ -199,8 +199,11 @@ class Engine(Closes, HasWeights):
     # How parts end
 
     def _ended(self, part: Part) -> None:
-        """A part's thread has ended; the engine has failed unless it told the part to end."""
-        if self._is_closing:
+        """A part's thread has ended; the engine has failed unless it told the part to end.
+
+        So it may fail while ``close`` waits for requests, which hear of it at once.
+        """
+        if part.is_told:
             return
         cause = part.error or RuntimeError(f"the thread {part.name} has ended")
         with self._lock:
@@ -213,13 +216,16 @@ class Engine(Closes, HasWeights):
         for task in list(self._pending):
             task.cancel()
 
-    def _check(self, *, may_have_failed: bool = False) -> None:
+    def _check_process(self) -> None:
         if self._process != os.getpid():
             raise ForkedError(
                 f"engine {self.name!r} was opened in process {self._process}; this forked child "
                 f"({os.getpid()}) does not have its threads. Open an engine here",
                 engine=self.name,
             )
+
+    def _check(self, *, may_have_failed: bool = False) -> None:
+        self._check_process()
         if self._is_closing:
             raise EngineClosed(
                 f"engine {self.name!r} is closed; open another one", engine=self.name
@@ -274,18 +280,27 @@ class Engine(Closes, HasWeights):
         except BaseException:
             coroutine.close()
             raise
-        future = self._loop.submit(self._here(coroutine))
+        try:
+            future = self._loop.submit(self._here(coroutine))
+        except LoopEnded:
+            coroutine.close()
+            self._check()
+            raise
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)
         return future
 
-    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    def _refuse_here(self) -> None:
         if self._loop.is_here():
-            coroutine.close()
             raise RuntimeError(
                 f"a synchronous method of engine {self.name!r} was called in the engine's own loop; "
                 "use the asynchronous one"
             )
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if self._loop.is_here():
+            coroutine.close()
+        self._refuse_here()
         future = self._submit(coroutine)
         try:
             return future.result()
@@ -358,7 +373,9 @@ class Engine(Closes, HasWeights):
         return await asyncio.wrap_future(self._submit(coroutine))
 
     def abort(self, rid: str = "", *, all: bool = False) -> None:
-        """Abort the request ``rid``, or all requests.
+        """Abort the request ``rid``, or all requests; also while ``close`` waits for them.
+
+        A request that is over is left alone. All are, once the engine is closed or has failed.
 
         Args:
             rid: the request's id, as given to ``generate``.
@@ -366,9 +383,16 @@ class Engine(Closes, HasWeights):
         """
 
         async def abort() -> None:
-            self._made.tokenizer_manager.abort_request(rid=rid, abort_all=all)
+            if self._made is not None:
+                self._made.tokenizer_manager.abort_request(rid=rid, abort_all=all)
 
-        self._wait(abort())
+        self._check_process()
+        self._refuse_here()
+        try:
+            self._loop.submit(abort()).result()
+        except (DistGuardError, CancelledError, LoopEnded):
+            if not self._is_closing and self._failure is None:
+                raise
 
     def __getattr__(self, name: str) -> Any:
         """The other methods of the installed ``sgl.Engine``, run in the engine's own thread."""

@@ -8,9 +8,14 @@ import functools
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Optional, TypeVar
 
 _T = TypeVar("_T")
+
+
+class LoopEnded(RuntimeError):
+    """The loop runs nothing any more."""
 
 
 class LoopThread:
@@ -31,6 +36,9 @@ class LoopThread:
         self.started: Future[None] = Future()
         self.loop = asyncio.new_event_loop()
         self.is_ending = False
+        #: Held while a coroutine is handed to the loop, which closes afterwards or not before.
+        self._handing_over = threading.Lock()
+        self._is_over = False
         self._context = contextvars.Context()
         self._set_up = set_up
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -45,12 +53,13 @@ class LoopThread:
             self._context.run(self._set_up)
         except BaseException as error:
             self.started.set_exception(error)
-            self.loop.close()
-            return
-        self.started.set_result(None)
-        try:
+        else:
+            self.started.set_result(None)
             self.loop.run_forever()
         finally:
+            with self._handing_over:
+                self._is_over = True
+            self.loop.run_until_complete(self._cancel_all())  # what came after the first time
             self.loop.close()
 
     def is_here(self) -> bool:
@@ -65,29 +74,37 @@ class LoopThread:
         """Run ``coroutine`` in the loop; cancelling the result cancels it.
 
         Raises:
-            RuntimeError: the loop has ended.
+            LoopEnded: the loop has ended.
         """
         context = self._context.copy()
-        try:
-            return context.run(asyncio.run_coroutine_threadsafe, coroutine, self.loop)
-        except RuntimeError:
-            coroutine.close()
-            raise
+        with self._handing_over:
+            if not self._is_over:
+                return context.run(asyncio.run_coroutine_threadsafe, coroutine, self.loop)
+        coroutine.close()
+        raise LoopEnded(f"the loop of {self._thread.name} has ended")
 
     def end(self, timeout: float) -> bool:
         """Cancel what runs in the loop and end it; return whether the thread has ended in time."""
-        if self._thread.is_alive() and not self.loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._cancel_all(), self.loop)
+        if self._thread.is_alive():
+            with suppress(LoopEnded):
+                self.submit(self._stop())
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    async def _stop(self) -> None:
+        await self._cancel_all()
+        self.loop.stop()
+
     async def _cancel_all(self) -> None:
         self.is_ending = True  # it is not their callers who cancel them
+        for _ in range(
+            2
+        ):  # what was handed over becomes a task, which begins, and sees the end itself
+            await asyncio.sleep(0)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.loop.stop()
 
 
 async def in_thread(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:

@@ -42,6 +42,7 @@ class Part:
         error: what ended it; None while it runs, and after it was told to end.
         memory: what its runners may use, if that was chosen; see ``build_runner``.
         pace: of the engine's start.
+        is_told: whether it was told to end.
         manager: SGLang's object; None before it is made, and after the thread has ended.
     """
 
@@ -69,7 +70,7 @@ class Part:
         self.pace: Optional[Pace] = None
         self._ended = ended
         self._args: Optional[ServerArgs] = own_copy(server_args)
-        self._is_told = False
+        self.is_told = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -82,7 +83,7 @@ class Part:
         Args:
             timeout: seconds to wait. A thread that still starts ends when it has started.
         """
-        self._is_told = True
+        self.is_told = True
         if self._thread.ident is None:
             return True
         until = time.monotonic() + timeout
@@ -99,7 +100,7 @@ class Part:
             with settings.runner_scope(self.name, memory=self.memory), starting(self.pace):
                 self._serve(self._args)
         except BaseException as error:
-            if not self._is_told:
+            if not self.is_told:
                 self.error = error
         finally:
             manager, self.manager, self._args = self.manager, None, None
@@ -139,7 +140,7 @@ class SchedulerPart(Part):
         with weights.sharing_with(source):
             self.manager = Scheduler(server_args, self.ports)
         del source
-        if not self._is_told:
+        if not self.is_told:
             self.ready.set_result(self.manager.get_init_info())
             try:
                 self.manager.run_event_loop()
@@ -156,7 +157,7 @@ class DetokenizerPart(Part):
 
         publish(server_args, role="detokenizer")
         self.manager = DetokenizerManager(server_args, self.ports)
-        if not self._is_told:
+        if not self.is_told:
             self.ready.set_result(None)
             self.manager.event_loop()
 
