@@ -37,7 +37,7 @@ def main() -> int:
         port = free_port()
         started.append(_router(port, urls))
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        _wait(client, started[-1])
+        _wait(client, started[-1], urls)
         print("one answer of all:", _are_one(_answers(client, 4 * number)))
         print("processes that answered:", sum(map(_answered, urls)))
         with ThreadPoolExecutor(1) as thread:
@@ -86,17 +86,20 @@ def _address(server: subprocess.Popen[str]) -> str:
     raise RuntimeError(f"a server ended with status {server.wait()} before it served")
 
 
-def _wait(client: OpenAI, router: subprocess.Popen[str]) -> None:
-    """Wait until the router has found every process; it answers 503 before."""
+def _wait(client: OpenAI, router: subprocess.Popen[str], urls: list[str]) -> None:
+    """Wait until the router has found every process; it answers 503 before it has found one."""
     until = time.monotonic() + LIMIT
     while True:
         try:
             _answers(client, 4)
-            return
-        except APIError:
-            if router.poll() is not None or time.monotonic() > until:
-                raise
-            time.sleep(0.2)
+            if all(map(_answered, urls)):
+                return
+            missing = "the router has not found every process"
+        except APIError as error:
+            missing = f"the router does not answer: {error}"
+        if router.poll() is not None or time.monotonic() > until:
+            raise RuntimeError(missing)
+        time.sleep(0.2)
 
 
 def _answers(client: OpenAI, number: int) -> list[tuple[str, list[float]]]:

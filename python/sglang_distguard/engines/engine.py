@@ -8,6 +8,7 @@ States::
     starting  a part fails            closed (the constructor raises the part's error)
     serving   a part ends by itself   failed: pending and later calls raise `EngineFailed`
     serving   close()                 closing: later calls raise `EngineClosed`; pending ones go on
+    closing   a part ends by itself   closing: pending calls raise `EngineFailed`
     closing   drained, or deadline    closed: what still runs is aborted
     failed    close()                 closed
     any       interpreter's exit      closed, without draining (``engines.at_exit``)
