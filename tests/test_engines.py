@@ -302,10 +302,12 @@ def test_a_request_that_close_waits_for_can_be_aborted_and_one_that_is_over_is_l
     scheduler.get_next_batch_to_run = after_the_abort
     with ThreadPoolExecutor(1) as pool:
         closed = pool.submit(engine.close, drain=MANY)
-        while not engine._is_closing and not closed.done():
-            pass
-        engine.abort("long")
-        is_aborted.set()
+        try:
+            while not engine._is_closing and not closed.done():
+                pass
+            engine.abort("long")
+        finally:
+            is_aborted.set()
         *_, last = stream
         closed.result(MANY)
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
@@ -335,6 +337,26 @@ def test_an_engine_that_fails_while_close_waits_for_its_requests_fails_them_with
             for _ in stream:
                 pass
         closed.result(MANY)
+
+
+def test_an_engine_whose_frontend_ends_by_itself_has_failed_and_is_closed_whole(
+    engine: Engine,
+) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    stream = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True)
+    next(stream)
+    engine._loop.submit(leave())
+    with pytest.raises(EngineFailed, match="SystemExit: 3"):
+        for _ in stream:
+            pass
+    with pytest.raises(EngineFailed, match="SystemExit: 3"):
+        asked(engine)
+    engine.abort("long")
+    parts = engine._begun
+    engine.close(drain=MANY)
+    assert not any(it._thread.is_alive() for it in parts)
 
 
 def test_closing_an_engine_wakes_its_idle_scheduler(engine: Engine) -> None:

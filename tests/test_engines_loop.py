@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -25,40 +26,94 @@ async def work() -> str:
     return "ran"
 
 
-def test_a_coroutine_that_is_handed_over_after_the_loop_was_told_to_stop_runs(
+def test_a_coroutine_that_is_handed_over_after_the_loop_has_stopped_is_refused_or_begins(
     thread: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late: list[Future[str]] = []
+    handed_over: list[Future[str]] = []
     stop = thread.loop.stop
 
     def stop_and_submit() -> None:
         stop()
-        late.append(thread.submit(work()))
+        with suppress(LoopEnded):  # the loop's second stop, at its very end
+            handed_over.append(thread.submit(work()))
 
     monkeypatch.setattr(thread.loop, "stop", stop_and_submit)
     assert thread.end(MANY)
-    assert [it.result(MANY) for it in late] == ["ran"]
+    assert [it.result(MANY) for it in handed_over] == ["ran"]
 
 
-def test_a_coroutine_that_is_handed_over_as_the_end_begins_begins(thread: LoopThread) -> None:
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_a_coroutine_that_is_handed_over_as_the_end_begins_begins(
+    thread: LoopThread, turns: int
+) -> None:
+    """``turns``: of the loop, by which it comes later than the order to end."""
     is_held, may_go = threading.Event(), threading.Event()
-    begun: list[str] = []
+    ends: list[str] = []
 
     async def hold() -> None:
         is_held.set()
         may_go.wait(MANY)
 
-    async def begins() -> None:
-        begun.append("begun")
+    def hand_over(turns: int) -> None:
+        if turns:
+            thread.loop.call_soon_threadsafe(hand_over, turns - 1)
+            return
+        try:
+            thread.submit(work()).add_done_callback(lambda it: ends.append(it.result(0)))
+        except LoopEnded:
+            ends.append("refused")
 
-    holding = thread.submit(hold())
+    thread.submit(hold())
     assert is_held.wait(MANY)
-    ending = thread.submit(thread._stop())  # as `end` does, without waiting
-    after = thread.submit(begins())
+    thread.call_soon(thread._stop)  # as `end` does, without waiting
+    hand_over(turns)
     may_go.set()
-    for it in (holding, ending, after):
-        it.result(MANY)
-    assert begun == ["begun"]
+    assert thread.end(MANY)
+    assert ends == (["ran"] if turns < 2 else ends)
+    assert len(ends) == 1
+
+
+def test_a_loop_that_is_told_to_end_twice_waits_for_what_it_cancels(thread: LoopThread) -> None:
+    seen: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            thread._stop()
+            await asyncio.sleep(0)
+            seen.append("ended")
+
+    waiting = thread.submit(wait())
+    thread.submit(work()).result(MANY)
+    assert thread.end(MANY)
+    assert waiting.cancelled()
+    assert seen == ["ended"]
+
+
+def test_an_error_that_ends_the_loop_is_told_before_what_waits_is_cancelled() -> None:
+    told: list[BaseException] = []
+    seen: list[int] = []
+
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append(len(told))
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    thread = LoopThread("loop", lambda: None, told.append)
+    thread.start()
+    thread.started.result(MANY)
+    waiting = thread.submit(wait())
+    thread.submit(leave())
+    assert thread.end(MANY)
+    assert waiting.cancelled()
+    assert [repr(it) for it in told] == ["SystemExit(3)"]
+    assert seen == [1]
 
 
 def test_a_loop_that_has_ended_or_could_not_be_set_up_refuses_coroutines(

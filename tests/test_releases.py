@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -173,9 +175,14 @@ def test_what_an_earlier_release_had_is_told_and_what_a_later_one_brings_is_not(
     assert "_young" not in warning
 
 
-def test_a_package_that_is_not_installed_lacks_nothing(plan_of: PlanOf) -> None:
-    plan = plan_of("", [Scoped("no_such_package.utils", "_buffers")])
-    assert (plan.absent, plan.warnings()) == ([], [])
+def test_a_package_that_is_not_installed_lacks_nothing(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a program has put an object of its own in the place of the package."""
+    monkeypatch.setitem(sys.modules, "a_stub", ModuleType("a_stub"))
+    for package in ("no_such_package", "a_stub"):
+        plan = plan_of("", [Scoped(f"{package}.utils", "_buffers")])
+        assert (plan.absent, plan.warnings()) == ([], [])
 
 
 @pytest.mark.parametrize(

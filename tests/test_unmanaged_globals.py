@@ -263,6 +263,9 @@ class Switched:
             ),
             "pynvml": lambda: patch.setattr(f"pynvml.{name}", {}),
             **dict.fromkeys(
+                _CACHES, lambda: getattr(importlib.import_module(module), name).cache_clear()
+            ),
+            **dict.fromkeys(
                 (
                     "threading.threads:sglang.srt.utils.watchdog.WatchdogRaw._watchdog_thread",
                     "threading.threads:torch._inductor.compile_worker.subproc_pool.SubprocPool."
@@ -299,7 +302,9 @@ class Switched:
             "ALLOC_LEN_PER_DECODE": lambda: 7,
             "copy_all_layer_kv_cache_cpu": lambda: copy.copy(now),
             "get_cpu_ids_by_node": lambda: copy.copy(now),  # no cache before 0.5.23
-            "_current_capture_var": lambda: contextvars.ContextVar("made up", default=None),
+            **dict.fromkeys(
+                _CONTEXT_VARIABLES, lambda: contextvars.ContextVar("made up", default=None)
+            ),
             "apply_rotary_pos_emb": lambda: copy.copy(now),
             "apply_rotary_pos_emb_native": lambda: copy.copy(now),
             "hf_to_sglang_mapper": lambda: copy.copy(now),
@@ -310,12 +315,22 @@ class Switched:
         return lambda: self._monkeypatch.setattr(owner, last, changed(), raising=False)
 
 
+#: Modules of other libraries whose rows are caches, which may be asked again.
+_CACHES = (
+    *("flashinfer.decode", "flashinfer.norm", "flashinfer.prefill", "flashinfer.jit.cpp_ext"),
+    *("flashinfer.utils", "jinja2.environment"),
+)
+_CONTEXT_VARIABLES = (
+    *("_current_capture_var", "_current_stream_var", "_forked_streams_var"),
+    *("_current_batch", "_current"),
+)
 #: Caches of SGLang's `cache_once`, which has them in a closure: they are replaced by another.
 _COMPILED = (
     *("_anchor_roots", "_environment_fingerprint", "_target_tag", "cuda_home"),
     *("device_compiler_path", "host_compiler_path", "toolkit_home", "activation_module"),
     *("_jit_clamp_position_module", "_jit_kvcache_module", "can_use_store_cache"),
-    "can_use_fused_inplace_qknorm",
+    *("can_use_fused_inplace_qknorm", "_jit_fused_rope_module", "_jit_gptq_marlin_module"),
+    "_jit_gptq_marlin_repack_module",
 )
 
 

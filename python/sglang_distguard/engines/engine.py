@@ -30,31 +30,24 @@ import inspect
 import os
 import queue
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from sglang_distguard.api.closing import close as close_resident
 from sglang_distguard.config import settings
 from sglang_distguard.config.checks import check_flag, check_memory, check_name, check_seconds
 from sglang_distguard.config.naming import name_of_model
 from sglang_distguard.context import metrics
-from sglang_distguard.engines import at_exit, launch
+from sglang_distguard.engines import at_exit, ending, launch
 from sglang_distguard.engines.context_manager import Closes
 from sglang_distguard.engines.loops import LoopEnded, LoopThread, in_thread
-from sglang_distguard.engines.parts import Part, forget
+from sglang_distguard.engines.parts import Part
 from sglang_distguard.engines.refusals import CHANGING_WEIGHTS, ONE_BY_ONE, refuse
 from sglang_distguard.engines.requests import Bridge, Request
 from sglang_distguard.engines.weights import HasWeights, refuse_if_shared, source_of
-from sglang_distguard.errors import (
-    DistGuardError,
-    EngineClosed,
-    EngineFailed,
-    ForkedError,
-)
+from sglang_distguard.errors import DistGuardError, EngineClosed, EngineFailed, ForkedError
 from sglang_distguard.process.installation import is_installed
 from sglang_distguard.runner.handle import find_handle
 from sglang_distguard.sync.pacing import Pace, starting
@@ -135,7 +128,7 @@ class Engine(Closes, HasWeights):
         self._shares = source_of(share_weights_with)
         self._budget = memory
         self._pace = Pace(at_exit.is_any_answering) if paced else None
-        self._loop = LoopThread(f"{self.name}-frontend", self._launch)
+        self._loop = LoopThread(f"{self.name}-frontend", self._launch, self._fail)
         at_exit.note(self)
         try:
             self._loop.start()
@@ -152,12 +145,11 @@ class Engine(Closes, HasWeights):
 
     def _launch(self) -> None:
         shares, self._shares = self._shares, None
-        pace, begun = self._pace, self._begun.append
+        pace = self._pace
         try:
             with settings.runner_scope(self.name), starting(pace):
-                made: Any = launch.launch(
-                    self.name, self._server_args, self._ended, begun, shares, self._budget, pace
-                )
+                given = self._ended, self._note_begun, shares, self._budget, pace
+                made: Any = launch.launch(self.name, self._server_args, *given)
         finally:
             if pace is not None:
                 pace.end()
@@ -204,14 +196,23 @@ class Engine(Closes, HasWeights):
 
         So it may fail while ``close`` waits for requests, which hear of it at once.
         """
-        if part.is_told:
-            return
-        cause = part.error or RuntimeError(f"the thread {part.name} has ended")
+        if not part.is_told:
+            self._fail(part.error or RuntimeError(f"the thread {part.name} has ended"))
+
+    def _fail(self, cause: BaseException) -> None:
         with self._lock:
             if self._failure is None:
                 self._failure = cause
-        if not self._loop.loop.is_closed():
-            self._loop.loop.call_soon_threadsafe(self._cancel_pending)
+        self._loop.call_soon(self._cancel_pending)
+
+    def _note_begun(self, part: Part) -> None:
+        """A part is about to start; none does once the start has been given up."""
+        with self._lock:
+            if self._is_closing:
+                raise EngineClosed(
+                    f"engine {self.name!r} was closed while it started", engine=self.name
+                )
+            self._begun.append(part)
 
     def _cancel_pending(self) -> None:
         for task in list(self._pending):
@@ -384,8 +385,9 @@ class Engine(Closes, HasWeights):
         """
 
         async def abort() -> None:
-            if self._made is not None:
-                self._made.tokenizer_manager.abort_request(rid=rid, abort_all=all)
+            made = self._made
+            if made is not None:
+                made.tokenizer_manager.abort_request(rid=rid, abort_all=all)
 
         self._check_process()
         self._refuse_here()
@@ -449,12 +451,11 @@ class Engine(Closes, HasWeights):
         if is_second:
             self._is_closed.wait(_ENDING)
             return
-        try:
+        with ExitStack() as last:  # also after Ctrl-C
+            last.callback(self._is_closed.set)
+            last.callback(self._end, _ENDING)
             if self._failure is None:
                 self._drain(drain)
-            self._end(_ENDING)
-        finally:
-            self._is_closed.set()
 
     async def aclose(self, drain: float = 30.0) -> None:
         """As ``close``, without blocking the caller's loop."""
@@ -469,44 +470,21 @@ class Engine(Closes, HasWeights):
                 await asyncio.wait(pending, timeout=seconds)
             self._cancel_pending()
 
-        self._loop.submit(drained()).result()
+        with suppress(LoopEnded, CancelledError):  # the engine has failed meanwhile
+            self._loop.submit(drained()).result()
 
     def _end(self, seconds: float) -> None:
-        """End every part, also when ending another one fails."""
-        deadline = time.monotonic() + seconds
         made, self._made = self._made, None
         parts, self._begun = self._begun, []
-        left: list[str] = []
-        with ExitStack() as last:  # in reverse order
-            for part in parts:
-                last.callback(launch.remove_files, part.ports)
-            if made is not None:
-                try:
-                    close_resident(made.tokenizer_manager, timeout=seconds)
-                except (DistGuardError, TimeoutError):  # TimeoutError: its loop does not answer
-                    left.append(f"{self.name}-frontend")
-                    close_resident(made.tokenizer_manager, force=True)
-                last.callback(self._one_by_one.shutdown)
-                last.callback(made.send_to_rpc.context.term)
-                last.callback(made.send_to_rpc.close, linger=0)
-            left += [part.name for part in parts if not part.end(deadline - time.monotonic())]
-            if not self._loop.end(max(0.0, deadline - time.monotonic())):
-                left.append(f"{self.name}-frontend")
-        if made is not None and not left:
-            forget(made.tokenizer_manager)
-        if left:
-            raise TimeoutError(
-                f"engine {self.name!r}: {', '.join(dict.fromkeys(left))} did not end within "
-                f"{seconds:g} s"
-            )
+        ending.end(self.name, made, parts, self._loop, self._one_by_one, seconds)
 
     def _end_failed_start(self) -> None:
         """End what a failed start has begun; a part that still loads ends when it has."""
-        self._is_closing = True
+        with self._lock:
+            self._is_closing = True
         try:
-            self._end(_ENDING_FAILED)
-        except TimeoutError:
-            pass  # the error of the start says more
+            with suppress(TimeoutError):  # the error of the start says more
+                self._end(_ENDING_FAILED)
         finally:
             self._is_closed.set()
 

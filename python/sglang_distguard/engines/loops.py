@@ -8,7 +8,6 @@ import functools
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, Optional, TypeVar
 
 _T = TypeVar("_T")
@@ -23,24 +22,35 @@ class LoopThread:
 
     asyncio gives a coroutine that another thread submits the submitter's context, and with it the
     submitter's scope. Here the engine's own one is used.
+
+    Invariant: what is handed over either begins in the loop, or is refused with ``LoopEnded``. The
+    lock is held by who hands over, never while it waits, and the loop's thread does not wait for it.
     """
 
-    def __init__(self, name: str, set_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        set_up: Callable[[], None],
+        failed: Callable[[BaseException], None] = lambda _error: None,
+    ) -> None:
         """Make the thread.
 
         Args:
             name: of the thread.
             set_up: called in the thread, with the loop as its current one, before the loop runs.
                 Its error is that of ``started``.
+            failed: called in the thread with the error that ended the loop before ``end``.
         """
         self.started: Future[None] = Future()
         self.loop = asyncio.new_event_loop()
+        #: Whether tasks are cancelled because the loop ends, and not by their callers.
         self.is_ending = False
-        #: Held while a coroutine is handed to the loop, which closes afterwards or not before.
-        self._handing_over = threading.Lock()
+        # Of the same thread, too: a handler of a signal may hand over while its thread does.
+        self._handing_over = threading.RLock()
         self._is_over = False
         self._context = contextvars.Context()
         self._set_up = set_up
+        self._failed = failed
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -55,12 +65,19 @@ class LoopThread:
             self.started.set_exception(error)
         else:
             self.started.set_result(None)
-            self.loop.run_forever()
-        finally:
-            with self._handing_over:
-                self._is_over = True
-            self.loop.run_until_complete(self._cancel_all())  # what came after the first time
-            self.loop.close()
+            self._run_until(self.loop.run_forever)
+        self.is_ending = True
+        ending = self.loop.create_task(self._end_all())
+        while not ending.done():
+            self._run_until(lambda: self.loop.run_until_complete(ending))
+        self.loop.close()
+
+    def _run_until(self, run: Callable[[], None]) -> None:
+        """Run the loop until it stops, or a task ends it, as SystemExit and KeyboardInterrupt do."""
+        try:
+            run()
+        except BaseException as error:
+            self._failed(error)
 
     def is_here(self) -> bool:
         """Whether the calling thread is the loop's own."""
@@ -83,23 +100,31 @@ class LoopThread:
         coroutine.close()
         raise LoopEnded(f"the loop of {self._thread.name} has ended")
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call ``function`` in the loop, unless that has ended."""
+        with self._handing_over:
+            if not self._is_over:
+                self.loop.call_soon_threadsafe(function)
+
     def end(self, timeout: float) -> bool:
         """Cancel what runs in the loop and end it; return whether the thread has ended in time."""
         if self._thread.is_alive():
-            with suppress(LoopEnded):
-                self.submit(self._stop())
+            self.call_soon(self._stop)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    async def _stop(self) -> None:
-        await self._cancel_all()
-        self.loop.stop()
+    def _stop(self) -> None:
+        if not self.is_ending:  # a second one would stop what the thread does last
+            self.loop.stop()
 
-    async def _cancel_all(self) -> None:
-        self.is_ending = True  # it is not their callers who cancel them
-        for _ in range(
-            2
-        ):  # what was handed over becomes a task, which begins, and sees the end itself
+    async def _end_all(self) -> None:
+        """Refuse what is handed over from now on, let the rest begin, and cancel it."""
+        while not self._handing_over.acquire(blocking=False):
+            await asyncio.sleep(0.001)
+        self._is_over = True
+        self._handing_over.release()
+        # What was handed over becomes a task, and that begins: it sees by itself that this is the end.
+        for _ in range(2):
             await asyncio.sleep(0)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:

@@ -190,7 +190,6 @@ LINES: tuple[tuple[str, str, str], ...] = (
             ),
             ("model_executor.runner_utils.forward_batch", "_current_batch"),
             ("model_executor.runner_utils.prefill_graph", "_current"),
-            ("models.qwen4_exp", "_current_capture_var"),
         )
     ),
     ("flashinfer.decode", "get_batch_decode_module", _KERNEL),

@@ -43,7 +43,10 @@ def find_source(module: str, at: Optional[Path] = None) -> Optional[ModuleSource
 def is_installed(module: str, at: Optional[Path] = None) -> bool:
     """Whether the package that ``module`` belongs to is there; ``at`` as for ``find_source``."""
     top = module.partition(".")[0]
-    return _has(at, top) or _spec(top) is not None
+    if _has(at, top):
+        return True
+    spec = _spec(top)
+    return spec is not None and spec.origin is not None  # else a folder that only has its name
 
 
 @dataclass(frozen=True)
@@ -132,4 +135,9 @@ def _spec(top: str) -> Optional[ModuleSpec]:
         spec = PathFinder.find_spec(top)
         if spec is not None and spec.origin is not None:
             return spec
-    return importlib.util.find_spec(top)
+    try:
+        return importlib.util.find_spec(top)
+    except (
+        ValueError
+    ):  # an object that a program has put in the place of the module, without a spec
+        return None
