@@ -359,6 +359,34 @@ def test_an_engine_whose_frontend_ends_by_itself_has_failed_and_is_closed_whole(
     assert not any(it._thread.is_alive() for it in parts)
 
 
+def test_no_part_starts_once_a_start_has_timed_out(
+    guard: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt import plugins
+
+    may_go, started = threading.Event(), []
+    load, start = plugins.load_plugins, parts.Part.start
+
+    def wait_and_load() -> None:
+        assert may_go.wait(MANY)
+        load()
+
+    def note_and_start(part: parts.Part) -> None:
+        started.append(part.name)
+        start(part)
+
+    monkeypatch.setattr(plugins, "load_plugins", wait_and_load)
+    monkeypatch.setattr(parts.Part, "start", note_and_start)
+    with pytest.raises(TimeoutError, match="did not serve within"):
+        Engine(server_args=server_args(model("llama")), name="late", start_timeout=0.05)
+    frontends = [it for it in threading.enumerate() if it.name == "late-frontend"]
+    may_go.set()
+    for thread in frontends:
+        thread.join(MANY)
+    assert len(frontends) == 1
+    assert started == []
+
+
 def test_closing_an_engine_wakes_its_idle_scheduler(engine: Engine) -> None:
     (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
     sleeper = scheduler.idle_sleeper
