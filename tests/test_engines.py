@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ def opened(model: Model, architecture: str, dtype: str = "float32", **settings: 
 def asked(engine: Any) -> list[list[int]]:
     answers = engine.generate(input_ids=[list(it) for it in PROMPTS], sampling_params=GREEDY)
     return [answer["output_ids"] for answer in answers]
+
+
+def scheduler_of(engine: Engine) -> Any:
+    (part,) = [it for it in engine._begun if it.name.endswith(parts.SCHEDULER)]
+    return part.manager
+
+
+@contextmanager
+def while_closing(engine: Engine) -> Iterator[None]:
+    """Run the with block while another thread closes the engine, which waits for its requests."""
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(engine.close, drain=MANY)
+        while not engine._is_closing and not closed.done():
+            pass
+        yield
+        closed.result(MANY)
 
 
 @pytest.fixture
@@ -292,7 +309,7 @@ def test_a_request_that_close_waits_for_can_be_aborted_and_one_that_is_over_is_l
         input_ids=list(PROMPTS[0]), sampling_params=LONG, rid="long", stream=True
     )
     next(stream)
-    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
+    scheduler = scheduler_of(engine)
     is_aborted, step = threading.Event(), scheduler.get_next_batch_to_run
 
     def after_the_abort(*args: Any, **kwargs: Any) -> Any:
@@ -300,16 +317,12 @@ def test_a_request_that_close_waits_for_can_be_aborted_and_one_that_is_over_is_l
         return step(*args, **kwargs)
 
     scheduler.get_next_batch_to_run = after_the_abort
-    with ThreadPoolExecutor(1) as pool:
-        closed = pool.submit(engine.close, drain=MANY)
+    with while_closing(engine):
         try:
-            while not engine._is_closing and not closed.done():
-                pass
             engine.abort("long")
         finally:
             is_aborted.set()
         *_, last = stream
-        closed.result(MANY)
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     engine.abort("long")
     engine.abort(all=True)
@@ -320,23 +333,18 @@ def test_an_engine_that_fails_while_close_waits_for_its_requests_fails_them_with
 ) -> None:
     stream = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True)
     next(stream)
-    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
     is_closing = threading.Event()
 
     def fail(*_args: Any, **_kwargs: Any) -> None:
         assert is_closing.wait(MANY)
         raise ValueError("planted")
 
-    scheduler.process_batch_result = fail
-    with ThreadPoolExecutor(1) as pool:
-        closed = pool.submit(engine.close, drain=MANY)
-        while not engine._is_closing and not closed.done():
-            pass
+    scheduler_of(engine).process_batch_result = fail
+    with while_closing(engine):
         is_closing.set()
         with pytest.raises(EngineFailed, match="planted"):
             for _ in stream:
                 pass
-        closed.result(MANY)
 
 
 def test_an_engine_whose_frontend_ends_by_itself_has_failed_and_is_closed_whole(
@@ -388,8 +396,7 @@ def test_no_part_starts_once_a_start_has_timed_out(
 
 
 def test_closing_an_engine_wakes_its_idle_scheduler(engine: Engine) -> None:
-    (scheduler,) = [it.manager for it in engine._begun if it.name.endswith("-scheduler")]
-    sleeper = scheduler.idle_sleeper
+    sleeper = scheduler_of(engine).idle_sleeper
     sleeper.maybe_sleep = sleeper.poller.poll  # without SGLang's limit of a second
     asked(engine)  # it sleeps so afterwards
     engine.close(drain=0)
@@ -401,12 +408,8 @@ def test_a_stream_that_is_dropped_while_its_engine_closes_reports_nothing(
     """Its caller has cancelled it, so asyncio would report any other error as never retrieved."""
     stream = engine.generate(input_ids=list(PROMPTS[0]), sampling_params=LONG, stream=True)
     next(stream)
-    with ThreadPoolExecutor(1) as pool:
-        closed = pool.submit(engine.close, drain=MANY)
-        while not engine._is_closing and not closed.done():
-            pass
+    with while_closing(engine):
         stream.close()
-        closed.result(MANY)
     gc.collect()
     assert [it.message for it in caplog.records if "never retrieved" in it.message] == []
 

@@ -69,8 +69,7 @@ def test_a_coroutine_that_is_handed_over_as_the_end_begins_begins(
     hand_over(turns)
     may_go.set()
     assert thread.end(MANY)
-    assert ends == (["ran"] if turns < 2 else ends)
-    assert len(ends) == 1
+    assert ends == ["ran"] if turns < 2 else ends in (["ran"], ["refused"])
 
 
 def test_a_loop_that_is_told_to_end_twice_waits_for_what_it_cancels(thread: LoopThread) -> None:

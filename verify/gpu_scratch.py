@@ -2,20 +2,25 @@
 
 ``python verify/gpu_scratch.py`` captures a graph of each kernel in each of two scopes, with input of
 its own, replays both at once, and compares each output bit for bit with the kernel's when it runs
-alone; those of the kernel that adds in any order, by their first digits. Then the same with one scope for both, which have one scratch memory then, as without the
-row ``flashinfer.utils._cache_buf``. A kernel that waits for itself there may never end, so
-that each of the two is a process of its own. flashinfer compiles the kernels with nvcc.
+alone; those of the kernel that adds in any order, by their first digits. Then the same with one
+scope for both, which have one scratch memory then, as without the row
+``flashinfer.utils._cache_buf``. A kernel that waits for itself there may never end, so that each of
+the two is a process of its own. flashinfer compiles the kernels with nvcc.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+
+import sglang_distguard
+from gpu_breadth_common import has_card
+from gpu_loads import run
+from sglang_distguard import _core
 
 #: Kernels in a graph, and how often both graphs run at once.
 CALLS, ROUNDS = 100, 20
@@ -25,8 +30,6 @@ ROWS, VOCABULARY = 4, 151_936
 TOP = 40
 #: The kernel whose sums have other last bits each time, also alone.
 ROUNDED = "top_k_renorm_probs"
-#: Seconds for one process, which compiles.
-LIMIT = 200.0
 
 
 def kernels() -> dict[str, Callable[[Any], Any]]:
@@ -57,7 +60,6 @@ class Side:
 
     def capture(self, kernel: Callable[[Any], Any]) -> None:
         import torch
-        from sglang_distguard import _core
 
         with _core.in_scope(self.scope), torch.cuda.stream(self.stream):
             self.expected = kernel(self.given).clone()
@@ -82,15 +84,11 @@ class Side:
         return sum(not same(it, self.expected) for it in self.found)
 
 
-def compare(*, is_shared: bool) -> None:
-    """Print how many outputs are wrong, for each kernel."""
-    import sglang_distguard
-    from sglang_distguard import _core
-
-    sglang_distguard.install()
-    scopes = [_core.new_scope("first"), _core.new_scope("second")]
+def compare(scopes: Sequence[Any]) -> tuple[int, int]:
+    """Print how many outputs are wrong, for each kernel; return their sums, at once and in a row."""
+    wrong_at_once, wrong_in_a_row = 0, 0
     for name, kernel in kernels().items():
-        sides = [Side(seed, scopes[0 if is_shared else seed]) for seed in range(2)]
+        sides = [Side(seed, scope) for seed, scope in enumerate(scopes)]
         for side in sides:
             side.capture(kernel)
         for side in sides:
@@ -105,42 +103,42 @@ def compare(*, is_shared: bool) -> None:
                     threads.callback(thread.join)
             wrong += sum(side.wrong(name) for side in sides)
         total = ROUNDS * len(sides) * CALLS
-        print(
-            f"{name}: {wrong} of {total} other than alone; one after the other {alone}", flush=True
-        )
+        told = f"{wrong} of {total} other than alone; one after the other {alone}"
+        print(f"{name}: {told}", flush=True)
+        wrong_at_once, wrong_in_a_row = wrong_at_once + wrong, wrong_in_a_row + alone
+    return wrong_at_once, wrong_in_a_row
+
+
+def apart() -> int:
+    """Give each its scope; return whether any output is wrong."""
+    print("a scope for each:", flush=True)
+    return int(compare([_core.new_scope("first"), _core.new_scope("second")]) != (0, 0))
+
+
+def shared() -> int:
+    """Give both one scope; return 0."""
+    print("one scope for both:", flush=True)
+    wrong, _ = compare([_core.new_scope("of both")] * 2)
+    if not wrong:
+        print("no kernel is wrong in one scope here: the run shows nothing", flush=True)
+    return 0
+
+
+PARTS = {"apart": apart, "shared": shared}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", choices=["apart", "shared"], help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    import torch
-
-    if not torch.cuda.is_available():
+    if not has_card():
         print("skipped: there is no GPU here")
         return 0
     if given.run is not None:
-        compare(is_shared=given.run == "shared")
-        return 0
-    outputs = {}
-    for what in ("apart", "shared"):
-        command = [sys.executable, __file__, "--run", what]
-        try:
-            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
-            outputs[what] = ran.stdout, ran.returncode
-        except subprocess.TimeoutExpired as error:
-            said = error.stdout or b""
-            outputs[what] = said if isinstance(said, str) else said.decode(), -1
-        text, code = outputs[what]
-        titles = {"apart": "a scope for each", "shared": "one scope for both"}
-        ended = "" if code == 0 else f" (it ended with {code}; -1: not within {LIMIT:g} s)"
-        print(f"{titles[what]}{ended}:\n{text}", flush=True)
-    if outputs["shared"][0].count(": 0 of ") == len(kernels()):
-        print("no kernel uses the scratch memory here: the run shows nothing", flush=True)
-    text, code = outputs["apart"]
-    lines = text.splitlines()
-    is_right = all(": 0 of " in it and it.endswith("other 0") for it in lines)
-    return int(code != 0 or len(lines) != len(kernels()) or not is_right)
+        sglang_distguard.install()
+        return PARTS[given.run]()
+    is_right, _ = [run([sys.executable, __file__, "--run", part]) for part in PARTS]
+    return int(not is_right)
 
 
 if __name__ == "__main__":

@@ -145,11 +145,12 @@ class Engine(Closes, HasWeights):
 
     def _launch(self) -> None:
         shares, self._shares = self._shares, None
-        pace = self._pace
+        pace, begun = self._pace, self._note_begun
         try:
             with settings.runner_scope(self.name), starting(pace):
-                given = self._ended, self._note_begun, shares, self._budget, pace
-                made: Any = launch.launch(self.name, self._server_args, *given)
+                made: Any = launch.launch(
+                    self.name, self._server_args, self._ended, begun, shares, self._budget, pace
+                )
         finally:
             if pace is not None:
                 pace.end()
@@ -279,14 +280,11 @@ class Engine(Closes, HasWeights):
     def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         try:
             self._check()
-        except BaseException:
-            coroutine.close()
-            raise
-        try:
             future = self._loop.submit(self._here(coroutine))
-        except LoopEnded:
+        except BaseException as error:
             coroutine.close()
-            self._check()
+            if isinstance(error, LoopEnded):
+                self._check()  # says why
             raise
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)

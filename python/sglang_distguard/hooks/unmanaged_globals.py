@@ -13,6 +13,7 @@ _TOOLS = (
 )
 _OPERATORS = "operators, which imports register, and caches of which kernel serves which tensors"
 _REGISTERED = "SGLang's own models, registered by imports"
+_CONTEXT = "a context variable: each thread has its own"
 _FIELDS = "caches the fields of SGLang's own classes"
 _CLASS = "value that transformers caches for a class"
 _FOUND = "modules of transformers' models, imported when they are first asked for"
@@ -181,17 +182,13 @@ LINES: tuple[tuple[str, str, str], ...] = (
         ("threading", f"threads:torch._inductor.compile_worker.{name}", "waits for compilations")
         for name in ("subproc_pool.SubprocPool._read_thread", "timer.Timer.check")
     ),
-    *(
-        (_SRT + module, names, "a context variable: each thread has its own")
-        for module, names in (
-            (
-                "model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
-                "_current_capture_var _current_stream_var _forked_streams_var",
-            ),
-            ("model_executor.runner_utils.forward_batch", "_current_batch"),
-            ("model_executor.runner_utils.prefill_graph", "_current"),
-        )
+    (
+        _SRT + "model_executor.runner_backend_utils.breakable_cuda_graph.breakable_cuda_graph",
+        "_current_capture_var _current_stream_var _forked_streams_var",
+        _CONTEXT,
     ),
+    (_SRT + "model_executor.runner_utils.forward_batch", "_current_batch", _CONTEXT),
+    (_SRT + "model_executor.runner_utils.prefill_graph", "_current", _CONTEXT),
     ("flashinfer.decode", "get_batch_decode_module", _KERNEL),
     ("flashinfer.norm", "get_norm_module", _KERNEL),
     ("flashinfer.prefill", "get_batch_prefill_module", _KERNEL),

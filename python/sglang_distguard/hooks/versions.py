@@ -143,6 +143,8 @@ def plan_of(changes: Iterable[Change], release: Optional[str], at: Optional[Path
         source = find_source(module, at)
         known = split(source, needs)[0]
         plan.missing += [it for it in needs if it not in known]
+        if source is None and not is_installed(module, at):
+            continue  # a package that is not there has nothing that runners share
         try:
             found[module], absent = split(
                 source, [it for it in wanted if not isinstance(it, Needs)]
@@ -151,10 +153,7 @@ def plan_of(changes: Iterable[Change], release: Optional[str], at: Optional[Path
             plan.refused.append(str(error))
             continue
         plan.absent += [
-            it
-            for it in absent
-            if is_installed(module, at)
-            and not releases.span_of(it.module, it.name).is_past(release)
+            it for it in absent if not releases.span_of(it.module, it.name).is_past(release)
         ]
     scoped = {
         module: [it.name for it in present if isinstance(it, Scoped)]

@@ -137,7 +137,5 @@ def _spec(top: str) -> Optional[ModuleSpec]:
             return spec
     try:
         return importlib.util.find_spec(top)
-    except (
-        ValueError
-    ):  # an object that a program has put in the place of the module, without a spec
+    except ValueError:  # a program has put an object without a spec in the place of the module
         return None
