@@ -34,6 +34,7 @@ from typing import Any
 
 import sglang_distguard as dg
 import torch
+from sglang_distguard import _core
 from sglang_distguard.process import installation
 from sglang_distguard.testing import create_model, graphs, prepare_environment, server_args, steps
 from tqdm import tqdm
@@ -89,6 +90,8 @@ def plain() -> Iterator[None]:
     finally:
         hooks.watcher.start()
         installation._apply(list(hooks.plans.values()))
+        _core.call_after_builds(installation._read_directly)
+        _core.note_build()
 
 
 def times_of(work: Work, calls: int) -> list[float]:

@@ -173,7 +173,9 @@ def test_a_handle_refuses_wrong_arguments_and_leaves_nothing(chosen: Chosen, key
 def test_scopes_and_visits_refuse_wrong_arguments(label: Any, phase: Any) -> None:
     assert is_refused(lambda: _core.Scope(), "Scope")
     assert is_refused(lambda: _core.new_scope(label), "label")
-    assert is_refused(lambda: _core.Publishing(label, is_other=True, may_put_aside=True), "label")
+    assert is_refused(
+        lambda: _core.Publishing(label, is_other=lambda: True, may_put_aside=True), "label"
+    )
     scope = _core.new_scope("a")
     assert is_refused(lambda: setattr(scope, "label", label), "label", "str")
     assert scope.label == "a"

@@ -31,6 +31,11 @@ SOURCE = """
         return _value
 
 
+    def read_after_a_call():
+        str()
+        return _value
+
+
     def flag():
         return _flag
 
@@ -83,20 +88,20 @@ def test_an_accessor_is_read_only_while_a_scope_exists(load: Load) -> None:
     accessor = vars(module)[accessor_name("_value")]
     setattr(module, accessor_name("_value"), Uncalled())
     module._value = "default"
-    assert module.read() == "default"
+    assert module.read_after_a_call() == "default"
     scope = _core.new_scope("other")
     with pytest.raises(AssertionError, match="an accessor was read"):
-        module.read()
+        module.read_after_a_call()
     setattr(module, accessor_name("_value"), accessor)
     with _core.in_scope(scope):
-        assert module.read() == "initial"
-    assert module.read() == "default"
+        assert module.read_after_a_call() == "initial"
+    assert module.read_after_a_call() == "default"
     del scope
     setattr(module, accessor_name("_value"), Uncalled())
-    assert module.read() == "default"
+    assert module.read_after_a_call() == "default"
     del module._value
     with pytest.raises(NameError, match="'_value'"):
-        module.read()
+        module.read_after_a_call()
 
 
 def test_a_suspended_frame_reads_its_scope_from_the_first_scope_on(load: Load) -> None:
@@ -114,10 +119,10 @@ def test_a_suspended_frame_reads_its_scope_from_the_first_scope_on(load: Load) -
 
 
 def test_a_scope_that_begins_between_any_two_instructions_of_a_read_is_seen(load: Load) -> None:
-    """At each instruction of ``read`` a scope is created and entered, as a hook might do."""
+    """At each instruction of the function a scope is created and entered, as a hook might do."""
     module, _ = load(SOURCE, "_value")
     module.write("default")
-    code: CodeType = module.read.__code__
+    code: CodeType = module.read_after_a_call.__code__
 
     def value_if_entered_at(step: int) -> object:
         left = [step]
@@ -137,20 +142,20 @@ def test_a_scope_that_begins_between_any_two_instructions_of_a_read_is_seen(load
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            found = module.read()
+            found = module.read_after_a_call()
         finally:
             sys.settrace(before)
             if entered:
                 entered[0].__exit__(None, None, None)
         return found if entered else None
 
-    found = [value_if_entered_at(step) for step in range(1, 12)]
+    found = [value_if_entered_at(step) for step in range(1, 16)]
     # Entered before the flag is read: the scope's value. Afterwards the read has begun.
     assert found[0] == "initial"
     assert None in found
     assert set(found) == {"initial", "default", None}
     assert found == sorted(found, key=["initial", "default", None].index)
-    assert module.read() == "default"
+    assert module.read_after_a_call() == "default"
 
 
 def test_every_execution_of_a_module_is_told(load: Load) -> None:

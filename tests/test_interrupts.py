@@ -21,6 +21,7 @@ import pytest
 import sglang_distguard as dg
 from sglang_distguard import _core
 from sglang_distguard.context import default_dtype
+from sglang_distguard.process import installation
 from sglang_distguard.testing import bit_equal, server_args, steps
 from sglang_distguard.testing.updates import weights_of
 from torch.overrides import _get_current_function_mode_stack
@@ -81,6 +82,7 @@ def state() -> dict[str, Any]:
         "modes": _get_current_function_mode_stack(),
         "phases": facts["phases"],
         "activations": _core.activations(),
+        "install() waits": is_install_locked(),
         "runners": [it["runners"] for it in facts["scopes"] if it["runners"]],
         "holders": {
             it["key"]: sorted(holder["name"] for holder in it["holders"])
@@ -88,6 +90,20 @@ def state() -> dict[str, Any]:
             if it["holders"]
         },
     }
+
+
+def is_install_locked() -> bool:
+    found: list[bool] = []
+
+    def look() -> None:
+        found.append(not installation._lock.acquire(blocking=False))
+        if not found[0]:
+            installation._lock.release()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def interrupted_everywhere(

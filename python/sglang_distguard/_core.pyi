@@ -1,5 +1,6 @@
 """Native part of sglang_distguard: registry of shared state, executions, scoped globals."""
 
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, final
@@ -34,6 +35,7 @@ __all__ = [
     "Claim",
     "Entered",
     "Execution",
+    "Locked",
     "OwnFlag",
     "Publishing",
     "Request",
@@ -53,6 +55,8 @@ __all__ = [
     "adopt_execution",
     "begin_exit",
     "begin_teardown",
+    "call_after_builds",
+    "call_before_scopes",
     "calls_inside",
     "carried_execution",
     "count_memory",
@@ -73,6 +77,7 @@ __all__ = [
     "live_scopes",
     "measured_room",
     "new_scope",
+    "note_build",
     "note_intercepting",
     "note_joined",
     "open_budget",
@@ -84,6 +89,7 @@ __all__ = [
     "resource",
     "resuming",
     "run_as",
+    "scopes_exist",
     "set_default_dtype",
     "snapshot",
     "standing_of",
@@ -203,6 +209,16 @@ class ScopedGlobal:
         """Whether ``scope`` has its own value, because it was read or written there before."""
 
 @final
+class Locked:
+    """Holds ``lock`` in a with block, or raises ``timed_out()`` after ``timeout`` seconds."""
+
+    def __new__(
+        cls, lock: threading.RLock, timeout: float, timed_out: Callable[[], BaseException]
+    ) -> Locked: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+@final
 class OwnFlag:
     """Accessor of a module flag; ``value`` is ``here()`` if that is true, else the process's."""
 
@@ -263,7 +279,11 @@ class Publishing:
     The end of the with block undoes both, unless it ends without an error after ``succeed``.
     """
 
-    def __new__(cls, label: str, *, is_other: bool, may_put_aside: bool) -> Publishing: ...
+    def __new__(
+        cls, label: str, *, is_other: Callable[[], bool], may_put_aside: bool
+    ) -> Publishing:
+        """``is_other()``: whether the current scope has a configuration, and another one."""
+
     @property
     def is_fresh(self) -> bool:
         """Whether the scope was made for this publish."""
@@ -445,6 +465,21 @@ def has_joined(key: str) -> bool:
     """Whether the current scope has joined ``key``, even if it was torn down since."""
 
 def live_scopes() -> list[Scope]: ...
+def scopes_exist() -> bool:
+    """Return whether any scope exists, even one that no code has entered yet."""
+
+def call_before_scopes(call: Callable[[], object] | None, /) -> None:
+    """Make every scope call ``call`` before code enters it, until this is called again.
+
+    Several threads may call it at once. When it raises, no scope begins.
+    """
+
+def call_after_builds(call: Callable[[], object] | None, /) -> None:
+    """Make every build that ends while no scope exists call ``call``."""
+
+def note_build() -> None:
+    """Note that a runner was built."""
+
 def new_scope(label: str) -> Scope: ...
 def live_runners(scope: Scope | None, /) -> int: ...
 def live_residents(scope: Scope | None, /) -> int:

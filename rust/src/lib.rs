@@ -6,16 +6,19 @@ mod attached;
 mod budgets;
 mod calls;
 mod claim;
+mod collecting;
 mod convert;
 mod device;
 mod direct_read;
 mod dtype;
+mod early_reads;
 mod errors;
 mod execution;
 mod exit;
 mod flag;
 mod in_turn;
 mod leasing;
+mod locked;
 mod phase;
 mod process;
 mod publishing;
@@ -49,6 +52,8 @@ mod _core {
     #[pymodule_export]
     use crate::dtype::note_intercepting;
     #[pymodule_export]
+    use crate::early_reads::{call_after_builds, call_before_scopes, note_build};
+    #[pymodule_export]
     use crate::execution::{
         adopt_execution, carried_execution, current_execution, default_dtype_in_force, depth,
         in_scope, in_turn, owning_environment, run_as, set_default_dtype, with_default_dtype,
@@ -60,6 +65,8 @@ mod _core {
     use crate::flag::OwnFlag;
     #[pymodule_export]
     use crate::in_turn::StepInTurn;
+    #[pymodule_export]
+    use crate::locked::Locked;
     #[pymodule_export]
     use crate::phase::Visit;
     #[pymodule_export]
@@ -74,7 +81,7 @@ mod _core {
     #[pymodule_export]
     use crate::scope::{
         current_scope, has_joined, live_residents, live_runners, live_scopes, new_scope,
-        note_joined, Scope,
+        note_joined, scopes_exist, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

@@ -1,16 +1,17 @@
 //! Publishing and resuming in a scope: the with blocks in which a claim on a scope is held.
 //! `distguard_core::scopes` decides which scope a publish gets.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use distguard_core::scopes::{ClaimId, Publish, ScopeId, DEFAULT};
 use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::claim::Claim;
+use crate::collecting::CollectingOff;
 use crate::execution::{self, Entered, Entry, Execution};
 use crate::process;
-use crate::scope::{id_of, new_scope, register, Scope};
+use crate::scope::{id_of, made, Counted, Scope};
 use crate::scoped_global;
 use crate::sync::lock;
 
@@ -20,7 +21,8 @@ use crate::sync::lock;
 #[pyclass(frozen, module = "sglang_distguard._core")]
 pub struct Publishing {
     label: String,
-    is_other: bool,
+    /// Returns whether the current scope has a configuration, and another one.
+    is_other: Py<PyAny>,
     may_put_aside: bool,
     chosen: Mutex<Option<Chosen>>,
 }
@@ -36,20 +38,85 @@ struct Chosen {
     has_succeeded: bool,
 }
 
-/// Moves the values of the default scope to the scope `aside`.
-///
-/// That scope lives as long as the `ServerArgs` published there, to which its own context refers.
-fn put_aside(py: Python<'_>, aside: ScopeId) -> PyResult<Py<Scope>> {
-    let kept = register(py, aside, "pending".to_owned())?;
-    let fresh = new_scope(py, "fresh".to_owned())?;
-    let inside = execution::derived(py, |it| it.scope = Some(fresh.clone().unbind()))?;
-    let entry = Entry::new(py, Some(&inside))?;
-    let moved = scoped_global::move_aside(py, &kept, &fresh);
-    entry.leave(py)?;
-    moved?;
+/// Where a publish happens, and what has moved out of its way.
+struct Decision<'py> {
+    /// Of this publish, in the current scope or the fresh one.
+    claim: Arc<Claim>,
+    /// None: it stays in the current scope.
+    fresh: Option<Bound<'py, Scope>>,
+    aside: Option<Bound<'py, Scope>>,
+}
+
+impl Publishing {
+    /// Decides, and puts the pending configuration aside if necessary, while no other code runs: other
+    /// threads find each configuration where the ledger has it.
+    fn decide<'py>(
+        &self,
+        py: Python<'py>,
+        current: ScopeId,
+        before: Option<ClaimId>,
+    ) -> PyResult<Decision<'py>> {
+        // What runs Python comes first, and once more if other code has published meanwhile.
+        let counted = Counted::new(py)?;
+        let may_move = self.may_put_aside && current == DEFAULT;
+        let mut initial = Vec::new();
+        let (publish, _no_finalizer_runs) = loop {
+            let stamp = process::scopes().with(|ledger| ledger.stamp());
+            let is_other = self.is_other.bind(py).call0()?.is_truthy()?;
+            if is_other && may_move && initial.is_empty() {
+                initial = scoped_global::initial_values(py)?;
+                continue;
+            }
+            let no_finalizer_runs = CollectingOff::new(py);
+            let publish = process::scopes().with(|ledger| {
+                (ledger.stamp() == stamp)
+                    .then(|| ledger.publish(current, before, is_other, may_move))
+            });
+            if let Some(publish) = publish {
+                break (publish, no_finalizer_runs);
+            }
+        };
+        let (fresh, aside) = match publish {
+            Publish::Replace(_) => (None, None),
+            Publish::New(_, scope) => (Some(made(py, scope, self.label.clone(), counted)?), None),
+            Publish::Aside(_, to) => {
+                let aside = made(py, to, "pending".to_owned(), counted)?;
+                if let Err(error) = scoped_global::move_aside(py, &aside, &initial) {
+                    take_back(py, &aside, publish.claim(), before)?;
+                    return Err(error);
+                }
+                (None, Some(aside))
+            }
+        };
+        let scope = fresh.as_ref().map_or(current, |it| it.get().scope_id());
+        let claim = Claim::new(publish.claim(), scope);
+        Ok(Decision {
+            claim,
+            fresh,
+            aside,
+        })
+    }
+}
+
+/// Undoes what `decide` has put aside. The ledger forgets a scope that is gone, so `aside` lives.
+fn take_back(
+    py: Python<'_>,
+    aside: &Bound<'_, Scope>,
+    claim: ClaimId,
+    before: Option<ClaimId>,
+) -> PyResult<()> {
+    scoped_global::move_back(py, aside)?;
+    let scope = aside.get().scope_id();
+    process::scopes().with(|ledger| ledger.take_back(claim, scope, before));
+    Ok(())
+}
+
+/// Lets a scope that was put aside live as long as the `ServerArgs` published there, to which its
+/// own context refers.
+fn keep_pending(py: Python<'_>, aside: &Bound<'_, Scope>) -> PyResult<()> {
     py.import(intern!(py, "sglang_distguard.context.scopes"))?
-        .call_method1(intern!(py, "keep_pending"), (&kept,))?;
-    Ok(kept.unbind())
+        .call_method1(intern!(py, "keep_pending"), (aside,))
+        .map(drop)
 }
 
 impl Publishing {
@@ -59,10 +126,7 @@ impl Publishing {
         };
         let (claim, before) = (chosen.claim, chosen.before);
         if let Some(aside) = &chosen.aside {
-            let aside = aside.bind(py);
-            scoped_global::move_back(py, aside)?;
-            process::scopes()
-                .with(|ledger| ledger.take_back(claim, aside.get().scope_id(), before));
+            take_back(py, aside.bind(py), claim, before)?;
         } else {
             process::scopes().with(|ledger| ledger.undo(chosen.scope, claim, before));
         }
@@ -74,7 +138,7 @@ impl Publishing {
 impl Publishing {
     #[new]
     #[pyo3(signature = (label, *, is_other, may_put_aside))]
-    fn new(label: String, is_other: bool, may_put_aside: bool) -> Self {
+    fn new(label: String, is_other: Py<PyAny>, may_put_aside: bool) -> Self {
         Self {
             label,
             is_other,
@@ -95,28 +159,17 @@ impl Publishing {
         let current = now.map_or(DEFAULT, Execution::scope_id);
         let mine = now.and_then(|it| it.claim.clone());
         let before = mine.as_ref().map(|it| it.id);
-        let (other, movable) = (slf.get().is_other, slf.get().may_put_aside);
-        let publish =
-            process::scopes().with(|ledger| ledger.publish(current, before, other, movable));
-        let mut aside = None;
-        let (id, claim, fresh) = match publish {
-            Publish::Replace(claim) => (current, claim, None),
-            Publish::Aside(claim, to) => {
-                match put_aside(py, to) {
-                    Ok(kept) => aside = Some(kept),
-                    Err(error) => {
-                        process::scopes().with(|ledger| ledger.take_back(claim, to, before));
-                        return Err(error);
-                    }
-                }
-                (current, claim, None)
+        let Decision {
+            claim,
+            fresh,
+            aside,
+        } = slf.get().decide(py, current, before)?;
+        if let Some(aside) = &aside {
+            if let Err(error) = keep_pending(py, aside) {
+                take_back(py, aside, claim.id, before)?;
+                return Err(error);
             }
-            Publish::New(claim, scope) => {
-                let label = slf.get().label.clone();
-                (scope, claim, Some(register(py, scope, label)?))
-            }
-        };
-        let held = Claim::new(claim, id);
+        }
         let is_fresh = fresh.is_some();
         let wanted = execution::derived(py, |it| {
             if let Some(scope) = fresh {
@@ -128,16 +181,16 @@ impl Publishing {
                 };
                 it.scope = Some(scope.unbind());
             }
-            it.claim = Some(held);
+            it.claim = Some(Arc::clone(&claim));
         })?;
         let entry = Entry::new(py, Some(&wanted))?;
         *lock(&slf.get().chosen) = Some(Chosen {
-            scope: id,
-            claim,
+            scope: claim.scope,
+            claim: claim.id,
             before,
             entry,
             is_fresh,
-            aside,
+            aside: aside.map(Bound::unbind),
             has_succeeded: false,
         });
         Ok(slf)

@@ -12,6 +12,7 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::attached::Attached;
 use crate::convert;
+use crate::early_reads;
 use crate::execution;
 use crate::process;
 use crate::read_path::READ_PATH;
@@ -57,15 +58,41 @@ pub struct Scope {
     /// Indexed by `ScopedGlobal` slot. Never in use while Python runs: a value that is replaced is
     /// dropped afterwards.
     values: Attached<Vec<Held>>,
+    _counted: Counted,
+}
+
+/// One scope more that exists, or is about to: no code reads scoped globals directly.
+pub struct Counted(());
+
+impl Counted {
+    /// May run Python, and wait for another thread (`early_reads`).
+    pub fn new(py: Python<'_>) -> PyResult<Self> {
+        READ_PATH.scopes.fetch_add(1, Ordering::Relaxed);
+        let counted = Self(());
+        scoped_global::tell_modules(py)?;
+        // Code that looks from now on finds that a scope exists.
+        early_reads::scope_begins(py)?;
+        Ok(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let before = READ_PATH.scopes.fetch_sub(1, Ordering::Relaxed);
+        if before == 1 {
+            // A module that is not told reads through its accessors, which is right, too.
+            Python::attach(|py| drop(scoped_global::tell_modules(py)));
+        }
+    }
 }
 
 impl Scope {
-    pub fn new(id: ScopeId, label: String) -> Self {
-        READ_PATH.scopes.fetch_add(1, Ordering::Relaxed);
+    fn new(id: ScopeId, label: String, counted: Counted) -> Self {
         Self {
             id,
             label: Mutex::new(label),
             values: Attached::default(),
+            _counted: counted,
         }
     }
 
@@ -105,11 +132,6 @@ impl Scope {
 
 impl Drop for Scope {
     fn drop(&mut self) {
-        let before = READ_PATH.scopes.fetch_sub(1, Ordering::Relaxed);
-        if before == 1 {
-            // A module that is not told reads through its accessors, which is right, too.
-            Python::attach(|py| drop(scoped_global::tell_modules(py)));
-        }
         process::scopes().with(|ledger| ledger.drop_scope(self.id));
         process::registry().remove(&Key::Experts(self.id.0.to_string()));
     }
@@ -193,11 +215,22 @@ pub fn current_scope(py: Python<'_>) -> PyResult<Option<Py<Scope>>> {
 /// Scopes that are alive, for code that must find a scope by its values.
 static LIVE: WeakList = WeakList::new();
 
-pub fn register(py: Python<'_>, id: ScopeId, label: String) -> PyResult<Bound<'_, Scope>> {
-    let scope = Bound::new(py, Scope::new(id, label))?;
-    scoped_global::tell_modules(py)?;
+/// Makes a scope of the ledger. Runs no Python, unless the garbage collector does.
+pub fn made(
+    py: Python<'_>,
+    id: ScopeId,
+    label: String,
+    counted: Counted,
+) -> PyResult<Bound<'_, Scope>> {
+    let scope = Bound::new(py, Scope::new(id, label, counted))?;
     LIVE.push(&scope)?;
     Ok(scope)
+}
+
+/// Whether any scope exists, even one that no code has entered yet.
+#[pyfunction]
+pub fn scopes_exist() -> bool {
+    !no_scope_exists()
 }
 
 /// The scopes that are alive, oldest first, without SGLang's default one.
@@ -209,7 +242,13 @@ pub fn live_scopes(py: Python<'_>) -> Vec<Bound<'_, Scope>> {
 /// Makes a scope in which no code publishes; its context comes from elsewhere.
 #[pyfunction]
 pub fn new_scope(py: Python<'_>, label: String) -> PyResult<Bound<'_, Scope>> {
-    register(py, process::scopes().with(ScopeLedger::create), label)
+    let counted = Counted::new(py)?;
+    made(
+        py,
+        process::scopes().with(ScopeLedger::create),
+        label,
+        counted,
+    )
 }
 
 fn current_id(py: Python<'_>) -> PyResult<ScopeId> {

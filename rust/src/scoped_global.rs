@@ -10,8 +10,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyType};
 use pyo3::{PyTraverseError, PyVisit};
 
+use crate::execution::{self, Entry};
 use crate::remembered::Remembered;
-use crate::scope::{current, current_value, no_scope_exists, Held, Scope};
+use crate::scope::{current, current_value, new_scope, no_scope_exists, Held, Scope};
 use crate::sync::lock;
 use crate::weak_list::WeakList;
 
@@ -140,27 +141,35 @@ pub fn tell_modules(py: Python<'_>) -> PyResult<()> {
         .try_for_each(|it| it.get().owner.tell(py, exist))
 }
 
-/// Moves the values of the default scope to `scope`, and gives the default scope the initial values
-/// of `fresh`. The running code is in `fresh`, because some initial values read others.
-///
-/// Everything that may run Python or fail comes first, so that all values are moved or none.
+/// The values with which every global begins in a fresh scope. Runs Python.
+pub fn initial_values(py: Python<'_>) -> PyResult<Vec<(Bound<'_, ScopedGlobal>, Py<PyAny>)>> {
+    let fresh = new_scope(py, "fresh".to_owned())?;
+    // Some initial values read others.
+    let inside = execution::derived(py, |it| it.scope = Some(fresh.clone().unbind()))?;
+    let entry = Entry::new(py, Some(&inside))?;
+    let found = last_of_each_slot(py)
+        .map(|global| {
+            let initial = global.get().value_in(py, Some(&fresh))?;
+            Ok((global, initial))
+        })
+        .collect();
+    entry.leave(py)?;
+    found
+}
+
+/// Moves the values of the default scope to `scope`, and gives the default scope those of
+/// `initial_values`. Runs no Python.
 pub fn move_aside(
     py: Python<'_>,
     scope: &Bound<'_, Scope>,
-    fresh: &Bound<'_, Scope>,
+    initial_values: &[(Bound<'_, ScopedGlobal>, Py<PyAny>)],
 ) -> PyResult<()> {
-    let mut moves = Vec::new();
-    for global in last_of_each_slot(py) {
+    for (global, initial) in initial_values {
         let it = global.get();
         if let Some(value) = it.owner.get(it.name.bind(py))? {
-            let initial = it.value_in(py, Some(fresh))?;
-            moves.push((global.clone(), value.unbind(), initial));
+            it.owner.set(it.name.bind(py), initial.clone_ref(py))?;
+            drop(scope.get().write(py, it.slot, Held::Value(value.unbind())));
         }
-    }
-    for (global, value, initial) in moves {
-        let it = global.get();
-        it.owner.set(it.name.bind(py), initial)?;
-        drop(scope.get().write(py, it.slot, Held::Value(value)));
     }
     Ok(())
 }

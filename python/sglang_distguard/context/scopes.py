@@ -67,14 +67,30 @@ def of_published(server_args: Any) -> AbstractContextManager[object]:
     """
     if server_args is None:
         return nullcontext()
+    while True:
+        scope, is_found = _where_to_build(server_args)
+        if not is_found:
+            return nullcontext()
+        resumed = _core.resuming(scope)
+        # From here on its claim keeps a publish of another thread from putting it aside.
+        if generation.current().published_in(scope) is server_args:
+            return resumed
+
+
+def _where_to_build(server_args: Any) -> tuple[Optional[_core.Scope], bool]:
+    """Return the scope where ``server_args`` was published, and whether there is another one than here.
+
+    Raises:
+        AmbiguousBuild: see ``of_published``.
+    """
     here = _core.current_scope()
     found = scopes_of_published(server_args)
     if here in found and (here is not None or _core.current_execution() is not None):
-        return nullcontext()
+        return here, False
     # Prefer scopes without a resident: a runner or manager is still to be built there.
     open_ones = [scope for scope in found if not _core.live_residents(scope)] or found
     if not open_ones:
-        return nullcontext()
+        return None, False
     if len(open_ones) > 1:
         labels = sorted("(default)" if scope is None else scope.label for scope in open_ones)
         raise AmbiguousBuild(
@@ -83,4 +99,4 @@ def of_published(server_args: Any) -> AbstractContextManager[object]:
             "separate copy for each runner (copy.copy), or build in the thread that published",
             scopes=labels,
         )
-    return _core.resuming(open_ones[0])
+    return open_ones[0], True

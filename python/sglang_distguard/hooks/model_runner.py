@@ -193,6 +193,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
                 forget_frames(error)
                 raise
             drop_tracebacks()  # it may be dropped without `close`
+            _core.note_build()
 
     return __init__
 

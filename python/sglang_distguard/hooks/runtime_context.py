@@ -34,8 +34,11 @@ def _publish(original: Callable[..., Any]) -> Callable[..., Any]:
         name = settings.current().name or ""
         # Groups of several ranks stay in the scope where all ranks know them.
         movable = world.ranks() is None
-        here = generation.current().published()
-        is_other = here is not None and here is not server_args
+
+        def is_other() -> bool:
+            here = generation.current().published()
+            return here is not None and here is not server_args
+
         with _core.Publishing(name, is_other=is_other, may_put_aside=movable) as publishing:
             before = None if publishing.is_fresh else generation.current().snapshot()
             try:

@@ -20,7 +20,7 @@ MODULE = "sglang.srt.debug_utils.source_patcher.code_patcher"
 def _patch_function(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def patch_function(*, target: Any, **edits: Any) -> Any:
-        if is_changed(target.__code__):
+        if is_changed(target.__code__) or unscoped_reads(target):
             _refuse(
                 target, "the guard changes this function, and the edited copy would lack the change"
             )

@@ -6,21 +6,17 @@ registry that holds it sees the change, and undoing needs no search for such ref
 
 from __future__ import annotations
 
-import dis
 import gc
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from sglang_distguard.config.frozen import is_anything_frozen
 from sglang_distguard.errors import NotSupported
+from sglang_distguard.patching.instructions import GLOBALS, reached
 from sglang_distguard.patching.rewrite import with_nested
 from sglang_distguard.patching.syntax import MARK, SCOPES_EXIST, accessor_name
-
-#: Instructions that reach a global, and an attribute.
-GLOBALS = ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
-ATTRIBUTES = ("LOAD_ATTR", "STORE_ATTR", "DELETE_ATTR", "LOAD_METHOD")
 
 
 def functions_of(module: ModuleType) -> list[FunctionType]:
@@ -136,14 +132,6 @@ def unscoped_reads(function: FunctionType) -> list[str]:
 def reached_directly(code: CodeType, names: frozenset[str]) -> set[str]:
     """The globals in ``names`` that ``code`` reaches without their accessors, in some scope."""
     return set() if SCOPES_EXIST in code.co_names else reached(code, GLOBALS, names)
-
-
-def reached(code: CodeType, by: Sequence[str], names: frozenset[str]) -> set[str]:
-    """The ``names`` that ``code`` reaches with one of the instructions ``by``."""
-    if names.isdisjoint(code.co_names):  # globals and attributes together: only a quick first check
-        return set()
-    found = dis.get_instructions(code)
-    return {it.argval for it in found if it.opname in by and it.argval in names}
 
 
 def detached(function: FunctionType) -> FunctionType:

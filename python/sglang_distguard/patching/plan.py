@@ -24,6 +24,7 @@ from sglang_distguard.patching.changes import (
     Within,
     WithinMethods,
 )
+from sglang_distguard.patching.instructions import ATTRIBUTES, reached
 from sglang_distguard.patching.outline import outline
 from sglang_distguard.patching.presence import split
 from sglang_distguard.patching.rewrite import Rewrite, rewrite, with_nested
@@ -201,6 +202,16 @@ class ModulePlan:
         for it in applied:
             it.undo(None if functions is None else functions.get(id(it.module)))
 
+    def read_directly(self) -> None:
+        """Give functions that make all their reads at once their own code; no scope exists."""
+        for applied in self._applied:
+            applied.read_directly({self._rewrite.replaced[it] for it in self._rewrite.early})
+
+    def read_through_accessors(self) -> None:
+        """Undo ``read_directly``, before code enters a scope."""
+        for applied in self._applied:
+            applied.read_through_accessors()
+
     @property
     def applied_to(self) -> list[ModuleType]:
         """The module objects that are changed now: the current one and those imported before it."""
@@ -265,7 +276,7 @@ class ModulePlan:
                 # The body of a module or class: it runs once, or a frame keeps it (CPython 3.11).
                 continue
             raw = code_swap.reached_directly(code, names)
-            raw |= code_swap.reached(code, code_swap.ATTRIBUTES, attributes)
+            raw |= reached(code, ATTRIBUTES, attributes)
             if raw:
                 raise NotSupported(
                     f"{self.module}.{qualname} uses {sorted(raw)} in a way that cannot be "

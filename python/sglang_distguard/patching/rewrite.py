@@ -5,6 +5,9 @@ Where a function reads the module global `X`, it reads `_distguard_scoped_X.valu
 (docs/COST.md). Writes always use the accessor. Attributes of classes and of other modules, `C.X` and
 `m.X`, are rewritten by `foreign_reads`. Nothing else differs: same file, same lines, same constants.
 The rewriting needs only source text.
+
+Functions that make all their reads at once (`early_reads`) read through the accessor without asking,
+because they get their own code back while no scope exists (`plan.read_directly`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Optional
 
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching.code_cache import kept
+from sglang_distguard.patching.early_reads import are_early
 from sglang_distguard.patching.foreign_reads import Elsewhere
 from sglang_distguard.patching.source import ModuleSource
 from sglang_distguard.patching.syntax import (
@@ -39,10 +43,12 @@ class Rewrite:
         replaced: code as Python compiles SGLang's text -> the same code with accessors.
         initials: global -> code of the expression for its first value in a fresh scope: the
             expression that the module itself assigns to it at import.
+        early: those keys of ``replaced`` which are right themselves while no scope exists.
     """
 
     replaced: dict[CodeType, CodeType]
     initials: dict[str, CodeType]
+    early: frozenset[CodeType] = frozenset()
 
 
 @cache
@@ -69,10 +75,10 @@ def rewrite(
     """
     made_from = (source.module, source.filename, source.text)
     wanted = (sorted(names), sorted(elsewhere), sorted(blocks), sorted(flags))
-    replaced, initials = kept(
+    replaced, initials, early = kept(
         (*made_from, *wanted), lambda: _rewritten(source, names, elsewhere, blocks, flags)
     )
-    return Rewrite(dict(replaced), initials)
+    return Rewrite(dict(replaced), initials, early)
 
 
 def _rewritten(
@@ -81,22 +87,38 @@ def _rewritten(
     elsewhere: frozenset[tuple[str, str]],
     blocks: frozenset[tuple[str, Block]],
     flags: frozenset[str],
-) -> tuple[list[tuple[CodeType, CodeType]], dict[str, CodeType]]:
+) -> tuple[list[tuple[CodeType, CodeType]], dict[str, CodeType], frozenset[CodeType]]:
     """The fields of a ``Rewrite``, in a form that ``code_cache`` can store."""
     tree = ast.parse(source.text, source.filename)
     initials = _initial_values(source, tree, names)
-    changed = ast.parse(source.text, source.filename)
     attributes = {owned(source.module, name) for name in names if "." in name}
-    if elsewhere or attributes:
+
+    def changed(always: frozenset[str]) -> CodeType:
+        tree = ast.parse(source.text, source.filename)
+        if elsewhere or attributes:
+            table = symtable.symtable(source.text, source.filename, "exec")
+            tree = Elsewhere(source, elsewhere | attributes, table).visit(tree)
         table = symtable.symtable(source.text, source.filename, "exec")
-        changed = Elsewhere(source, elsewhere | attributes, table).visit(changed)
-    table = symtable.symtable(source.text, source.filename, "exec")
-    changed = _Accessors(source, names, flags, table).visit(changed)
-    if blocks:
-        changed = Enclose(dict(blocks)).visit(changed)
-    ast.fix_missing_locations(changed)
-    replaced = list(_changed_code(_compile(tree, source), _compile(changed, source)))
-    return replaced, initials
+        tree = _Accessors(source, names, always, table).visit(tree)
+        if blocks:
+            tree = Enclose(dict(blocks)).visit(tree)
+        return _compile(ast.fix_missing_locations(tree), source)
+
+    own = _compile(tree, source)
+    replaced = dict(_changed_code(own, changed(flags)))
+    others = flags | {name for _, name in elsewhere | attributes}
+    enclosed = {qualname for qualname, _ in blocks}
+    early = frozenset(
+        it
+        for it in nested(own)
+        if it in replaced
+        and it.co_qualname not in enclosed
+        and are_early(it, names - flags, others)
+    )
+    if early:
+        always = dict(_changed_code(own, changed(names)))
+        replaced.update((it, always[it]) for it in early)
+    return list(replaced.items()), initials, early
 
 
 def _compile(tree: ast.AST, source: ModuleSource, mode: str = "exec") -> CodeType:

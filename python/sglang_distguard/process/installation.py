@@ -6,8 +6,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import CodeType, ModuleType
 from typing import Any, Literal, Optional, TypeVar
@@ -29,6 +29,8 @@ Made = TypeVar("Made")
 class _Installation:
     plans: dict[str, ModulePlan]
     watcher: Watcher
+    #: Whether functions that make all their reads at once have their own code: no scope exists.
+    reads_directly: bool = False
 
 
 # Lock order: this lock is outermost. It is never held while a hook runs. It is reentrant because
@@ -142,6 +144,7 @@ def _put_in() -> list[str]:
             return begun
         _apply(list(plans.values()))
         _installation = installation
+        _core.call_after_builds(_read_directly)
         _tell(chosen)
     except BaseException:
         _installation = None
@@ -244,19 +247,16 @@ def _refuse_inside() -> None:
         )
 
 
-@contextmanager
-def _locked() -> Iterator[None]:
-    lock = _lock  # a fork inside the with block gives the child another lock
-    if not lock.acquire(timeout=_DEADLINE):
-        raise AcquireTimeout(
-            "another thread has been in install(), uninstall() or the import of a patched module "
-            f"for {_DEADLINE:.0f} s. Nothing was changed. Look at what that thread does (py-spy "
-            "dump)"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+def _locked(timeout: float = _DEADLINE) -> _core.Locked:
+    """Hold the lock in a with block, within ``timeout`` seconds."""
+    return _core.Locked(_lock, timeout, _timed_out)  # a child that is forked in it has another one
+
+
+def _timed_out() -> AcquireTimeout:
+    return AcquireTimeout(
+        "another thread has been in install(), uninstall() or the import of a patched module "
+        f"for {_DEADLINE:.0f} s. Nothing was changed. Look at what that thread does (py-spy dump)"
+    )
 
 
 def before_fork() -> None:
@@ -289,6 +289,42 @@ def _apply(plans: list[ModulePlan]) -> None:
         module = imported[plan.module]
         if module is not None:
             plan.apply(module, functions[id(module)])
+
+
+def _read_directly() -> None:
+    """Give functions that make all their reads at once their own code until the next scope.
+
+    Does nothing when it would have to wait for another thread: reading through accessors is right,
+    too. Otherwise a build would fail because of an import.
+    """
+    with suppress(AcquireTimeout), _locked(timeout=0):
+        installation = _installation
+        if installation is None or installation.reads_directly:
+            return
+        _core.call_before_scopes(_read_through_accessors)
+        # From here on each scope calls it. One that began before is counted.
+        if _core.scopes_exist():
+            _core.call_before_scopes(None)
+            return
+        installation.reads_directly = True
+        for plan in installation.plans.values():
+            plan.read_directly()
+
+
+def _read_through_accessors() -> None:
+    """Undo ``_read_directly``.
+
+    Raises:
+        AcquireTimeout: another thread did not end an ``install()``, ``uninstall()`` or the import
+            of a patched module within 300 seconds.
+    """
+    with _locked():
+        installation = _installation
+        if installation is not None and installation.reads_directly:
+            for plan in installation.plans.values():
+                plan.read_through_accessors()
+            installation.reads_directly = False
+        _core.call_before_scopes(None)
 
 
 def _imported(name: str) -> Optional[ModuleType]:
@@ -348,6 +384,9 @@ def _or_out(change: Callable[[ModulePlan], Made], module: ModuleType) -> Made:
 
 def _undo(installation: _Installation) -> None:
     installation.watcher.stop()
+    _core.call_after_builds(None)
+    _core.call_before_scopes(None)
+    installation.reads_directly = False
     plans = [plan for plan in installation.plans.values() if plan.applied_to]
     functions = functions_by_module(module for plan in plans for module in plan.applied_to)
     for plan in reversed(plans):

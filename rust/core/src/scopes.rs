@@ -55,6 +55,15 @@ pub enum Publish {
     New(ClaimId, ScopeId),
 }
 
+impl Publish {
+    /// The claim, wherever it is.
+    pub fn claim(self) -> ClaimId {
+        match self {
+            Self::Replace(claim) | Self::Aside(claim, _) | Self::New(claim, _) => claim,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum State {
     #[default]
@@ -111,6 +120,12 @@ impl ScopeLedger {
         let fresh = self.next;
         self.next += 1;
         fresh
+    }
+
+    /// Changes with every publish. Equal stamps: what was seen of the scopes' content in between
+    /// still holds.
+    pub fn stamp(&self) -> u64 {
+        self.next
     }
 
     /// Decides which scope a `publish` configures, and claims it.
