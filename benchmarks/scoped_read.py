@@ -14,45 +14,44 @@ from typing import Any
 
 from sglang_distguard import _core
 
-#: What the guard makes of `def read(): return value` (``patching.rewrite``), and parts of it.
+#: A getter as it is while no scope exists, as the guard changes it for scopes, and with the test that
+#: functions have which call something before they read (``patching.rewrite``).
 TEXT = """
 def plain():
     return value
 
-def changed():
-    return accessor.value if _distguard_scopes_exist else value
-
-def without_test():
+def getter():
     return accessor.value
+
+def tested():
+    return accessor.value if _distguard_scopes_exist else value
 """
-NUMBER, REPETITIONS = 1_000_000, 15
+NUMBER, ROUNDS = 100_000, 100
 
 
-def nanoseconds(function: Callable[[], Any]) -> float:
-    return min(timeit.repeat(function, number=NUMBER, repeat=REPETITIONS)) / NUMBER * 1e9
+def nanoseconds(*functions: Callable[[], Any]) -> list[float]:
+    """The fastest of many repetitions of each, in turn: a processor changes its frequency."""
+    rounds = [[timeit.timeit(it, number=NUMBER) for it in functions] for _ in range(ROUNDS)]
+    return [min(found) / NUMBER * 1e9 for found in zip(*rounds, strict=True)]
 
 
 def main() -> None:
     module: dict[str, Any] = {"__name__": "module", "value": object()}
     module["accessor"] = _core.ScopedGlobal(module, "value", object)
     exec(TEXT, module)
-    plain, changed, without_test = (module[it] for it in ("plain", "changed", "without_test"))
-    base = nanoseconds(plain)
+    functions = [module[it] for it in ("plain", "getter", "tested")]
+    print("| | SGLang's own, ns | through the accessor | with the test |\n|---|---|---|---|")
 
-    def row(what: str, found: float) -> None:
-        print(f"| {what} | {found:.1f} | {found / base:.2f} |", flush=True)
+    def row(where: str) -> None:
+        plain, getter, tested = nanoseconds(*functions)
+        cells = [f"{it:.1f} ({it / plain:.2f})" for it in (getter, tested)]
+        print(f"| {where} | {plain:.1f} | {cells[0]} | {cells[1]} |", flush=True)
 
-    print("| a call of a function that returns a global | ns | ratio |\n|---|---|---|")
-    row("SGLang's own", base)
-    tested = nanoseconds(changed)
-    row("with the test whether any scope exists; none does", tested)
-    attribute = nanoseconds(without_test)
-    row("through the accessor, without the test and without a look at the execution", attribute)
-    row("the two together: what a read beside a scope takes at least", tested + attribute - base)
+    row("no scope exists: there a getter is SGLang's own")
     scope = _core.new_scope("scope")
-    row("a read beside a scope, in the default one", nanoseconds(changed))
+    row("beside a scope, in the default one")
     with _core.in_scope(scope):
-        row("a read in a scope", nanoseconds(changed))
+        row("in a scope")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,20 @@ fn aside(publish: Publish) -> (ClaimId, ScopeId) {
 }
 
 #[test]
+fn a_stamp_holds_until_the_next_publish() {
+    let mut ledger = ScopeLedger::default();
+    let seen = ledger.stamp();
+    assert_eq!(ledger.stamp(), seen);
+    let claim = replaced(ledger.publish(DEFAULT, None, false, true));
+    let published = ledger.stamp();
+    assert_ne!(published, seen);
+    ledger.release(DEFAULT, claim);
+    assert_eq!(ledger.stamp(), published);
+    let _ = aside(ledger.publish(DEFAULT, None, true, true));
+    assert_ne!(ledger.stamp(), published);
+}
+
+#[test]
 fn the_first_publish_configures_the_default_scope() {
     let mut ledger = ScopeLedger::default();
     let claim = replaced(ledger.publish(DEFAULT, None, false, true));
