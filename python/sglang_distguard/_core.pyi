@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import CodeType, FunctionType, TracebackType
 from typing import Any, Literal, final
 
 from sglang_distguard._core_budgets import (
@@ -56,7 +56,6 @@ __all__ = [
     "begin_exit",
     "begin_teardown",
     "call_after_builds",
-    "call_before_scopes",
     "calls_inside",
     "carried_execution",
     "count_memory",
@@ -66,6 +65,7 @@ __all__ = [
     "depth",
     "end_budget",
     "forget",
+    "give_own_code",
     "has_joined",
     "holders",
     "in_scope",
@@ -84,6 +84,7 @@ __all__ = [
     "owning_environment",
     "promise_memory",
     "promised_memory",
+    "read_through_accessors",
     "ready_keys",
     "reset",
     "resource",
@@ -468,14 +469,17 @@ def live_scopes() -> list[Scope]: ...
 def scopes_exist() -> bool:
     """Return whether any scope exists, even one that no code has entered yet."""
 
-def call_before_scopes(call: Callable[[], object] | None, /) -> None:
-    """Make every scope call ``call`` before code enters it, until this is called again.
-
-    Several threads may call it at once. When it raises, no scope begins.
-    """
-
 def call_after_builds(call: Callable[[], object] | None, /) -> None:
     """Make every build that ends while no scope exists call ``call``."""
+
+def give_own_code(function: FunctionType, own: CodeType, code: CodeType) -> bool:
+    """Give ``function``, whose ``code`` reads through accessors, its ``own``, unless a scope exists.
+
+    Return whether it has it. The next scope takes it away.
+    """
+
+def read_through_accessors() -> None:
+    """Take away what ``give_own_code`` has given."""
 
 def note_build() -> None:
     """Note that a runner was built."""

@@ -52,7 +52,9 @@ mod _core {
     #[pymodule_export]
     use crate::dtype::note_intercepting;
     #[pymodule_export]
-    use crate::early_reads::{call_after_builds, call_before_scopes, note_build};
+    use crate::early_reads::{
+        call_after_builds, give_own_code, note_build, read_through_accessors,
+    };
     #[pymodule_export]
     use crate::execution::{
         adopt_execution, carried_execution, current_execution, default_dtype_in_force, depth,

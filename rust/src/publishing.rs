@@ -76,20 +76,23 @@ impl Publishing {
                 break (publish, no_finalizer_runs);
             }
         };
+        let scope = match publish {
+            Publish::New(_, scope) => scope,
+            Publish::Replace(_) | Publish::Aside(..) => current,
+        };
+        let claim = Claim::new(publish.claim(), scope);
         let (fresh, aside) = match publish {
             Publish::Replace(_) => (None, None),
             Publish::New(_, scope) => (Some(made(py, scope, self.label.clone(), counted)?), None),
             Publish::Aside(_, to) => {
                 let aside = made(py, to, "pending".to_owned(), counted)?;
                 if let Err(error) = scoped_global::move_aside(py, &aside, &initial) {
-                    take_back(py, &aside, publish.claim(), before)?;
+                    take_back(py, &aside, claim.id, before)?;
                     return Err(error);
                 }
                 (None, Some(aside))
             }
         };
-        let scope = fresh.as_ref().map_or(current, |it| it.get().scope_id());
-        let claim = Claim::new(publish.claim(), scope);
         Ok(Decision {
             claim,
             fresh,
@@ -98,16 +101,34 @@ impl Publishing {
     }
 }
 
-/// Undoes what `decide` has put aside. The ledger forgets a scope that is gone, so `aside` lives.
+/// Undoes what `decide` has put aside, unless a build has gone on there meanwhile. The ledger forgets
+/// a scope that is gone, so `aside` lives.
 fn take_back(
     py: Python<'_>,
     aside: &Bound<'_, Scope>,
     claim: ClaimId,
     before: Option<ClaimId>,
 ) -> PyResult<()> {
-    scoped_global::move_back(py, aside)?;
+    let _no_finalizer_runs = CollectingOff::new(py);
     let scope = aside.get().scope_id();
-    process::scopes().with(|ledger| ledger.take_back(claim, scope, before));
+    if process::scopes().with(|ledger| ledger.take_back(claim, scope, before)) {
+        scoped_global::move_back(py, aside)?;
+    }
+    Ok(())
+}
+
+/// Undoes a publish, in the scope of `claim`.
+fn undo(
+    py: Python<'_>,
+    aside: Option<&Bound<'_, Scope>>,
+    scope: ScopeId,
+    claim: ClaimId,
+    before: Option<ClaimId>,
+) -> PyResult<()> {
+    if let Some(aside) = aside {
+        return take_back(py, aside, claim, before);
+    }
+    process::scopes().with(|ledger| ledger.undo(scope, claim, before));
     Ok(())
 }
 
@@ -124,13 +145,9 @@ impl Publishing {
         let Some(chosen) = lock(&self.chosen).take() else {
             return Ok(());
         };
-        let (claim, before) = (chosen.claim, chosen.before);
-        if let Some(aside) = &chosen.aside {
-            take_back(py, aside.bind(py), claim, before)?;
-        } else {
-            process::scopes().with(|ledger| ledger.undo(chosen.scope, claim, before));
-        }
-        chosen.entry.leave(py)
+        let aside = chosen.aside.as_ref().map(|it| it.bind(py));
+        let undone = undo(py, aside, chosen.scope, chosen.claim, chosen.before);
+        chosen.entry.leave(py).and(undone)
     }
 }
 
@@ -164,26 +181,32 @@ impl Publishing {
             fresh,
             aside,
         } = slf.get().decide(py, current, before)?;
-        if let Some(aside) = &aside {
-            if let Err(error) = keep_pending(py, aside) {
-                take_back(py, aside, claim.id, before)?;
+        let is_fresh = fresh.is_some();
+        let entered = aside
+            .as_ref()
+            .map_or(Ok(()), |aside| keep_pending(py, aside))
+            .and_then(|()| {
+                execution::derived(py, |it| {
+                    if let Some(scope) = fresh {
+                        *it = Execution {
+                            default_dtype: it.default_dtype.take(),
+                            turn: it.turn.take(),
+                            owns_environment: it.owns_environment,
+                            ..Execution::default()
+                        };
+                        it.scope = Some(scope.unbind());
+                    }
+                    it.claim = Some(Arc::clone(&claim));
+                })
+            })
+            .and_then(|wanted| Entry::new(py, Some(&wanted)));
+        let entry = match entered {
+            Ok(entry) => entry,
+            Err(error) => {
+                undo(py, aside.as_ref(), claim.scope, claim.id, before)?;
                 return Err(error);
             }
-        }
-        let is_fresh = fresh.is_some();
-        let wanted = execution::derived(py, |it| {
-            if let Some(scope) = fresh {
-                *it = Execution {
-                    default_dtype: it.default_dtype.take(),
-                    turn: it.turn.take(),
-                    owns_environment: it.owns_environment,
-                    ..Execution::default()
-                };
-                it.scope = Some(scope.unbind());
-            }
-            it.claim = Some(Arc::clone(&claim));
-        })?;
-        let entry = Entry::new(py, Some(&wanted))?;
+        };
         *lock(&slf.get().chosen) = Some(Chosen {
             scope: claim.scope,
             claim: claim.id,

@@ -65,13 +65,12 @@ pub struct Scope {
 pub struct Counted(());
 
 impl Counted {
-    /// May run Python, and wait for another thread (`early_reads`).
+    /// Runs audit hooks, if there are any.
     pub fn new(py: Python<'_>) -> PyResult<Self> {
         READ_PATH.scopes.fetch_add(1, Ordering::Relaxed);
         let counted = Self(());
         scoped_global::tell_modules(py)?;
-        // Code that looks from now on finds that a scope exists.
-        early_reads::scope_begins(py)?;
+        early_reads::take_own_code(py)?;
         Ok(counted)
     }
 }

@@ -72,7 +72,7 @@ def of_published(server_args: Any) -> AbstractContextManager[object]:
         if not is_found:
             return nullcontext()
         resumed = _core.resuming(scope)
-        # From here on its claim keeps a publish of another thread from putting it aside.
+        # A pending configuration is claimed now: no publish of another thread puts it aside.
         if generation.current().published_in(scope) is server_args:
             return resumed
 

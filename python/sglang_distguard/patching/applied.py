@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Optional
 
+from sglang_distguard import _core
 from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import code_swap, module_attributes
@@ -25,8 +26,6 @@ class Applied:
         self._injected: list[tuple[Any, str]] = []
         self._class: Optional[type[ModuleType]] = None
         self._attributes: list[tuple[str, Any, Any]] = []
-        #: Functions that have their own code for now, and the code that reads through accessors.
-        self._direct: list[tuple[FunctionType, CodeType]] = []
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -46,7 +45,6 @@ class Applied:
         """Make ``undo`` also undo ``other``, which belongs to another execution of the module."""
         self._restore = {**other._restore, **self._restore}
         self._injected = [*other._injected, *self._injected]
-        self._direct = [*other._direct, *self._direct]
 
     def inject(self, name: str, value: object, owner: Any = None) -> None:
         """Add ``name`` to the module, or to the class ``owner``."""
@@ -95,24 +93,16 @@ class Applied:
     def read_directly(self, codes: Collection[CodeType]) -> None:
         """Give back their own code to the module's functions that have one of ``codes``.
 
-        Only functions that the module itself names; any other goes on reading through accessors. So
-        does a copy that was made before. A copy of the function's own code, which other code would
-        have to make meanwhile (``types.FunctionType``), is not found again.
+        Until the next scope (``rust/src/early_reads.rs``). Only functions that the module itself
+        names; any other, and a copy that was made before, goes on reading through accessors. A copy
+        that other code makes meanwhile (``types.FunctionType``) is not found again.
         """
         for name in {code.co_name for code in codes}:
             function = vars(self.module).get(name)
             if type(function) is FunctionType and function.__globals__ is vars(self.module):
                 code = function.__code__
                 if code in codes:
-                    self._direct.append((function, code))
-                    function.__code__ = self._restore[code]
-
-    def read_through_accessors(self) -> None:
-        """Undo ``read_directly``."""
-        for function, code in self._direct:
-            if function.__code__ == self._restore[code]:  # else other code has changed it meanwhile
-                function.__code__ = code
-        self._direct.clear()
+                    _core.give_own_code(function, self._restore[code], code)
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Replace an attribute of the module."""

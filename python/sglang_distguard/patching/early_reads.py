@@ -48,13 +48,16 @@ _END = frozenset(["RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE"])
 _ALWAYS = frozenset(["JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"])
 
 
-def are_early(code: CodeType, names: frozenset[str], others: frozenset[str]) -> bool:
+def are_early(
+    code: CodeType, names: frozenset[str], others: frozenset[str], fixed: frozenset[str]
+) -> bool:
     """Whether a module's function uses ``names`` only before other code can run in its frame.
 
     Args:
         code: as Python compiles SGLang's text.
         names: scoped globals of the module.
         others: flags, and attributes of other owners, that must be reached through accessors.
+        fixed: classes and modules that the module names; reading their attributes runs nothing.
     """
     if not code.co_flags & inspect.CO_OPTIMIZED or code.co_flags & _SUSPENDED:
         return False
@@ -73,16 +76,18 @@ def are_early(code: CodeType, names: frozenset[str], others: frozenset[str]) -> 
         it = instructions[index]
         if late and it.opname in GLOBALS and it.argval in names:
             return False
-        late = late or not _runs_nothing(instructions, index)
+        late = late or not _runs_nothing(instructions, index, fixed)
         pending += ((following, late) for following in _after(instructions, index, at))
     return True
 
 
-def _runs_nothing(instructions: Sequence[dis.Instruction], index: int) -> bool:
-    name = instructions[index].opname
-    # An attribute of a class or module that the function names, such as a member of an enumeration.
-    of_global = name == "LOAD_ATTR" and instructions[index - 1].opname == "LOAD_GLOBAL"
-    return name in _RUN_NOTHING or of_global
+def _runs_nothing(
+    instructions: Sequence[dis.Instruction], index: int, fixed: frozenset[str]
+) -> bool:
+    it, before = instructions[index], instructions[index - 1]
+    if it.opname == "LOAD_ATTR" and not it.is_jump_target:  # such as a member of an enumeration
+        return before.opname == "LOAD_GLOBAL" and before.argval in fixed
+    return it.opname in _RUN_NOTHING
 
 
 def _after(

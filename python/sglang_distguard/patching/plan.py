@@ -203,14 +203,9 @@ class ModulePlan:
             it.undo(None if functions is None else functions.get(id(it.module)))
 
     def read_directly(self) -> None:
-        """Give functions that make all their reads at once their own code; no scope exists."""
+        """Give functions that make all their reads at once their own code, until the next scope."""
         for applied in self._applied:
             applied.read_directly({self._rewrite.replaced[it] for it in self._rewrite.early})
-
-    def read_through_accessors(self) -> None:
-        """Undo ``read_directly``, before code enters a scope."""
-        for applied in self._applied:
-            applied.read_through_accessors()
 
     @property
     def applied_to(self) -> list[ModuleType]:

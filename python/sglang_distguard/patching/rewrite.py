@@ -107,18 +107,28 @@ def _rewritten(
     own = _compile(tree, source)
     replaced = dict(_changed_code(own, changed(flags)))
     others = flags | {name for _, name in elsewhere | attributes}
+    fixed = frozenset(_classes_and_modules(tree)) - names
     enclosed = {qualname for qualname, _ in blocks}
     early = frozenset(
         it
         for it in nested(own)
         if it in replaced
         and it.co_qualname not in enclosed
-        and are_early(it, names - flags, others)
+        and are_early(it, names - flags, others, fixed)
     )
     if early:
         always = dict(_changed_code(own, changed(names)))
         replaced.update((it, always[it]) for it in early)
     return list(replaced.items()), initials, early
+
+
+def _classes_and_modules(tree: ast.Module) -> Iterator[str]:
+    """Names that the module itself binds by `class`, and by `import` of whole modules."""
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            yield statement.name
+        elif isinstance(statement, ast.Import):
+            yield from (it.asname or it.name.partition(".")[0] for it in statement.names)
 
 
 def _compile(tree: ast.AST, source: ModuleSource, mode: str = "exec") -> CodeType:

@@ -29,8 +29,6 @@ Made = TypeVar("Made")
 class _Installation:
     plans: dict[str, ModulePlan]
     watcher: Watcher
-    #: Whether functions that make all their reads at once have their own code: no scope exists.
-    reads_directly: bool = False
 
 
 # Lock order: this lock is outermost. It is never held while a hook runs. It is reentrant because
@@ -298,33 +296,9 @@ def _read_directly() -> None:
     too. Otherwise a build would fail because of an import.
     """
     with suppress(AcquireTimeout), _locked(timeout=0):
-        installation = _installation
-        if installation is None or installation.reads_directly:
-            return
-        _core.call_before_scopes(_read_through_accessors)
-        # From here on each scope calls it. One that began before is counted.
-        if _core.scopes_exist():
-            _core.call_before_scopes(None)
-            return
-        installation.reads_directly = True
-        for plan in installation.plans.values():
-            plan.read_directly()
-
-
-def _read_through_accessors() -> None:
-    """Undo ``_read_directly``.
-
-    Raises:
-        AcquireTimeout: another thread did not end an ``install()``, ``uninstall()`` or the import
-            of a patched module within 300 seconds.
-    """
-    with _locked():
-        installation = _installation
-        if installation is not None and installation.reads_directly:
-            for plan in installation.plans.values():
-                plan.read_through_accessors()
-            installation.reads_directly = False
-        _core.call_before_scopes(None)
+        if _installation is not None:
+            for plan in _installation.plans.values():
+                plan.read_directly()
 
 
 def _imported(name: str) -> Optional[ModuleType]:
@@ -385,8 +359,7 @@ def _or_out(change: Callable[[ModulePlan], Made], module: ModuleType) -> Made:
 def _undo(installation: _Installation) -> None:
     installation.watcher.stop()
     _core.call_after_builds(None)
-    _core.call_before_scopes(None)
-    installation.reads_directly = False
+    _core.read_through_accessors()
     plans = [plan for plan in installation.plans.values() if plan.applied_to]
     functions = functions_by_module(module for plan in plans for module in plan.applied_to)
     for plan in reversed(plans):

@@ -104,6 +104,8 @@ impl Entry {
 pub struct ScopeLedger {
     entries: BTreeMap<ScopeId, Entry>,
     next: u64,
+    /// How often a scope's state has changed.
+    changes: u64,
 }
 
 impl ScopeLedger {
@@ -113,6 +115,7 @@ impl ScopeLedger {
         Self {
             entries: BTreeMap::from([(DEFAULT, Entry::default())]),
             next: (u64::from(instance) << 32) + 1,
+            changes: 0,
         }
     }
 
@@ -122,10 +125,10 @@ impl ScopeLedger {
         fresh
     }
 
-    /// Changes with every publish. Equal stamps: what was seen of the scopes' content in between
-    /// still holds.
+    /// Changes whenever a scope's state does. Equal stamps: a scope that was not claimed has the
+    /// content that was seen in between.
     pub fn stamp(&self) -> u64 {
-        self.next
+        self.changes
     }
 
     /// Decides which scope a `publish` configures, and claims it.
@@ -141,6 +144,7 @@ impl ScopeLedger {
         is_other: bool,
         may_put_aside: bool,
     ) -> Publish {
+        self.changes += 1;
         let claim = ClaimId(self.fresh());
         let aside = ScopeId(self.fresh());
         let Some(entry) = self.entries.get_mut(&current) else {
@@ -167,16 +171,25 @@ impl ScopeLedger {
         Publish::Aside(claim, aside)
     }
 
-    /// Undoes `Publish::Aside`: the content that was moved, or was to be moved, is in its old scope
-    /// again. It is pending or has the claim that the caller held `before`.
-    pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId, before: Option<ClaimId>) {
-        let Some(moved) = self.entries.remove(&aside) else {
-            return;
-        };
+    /// Undoes `Publish::Aside`, if the content that was moved is still pending there: it is to be
+    /// moved back, and is pending or has the claim that the caller held `before`. Otherwise it stays,
+    /// because a build has gone on with it, and the default scope is vacant. Returns whether it is to
+    /// be moved back.
+    #[must_use]
+    pub fn take_back(&mut self, claim: ClaimId, aside: ScopeId, before: Option<ClaimId>) -> bool {
+        self.changes += 1;
+        let moved = self.entries.get(&aside);
+        let is_pending = |it: &Entry| it.state == State::Pending && it.residents.is_empty();
+        if !moved.is_some_and(is_pending) {
+            self.undo(DEFAULT, claim, None);
+            return false;
+        }
+        let joined = self.entries.remove(&aside).unwrap_or_default().joined;
         if let Some(entry) = self.claimed(DEFAULT, claim) {
             entry.state = before.map_or(State::Pending, State::Claimed);
-            entry.joined = moved.joined;
+            entry.joined = joined;
         }
+        true
     }
 
     fn publish_new(&mut self, claim: ClaimId, scope: ScopeId) -> Publish {
@@ -207,6 +220,7 @@ impl ScopeLedger {
     /// The claim with which an execution continues in a scope that was published in: the claim that
     /// is held, or else a new one. None when there is nothing to continue.
     pub fn resume(&mut self, scope: ScopeId) -> Option<ClaimId> {
+        self.changes += 1;
         let claim = ClaimId(self.fresh());
         let entry = self.entries.get_mut(&scope)?;
         match entry.state {
@@ -222,6 +236,7 @@ impl ScopeLedger {
     /// Undoes a publish that got `claim` and failed: its scope is again as it was for the caller,
     /// which held `before`.
     pub fn undo(&mut self, scope: ScopeId, claim: ClaimId, before: Option<ClaimId>) {
+        self.changes += 1;
         if let Some(entry) = self.claimed(scope, claim) {
             entry.state = before.map_or(State::Vacant, State::Claimed);
         }
@@ -229,6 +244,7 @@ impl ScopeLedger {
 
     /// Records that no execution holds `claim` any more.
     pub fn release(&mut self, scope: ScopeId, claim: ClaimId) {
+        self.changes += 1;
         if let Some(entry) = self.claimed(scope, claim) {
             entry.state = State::Pending;
         }
@@ -242,6 +258,7 @@ impl ScopeLedger {
     /// Records that a resident is constructed in the scope, which ends its claim. Returns the target
     /// if it is a draft.
     pub fn bind(&mut self, scope: ScopeId, id: RunnerId, kind: Resident) -> Option<RunnerId> {
+        self.changes += 1;
         let entry = self.entries.entry(scope).or_default();
         entry.state = State::Vacant;
         let target = entry.runners().next();
@@ -251,6 +268,7 @@ impl ScopeLedger {
 
     /// Records that a resident of the scope was closed or is gone.
     pub fn unbind(&mut self, scope: ScopeId, id: RunnerId) {
+        self.changes += 1;
         if let Some(entry) = self.entries.get_mut(&scope) {
             entry.residents.retain(|(it, _)| *it != id);
         }

@@ -24,17 +24,36 @@ fn aside(publish: Publish) -> (ClaimId, ScopeId) {
 }
 
 #[test]
-fn a_stamp_holds_until_the_next_publish() {
+fn a_stamp_changes_when_a_publish_begins_and_when_it_is_over() {
     let mut ledger = ScopeLedger::default();
-    let seen = ledger.stamp();
-    assert_eq!(ledger.stamp(), seen);
+    let mut seen = ledger.stamp();
+    let mut has_changed =
+        |ledger: &ScopeLedger| std::mem::replace(&mut seen, ledger.stamp()) != ledger.stamp();
     let claim = replaced(ledger.publish(DEFAULT, None, false, true));
-    let published = ledger.stamp();
-    assert_ne!(published, seen);
+    assert!(has_changed(&ledger));
+    assert!(!has_changed(&ledger));
     ledger.release(DEFAULT, claim);
-    assert_eq!(ledger.stamp(), published);
-    let _ = aside(ledger.publish(DEFAULT, None, true, true));
-    assert_ne!(ledger.stamp(), published);
+    assert!(has_changed(&ledger));
+    let (claim, scope) = aside(ledger.publish(DEFAULT, None, true, true));
+    assert!(has_changed(&ledger));
+    assert!(ledger.take_back(claim, scope, None));
+    assert!(has_changed(&ledger));
+    let claim = ledger.resume(DEFAULT).unwrap();
+    assert!(has_changed(&ledger));
+    ledger.undo(DEFAULT, claim, None);
+    assert!(has_changed(&ledger));
+}
+
+#[test]
+fn what_a_build_has_gone_on_with_is_not_taken_back() {
+    let mut ledger = ScopeLedger::default();
+    let first = replaced(ledger.publish(DEFAULT, None, false, true));
+    ledger.release(DEFAULT, first);
+    let (second, scope) = aside(ledger.publish(DEFAULT, None, true, true));
+    let resumed = ledger.resume(scope).unwrap();
+    assert!(!ledger.take_back(second, scope, None));
+    assert_eq!(ledger.claim(scope), Some(resumed));
+    replaced(ledger.publish(DEFAULT, None, false, true));
 }
 
 #[test]
@@ -90,7 +109,7 @@ fn a_configuration_that_could_not_be_moved_is_pending_again_in_its_old_scope() {
     ledger.join(DEFAULT, Key::World, 3);
     ledger.release(DEFAULT, first);
     let (claim, scope) = aside(ledger.publish(DEFAULT, None, true, true));
-    ledger.take_back(claim, scope, None);
+    assert!(ledger.take_back(claim, scope, None));
     assert_eq!(ledger.joined(DEFAULT, &Key::World), Some(3));
     assert_eq!(ledger.resume(scope), None);
     assert!(ledger.resume(DEFAULT).is_some());
@@ -101,7 +120,7 @@ fn a_failed_publish_of_another_configuration_leaves_the_claim_that_was_there() {
     let mut ledger = ScopeLedger::default();
     let first = replaced(ledger.publish(DEFAULT, None, true, true));
     let (second, scope) = aside(ledger.publish(DEFAULT, Some(first), true, true));
-    ledger.take_back(second, scope, Some(first));
+    assert!(ledger.take_back(second, scope, Some(first)));
     assert_eq!(ledger.claim(DEFAULT), Some(first));
     assert_eq!(ledger.resume(scope), None);
 }
