@@ -151,6 +151,24 @@ def code_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.fixture
+def load(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """See ``rewritten_modules.loader``."""
+    from rewritten_modules import loader
+
+    with loader(tmp_path) as load:
+        yield load
+
+
+@pytest.fixture
+def no_scope() -> None:
+    """No scope exists; earlier tests left some in reference cycles."""
+    from sglang_distguard import _core
+
+    gc.collect()
+    assert _core.live_scopes() == []
+
+
+@pytest.fixture
 def guard(sglang: None) -> Iterator[None]:
     """Install the guard for one test; afterwards tear SGLang down and uninstall the guard."""
     with guarded():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Optional
 
 import sglang_distguard as dg
@@ -40,6 +41,27 @@ def thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     made = threading.Thread(target=run, name="worker")
     made.start()
     return made, out
+
+
+@contextmanager
+def held_in_thread(*locks: AbstractContextManager[Any]) -> Iterator[None]:
+    """Another thread holds ``locks`` in the with block."""
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            end.wait()
+
+    holder, _ = thread(hold)
+    held.wait()
+    try:
+        yield
+    finally:
+        end.set()
+        holder.join()
 
 
 def in_thread(work: Callable[[], Any]) -> Any:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 from registry_calls import run_in_threads
-from rewritten_modules import Load, loader
+from rewritten_modules import Load
 from sglang_distguard import _core
 from sglang_distguard._core import OwnFlag, ScopedGlobal
 from sglang_distguard.patching import Raised
 from sglang_distguard.patching.syntax import SCOPES_EXIST, accessor_name
+
+pytestmark = pytest.mark.usefixtures("no_scope")
 
 SOURCE = """
     import types
@@ -59,19 +58,6 @@ SOURCE = """
             case _:
                 return "other"
 """
-
-
-@pytest.fixture(autouse=True)
-def no_scope() -> None:
-    """Scopes that earlier tests left in reference cycles."""
-    gc.collect()
-    assert _core.live_scopes() == []
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    with loader(tmp_path) as load:
-        yield load
 
 
 class Uncalled:

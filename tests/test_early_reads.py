@@ -8,7 +8,6 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
@@ -17,10 +16,13 @@ import pytest
 import sglang_distguard
 import torch
 from registry_calls import run_in_threads
-from rewritten_modules import Load, loader
+from rewritten_modules import Load
+from runner_calls import held_in_thread
 from sglang_distguard import _core
 from sglang_distguard.patching.early_reads import are_early
 from sglang_distguard.process import installation
+
+pytestmark = pytest.mark.usefixtures("no_scope")
 
 EARLY = {
     "a getter": "return X",
@@ -127,19 +129,6 @@ SOURCE = """
     def decorated():
         return _value
 """
-
-
-@pytest.fixture(autouse=True)
-def no_scope() -> None:
-    """Scopes that earlier tests left in reference cycles."""
-    gc.collect()
-    assert _core.live_scopes() == []
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    with loader(tmp_path) as load:
-        yield load
 
 
 def test_only_such_functions_get_their_own_code_back_and_lose_it_again(load: Load) -> None:
@@ -291,7 +280,7 @@ def test_a_scope_that_begins_while_functions_get_their_own_code_is_seen() -> Non
                     assert found == ["initial"] * 3, (at, found)
                 made.clear()
                 del scope
-                assert not _core.scopes_exist()
+                assert _core.live_scopes() == []
         """
     )
 
@@ -299,21 +288,8 @@ def test_a_scope_that_begins_while_functions_get_their_own_code_is_seen() -> Non
 def test_a_build_does_not_wait_for_an_import_of_another_thread(alone: Any) -> None:
     _core.new_scope("over")
     assert not reads_directly(alone)
-    held, end = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with installation._locked():
-            held.set()
-            end.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    try:
+    with held_in_thread(installation._locked()):
         _core.note_build()
-    finally:
-        end.set()
-        thread.join()
     assert not reads_directly(alone)
 
 

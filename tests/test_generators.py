@@ -7,11 +7,10 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import pytest
-from rewritten_modules import Load, loader
+from rewritten_modules import Load
 from sglang_distguard.errors import NotSupported
 from sglang_distguard.patching import Within, WithinMethods
 
@@ -62,12 +61,6 @@ class Manager:
             yield
         finally:
             self.under_way -= 1
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    with loader(tmp_path) as it:
-        yield it
 
 
 def made(load: Load, manager: Manager) -> types.ModuleType:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import sglang_distguard
 from forking import in_child
+from runner_calls import held_in_thread
 from sglang_distguard.patching import find_source
 from sglang_distguard.runner import pinned_loads, streams
 from sglang_distguard.runner.mapped_files import (
@@ -169,22 +170,9 @@ def test_a_load_that_is_given_up_unregisters_its_files(paths: list[str]) -> None
 
 def test_a_forked_child_waits_for_no_lock_of_its_parents_threads() -> None:
     """They may hold it at the fork, and do not exist in the child."""
-    held, over = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with pinned_loads.FILES._lock, streams._lock:
-            held.set()
-            over.wait()
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    try:
+    with held_in_thread(pinned_loads.FILES._lock, streams._lock):
         assert in_child(lambda: sglang_distguard.snapshot()["pinned_files"]) == []
         assert in_child(lambda: streams._lock.acquire(timeout=10)) is True
-    finally:
-        over.set()
-        holder.join()
 
 
 def test_a_path_with_other_content_is_another_file(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import sglang_distguard as dg
-from runner_calls import in_thread
+from runner_calls import Blocked, in_thread, thread
 from sglang_distguard import _core
 from sglang_distguard.context import environment, generation, scopes
 from sglang_distguard.context.scopes import of_published, scopes_of_published
@@ -82,33 +81,30 @@ def held(
     monkeypatch: pytest.MonkeyPatch, args: Any, *, fails: bool
 ) -> Iterator[Callable[[], None]]:
     """A thread is publishing ``args``: its scope is decided. Yield what lets it end."""
-    begun, go = threading.Event(), threading.Event()
     resolve = environment.resolve
 
     def resolves(server_args: Any) -> None:
         resolve(server_args)
-        if server_args is args:
-            begun.set()
-            go.wait()
-            if fails:
-                raise ValueError("planted")
+        if fails and server_args is args:
+            raise ValueError("planted")
 
     def publishes() -> None:
         with pytest.raises(ValueError, match="planted") if fails else nullcontext():
             publish(args)
 
     def end() -> None:
-        go.set()
-        thread.join()
+        blocked.go_on.set()
+        publisher.join()
 
-    monkeypatch.setattr(environment, "resolve", resolves)
-    thread = threading.Thread(target=publishes)
-    thread.start()
-    begun.wait()
+    blocked = Blocked(resolves)
+    monkeypatch.setattr(environment, "resolve", blocked)
+    publisher, out = thread(publishes)
+    blocked.inside.wait()
     try:
         yield end
     finally:
         end()
+    assert out == [None]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import types
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from rewritten_modules import Load, loader
+from rewritten_modules import Load
 from sglang_distguard import _core
 from sglang_distguard.context.scopes import scope_active
 from sglang_distguard.errors import NotSupported
@@ -107,12 +105,6 @@ SOURCE = """
     earlier = nested()
     registry = [lambda: _value]
 """
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
-    with loader(tmp_path) as load:
-        yield load
 
 
 def test_every_scope_has_its_own_value_and_the_default_one_has_the_modules(load: Load) -> None:

@@ -90,7 +90,6 @@ __all__ = [
     "resource",
     "resuming",
     "run_as",
-    "scopes_exist",
     "set_default_dtype",
     "snapshot",
     "standing_of",
@@ -466,16 +465,13 @@ def has_joined(key: str) -> bool:
     """Whether the current scope has joined ``key``, even if it was torn down since."""
 
 def live_scopes() -> list[Scope]: ...
-def scopes_exist() -> bool:
-    """Return whether any scope exists, even one that no code has entered yet."""
-
 def call_after_builds(call: Callable[[], object] | None, /) -> None:
     """Make every build that ends while no scope exists call ``call``."""
 
-def give_own_code(function: FunctionType, own: CodeType, code: CodeType) -> bool:
+def give_own_code(function: FunctionType, own: CodeType, code: CodeType) -> None:
     """Give ``function``, whose ``code`` reads through accessors, its ``own``, unless a scope exists.
 
-    Return whether it has it. The next scope takes it away.
+    The next scope takes it away.
     """
 
 def read_through_accessors() -> None:

@@ -1,7 +1,7 @@
 //! Functions that make all their reads of scoped globals at once have their own code while no scope
 //! exists (`patching.early_reads`). This is the only place that gives it to them and takes it away.
 //!
-//! A scope is counted before `take_own_code`, and that returns before code enters the scope.
+//! A scope is counted before `read_through_accessors`, and that returns before code enters the scope.
 //! `give_own_code` looks at the count and sets the code in one go. An audit hook may run in between
 //! (`object.__setattr__`), and with it other threads: so it looks again, and they wait until it has.
 
@@ -9,10 +9,11 @@ use std::sync::Mutex;
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyTimeoutError;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
+use crate::errors;
 use crate::scope::no_scope_exists;
 use crate::sync::lock;
 
@@ -70,7 +71,8 @@ static AFTER_BUILDS: Mutex<Option<Py<PyAny>>> = Mutex::new(None);
 
 /// Makes all functions read through accessors. Several threads may do so at once: each returns when
 /// all functions do.
-pub fn take_own_code(py: Python<'_>) -> PyResult<()> {
+#[pyfunction]
+pub fn read_through_accessors(py: Python<'_>) -> PyResult<()> {
     let all: Vec<_> = lock(&DIRECT).iter().map(|it| it.clone_ref(py)).collect();
     all.iter().try_for_each(|it| it.take(py))?;
     let mut direct = lock(&DIRECT);
@@ -83,10 +85,16 @@ pub fn take_own_code(py: Python<'_>) -> PyResult<()> {
     let (me, until) = (thread::current().id(), Instant::now() + PATIENCE);
     while lock(&GIVING).is_some_and(|giver| giver != me) {
         if Instant::now() > until {
-            return Err(PyTimeoutError::new_err(
+            let message =
                 "an audit hook of another thread has not returned for 10 s while the code of a \
-                 function of SGLang was set. Nothing was changed. Look at what it does (py-spy dump)",
-            ));
+                           function of SGLang was set. Nothing was changed. Look at what it does \
+                           (py-spy dump)";
+            return Err(errors::make(
+                py,
+                "AcquireTimeout",
+                message,
+                &PyDict::new(py),
+            )?);
         }
         py.check_signals()?;
         py.detach(|| thread::sleep(Duration::from_micros(50)));
@@ -95,16 +103,15 @@ pub fn take_own_code(py: Python<'_>) -> PyResult<()> {
 }
 
 /// Gives `function`, whose `code` reads through accessors, its `own` code, unless a scope exists.
-/// Returns whether it has it.
 #[pyfunction]
 pub fn give_own_code(
     py: Python<'_>,
     function: Bound<'_, PyAny>,
     own: Bound<'_, PyAny>,
     code: Py<PyAny>,
-) -> PyResult<bool> {
+) -> PyResult<()> {
     if !no_scope_exists() {
-        return Ok(false);
+        return Ok(());
     }
     let direct = Direct {
         function: function.clone().unbind(),
@@ -115,16 +122,9 @@ pub fn give_own_code(
     lock(&DIRECT).push(direct.clone_ref(py));
     function.setattr(intern!(py, "__code__"), own)?;
     if no_scope_exists() {
-        return Ok(true);
+        return Ok(());
     }
-    direct.take(py)?; // the thread that took all others has not seen this one
-    Ok(false)
-}
-
-/// Makes all functions read through accessors, whether a scope exists or not.
-#[pyfunction]
-pub fn read_through_accessors(py: Python<'_>) -> PyResult<()> {
-    take_own_code(py)
+    direct.take(py) // the thread that took all others has not seen this one
 }
 
 /// Every build that ends while no scope exists calls `call`, until another one or None is named here.

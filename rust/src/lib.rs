@@ -83,7 +83,7 @@ mod _core {
     #[pymodule_export]
     use crate::scope::{
         current_scope, has_joined, live_residents, live_runners, live_scopes, new_scope,
-        note_joined, scopes_exist, Scope,
+        note_joined, Scope,
     };
     #[pymodule_export]
     use crate::scoped_global::ScopedGlobal;

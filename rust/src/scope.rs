@@ -70,7 +70,7 @@ impl Counted {
         READ_PATH.scopes.fetch_add(1, Ordering::Relaxed);
         let counted = Self(());
         scoped_global::tell_modules(py)?;
-        early_reads::take_own_code(py)?;
+        early_reads::read_through_accessors(py)?;
         Ok(counted)
     }
 }
@@ -224,12 +224,6 @@ pub fn made(
     let scope = Bound::new(py, Scope::new(id, label, counted))?;
     LIVE.push(&scope)?;
     Ok(scope)
-}
-
-/// Whether any scope exists, even one that no code has entered yet.
-#[pyfunction]
-pub fn scopes_exist() -> bool {
-    !no_scope_exists()
 }
 
 /// The scopes that are alive, oldest first, without SGLang's default one.
